@@ -1,0 +1,332 @@
+"""The config: checked against its schema, completed with its defaults, cut into what each stage reads.
+
+Nothing heavier than yaml and jsonschema is imported here: Snakemake parses the Snakefile again in every job.
+"""
+
+import copy
+import difflib
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from jsonschema import Draft202012Validator
+
+from moult.errors import MoultError, some
+from moult.files import canonical, sha256_text
+
+# Folders below results/ that are not runs.
+RESERVED = ("prepared", "models", "datasets", "summary")
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_DATA_FILE = re.compile(r"\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|gz)$")
+
+
+class ConfigError(MoultError):
+    """Everything that is wrong with the config, in one message."""
+
+    def __init__(self, problems: list[str]):
+        plural = "s" if len(problems) > 1 else ""
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(
+            f"the config has {len(problems)} problem{plural}:{listing}",
+            "mend config/config.yaml or the file given with --configfile; config/README.md lists all keys",
+        )
+        self.problems = problems
+
+
+@lru_cache
+def load_schema(folder: str) -> dict:
+    """The schema in `folder` (config/), with all fields of peft.LoraConfig and trl.SFTConfig filled in."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    schema = yaml.load((Path(folder) / "schema.yaml").read_text(encoding="utf-8"), loader)
+    for section in ("lora", "train"):
+        own = schema["$defs"][section]["properties"]
+        library = json.loads((Path(folder) / f"{section}.schema.json").read_text(encoding="utf-8"))
+        for name, field in own.items():
+            if "x-refused" in field:
+                own[name] = {"not": {}, "x-refused": field["x-refused"]}
+            elif "type" not in field and "enum" not in field:
+                own[name] = {key: library[name][key] for key in ("type", "enum", "items") if key in library[name]} | field
+        schema["$defs"][section]["properties"] = {**library, **own}
+    return schema
+
+
+def resolve(config: dict, schema: dict) -> dict:
+    """The config with all defaults, and `runs` completed: every run with its whole settings.
+
+    Raises ConfigError with every problem that can be seen without reading data or models.
+    """
+    known = set(schema["properties"])
+    config = _coerce(copy.deepcopy(dict(config)), schema, schema)
+    problems = _schema_problems(config, schema)
+    problems += [f"{key}: {value} is not a number" for key, value in _not_finite(config)]
+    if problems:
+        raise ConfigError(problems)
+    removed = {name for name, dataset in config.get("datasets", {}).items() if dataset is None}
+    _fill(config, schema, schema)
+    for name in [name for name, dataset in config["datasets"].items() if dataset is None]:
+        del config["datasets"][name]
+    config["runs"], problems = _resolve_runs(config, schema, removed)
+    problems += _name_problems(config)
+    for name, run in config["runs"].items():
+        problems += _run_problems(name, run, config["datasets"].get(run["dataset"]))
+    if problems:
+        raise ConfigError(problems)
+    return {key: value for key, value in config.items() if key in known}
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def _deref(schema: dict, root: dict) -> dict:
+    if "$ref" not in schema:
+        return schema
+    target = root
+    for part in schema["$ref"].removeprefix("#/").split("/"):
+        target = target[part]
+    return {**_deref(target, root), **{key: value for key, value in schema.items() if key != "$ref"}}
+
+
+def _coerce(value, schema: dict, root: dict):
+    """Undo what YAML makes of numbers and words: '1e-4' is a string to it, `no` and `off` are false, 2.0 is no integer.
+
+    `--config` makes strings of all nested values (Snakemake 9.27), so 'true' becomes a boolean again as well.
+    """
+    schema = _deref(schema, root)
+    if isinstance(value, dict):
+        other = schema.get("additionalProperties")
+        properties = schema.get("properties", {})
+        for key in value:
+            below = properties.get(key, other if isinstance(other, dict) else {})
+            value[key] = _coerce(value[key], below, root)
+        return value
+    if isinstance(value, list):
+        return [_coerce(item, schema.get("items", {}), root) for item in value]
+    types = schema.get("type", [])
+    types = {types} if isinstance(types, str) else set(types)
+    choices = schema.get("enum", [])
+    if value is False and "x-yaml-false" in schema:
+        return schema["x-yaml-false"]
+    if isinstance(value, str) and value not in choices:
+        if value in ("true", "false") and ("boolean" in types or value == "true" in choices or True in choices):
+            return value == "true"
+        if types & {"integer", "number"} and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
+            number = float(value)
+            return int(number) if number.is_integer() and "integer" in types else number
+    if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
+        return int(value)
+    return value
+
+
+def _schema_problems(config: dict, schema: dict) -> list[str]:
+    errors = sorted(
+        Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).iter_errors(config),
+        key=lambda error: [str(part) for part in error.absolute_path],
+    )
+    return list(dict.fromkeys(problem for error in errors for problem in _describe(error, schema)))
+
+
+def _describe(error, schema: dict) -> list[str]:
+    where = ".".join(str(part) for part in error.absolute_path)
+    value = error.instance
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = [key for key in value if key not in known]
+        return [_unknown_key(f"{where}.{key}" if where else str(key), str(key), known, schema) for key in unknown]
+    if "propertyNames" in error.absolute_schema_path:
+        return [f"{where}.{value}: not a name; use letters, digits, '.', '_' and '-' (at most 64), a letter or digit first"]
+    if error.validator == "not" and "x-refused" in error.schema:
+        return [f"{where}: not yours to set: {error.schema['x-refused']}"]
+    if error.validator == "type":
+        wanted = error.schema["type"]
+        wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
+        hint = " (quote it: YAML takes `no` for false)" if value is False and "string" in wanted else ""
+        return [f"{where}: expected {wanted}, got {value!r}{hint}"]
+    if error.validator == "enum":
+        choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in error.schema["enum"]]
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return [f"{where}: {value!r} is none of {', '.join(map(str, choices))}{hint}"]
+    if error.validator == "required":
+        missing = [key for key in error.schema["required"] if key not in value]
+        return [f"{where}.{key}: missing" for key in missing]
+    if error.validator in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        sign = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}[error.validator]
+        return [f"{where}: must be {sign} {error.validator_value}, got {value!r}"]
+    meaning = error.schema.get("description", "")
+    return [f"{where}: {error.message}{f' ({meaning})' if meaning else ''}"]
+
+
+def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
+    """What was probably meant: a key of that section with a similar name, or the section that has this key."""
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    if close:
+        return f"{where}: unknown key; did you mean {close[0]}?"
+    homes = []
+    for section in ("model", "dataset", "lora", "train", "eval"):
+        field = schema["$defs"][section]["properties"].get(key)
+        if field is not None and "x-refused" not in field:
+            homes.append({"dataset": "datasets.<name>"}.get(section, section))
+    if homes:
+        return f"{where}: unknown key here; it belongs in {' or '.join(homes)}"
+    return f"{where}: unknown key; known here: {some(sorted(known), 12)}"
+
+
+def _not_finite(value, where: str = "") -> list[tuple[str, float]]:
+    if isinstance(value, dict):
+        return [hit for key, item in value.items() for hit in _not_finite(item, f"{where}.{key}" if where else str(key))]
+    if isinstance(value, list):
+        return [hit for index, item in enumerate(value) for hit in _not_finite(item, f"{where}.{index}")]
+    return [(where, value)] if isinstance(value, float) and not math.isfinite(value) else []
+
+
+def _fill(value: dict, schema: dict, root: dict) -> None:
+    """Set what is missing to its default, below `value` and in all its sections but `runs`."""
+    schema = _deref(schema, root)
+    for key, below in schema.get("properties", {}).items():
+        below = _deref(below, root)
+        if key not in value and "default" in below:
+            value[key] = copy.deepcopy(below["default"])
+        if key != "runs" and isinstance(value.get(key), dict):
+            _fill(value[key], below, root)
+    other = schema.get("additionalProperties")
+    if isinstance(other, dict):
+        for key in value:
+            if isinstance(value[key], dict) and key not in schema.get("properties", {}):
+                _fill(value[key], other, root)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def merged(base: dict, override: dict) -> dict:
+    """`base` with `override` laid over it: dicts are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, list[str]]:
+    shared = {key: config[key] for key in ("seed", "model", "lora", "train", "eval")}
+    no_model: dict = {}
+    _fill(no_model, {"$ref": "#/$defs/model"}, schema)
+    overrides = {name: {} for name in config["datasets"]}
+    overrides |= {name: run for name, run in config["runs"].items() if run is not None}
+    runs, problems = {}, []
+    for name, override in overrides.items():
+        dataset = override.get("dataset", name)
+        if dataset in removed:
+            continue
+        if dataset not in config["datasets"]:
+            key = f"runs.{name}.dataset"
+            close = difflib.get_close_matches(dataset, config["datasets"], 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are: {some(config['datasets'])}"
+            problems.append(f"{key}: no dataset is named {dataset}{hint}")
+            continue
+        base = shared
+        if "name" in override.get("model", {}):
+            base = {**shared, "model": no_model}
+        runs[name] = merged(base, {**override, "dataset": dataset})
+    return runs, problems
+
+
+def _name_problems(config: dict) -> list[str]:
+    problems = []
+    seen: dict[str, str] = {}
+    for name in config["runs"]:
+        if name.lower() in RESERVED:
+            problems.append(f"runs.{name}: reserved name (results/{name.lower()} holds something else)")
+        if name.lower() in seen:
+            problems.append(
+                f"runs.{name}: there is also {seen[name.lower()]}; some file systems take the two for one folder"
+            )
+        seen[name.lower()] = name
+    return problems
+
+
+def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
+    problems = []
+    if not run["model"].get("name"):
+        problems.append(f"model.name: missing (run {name} needs it); a hub id or a local folder")
+    ids = [prompt["id"] for prompt in run["eval"]["prompts"]]
+    problems += [f"eval.prompts: the id {id} is there twice" for id in sorted({id for id in ids if ids.count(id) > 1})]
+    for prompt in run["eval"]["prompts"]:
+        if ("prompt" in prompt) == ("messages" in prompt):
+            problems.append(f"eval.prompts.{prompt['id']}: give either prompt or messages")
+        expect = prompt.get("expect", {})
+        if expect.get("exact") is True or expect.get("contains") is True or "match" in expect:
+            problems.append(
+                f"eval.prompts.{prompt['id']}.expect: true and match compare with a row's own answer, "
+                "and a prompt has none; give the text"
+            )
+    train = run["train"]
+    if train["load_best_model_at_end"] and train["eval_strategy"] == "no":
+        problems.append("train.eval_strategy: 'no' leaves no best by validation loss; set load_best_model_at_end: false")
+    if train["packing"] and dataset is not None and train.get("padding_free"):
+        problems.append("train.padding_free: packing has it already; leave it out")
+    return problems
+
+
+def same_as(config: dict, run: str, keys: tuple[str, ...]) -> str:
+    """The first run that has the same dataset and the same `keys` as `run`: what depends on no more is made once.
+
+    A key is a section ("eval") or, with a dot, one setting of it ("model.name").
+    """
+
+    def identity(settings: dict) -> str:
+        values = {}
+        for key in keys:
+            section, _, field = key.partition(".")
+            values[key] = settings[section][field] if field else settings[section]
+        return canonical([settings["dataset"], values])
+
+    wanted = identity(config["runs"][run])
+    return next(name for name, settings in config["runs"].items() if identity(settings) == wanted)
+
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's or dataset's name is a path. What could be both is one only if it exists."""
+    if name.startswith((".", "/", "~")) or any(char in name for char in "*?[") or _DATA_FILE.search(name):
+        return True
+    return Path(name).exists() or not _HUB_ID.match(name)
+
+
+def local_model(model: dict, paths: dict) -> str | None:
+    """The folder of a model that is on this machine, or None if it is to come from the hub."""
+    if paths["models"]:
+        mounted = Path(paths["models"]).expanduser() / model["name"]
+        if mounted.exists():
+            return str(mounted)
+    return str(Path(model["name"]).expanduser()) if is_local(model["name"]) else None
+
+
+def slug(name: str, revision: str | None = None) -> str:
+    """A folder's name for a hub id or a path; distinct for distinct ones."""
+    plain = re.sub(r"[^\w.-]+", "--", name.strip("./~"))
+    if revision:
+        plain += f"@{re.sub(r'[^A-Za-z0-9_.-]+', '-', revision)}"
+    if _HUB_ID.match(name) and (revision is None or re.fullmatch(r"[\w.-]+", revision)):
+        return plain
+    return f"{plain}-{sha256_text(canonical([name, revision]))[:6]}"
+
+
+def source_entries(source, dataset: dict) -> list[dict]:
+    """`source` in its long form: a list of {path, weight, columns, format}."""
+    entries = source if isinstance(source, list) else [source]
+    return [
+        {
+            "path": entry["path"] if isinstance(entry, dict) else entry,
+            "weight": entry.get("weight", 1) if isinstance(entry, dict) else 1,
+            "columns": entry.get("columns") or dataset["columns"] if isinstance(entry, dict) else dataset["columns"],
+            "format": entry.get("format", dataset["format"]) if isinstance(entry, dict) else dataset["format"],
+        }
+        for entry in entries
+    ]

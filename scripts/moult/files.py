@@ -1,0 +1,121 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from moult.errors import MoultError
+
+
+def canonical(value) -> str:
+    """JSON in one spelling: sorted keys, no spaces. NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: str | Path) -> dict[str, str]:
+    """{relative path: sha256} of every file below `folder`."""
+    folder = Path(folder)
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fsync(path: str | Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes `path`'s name when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield partial
+        fsync(partial)
+        partial.replace(path)
+        fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_file` for a folder. An older folder of that name goes only when the new one is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            # safetensors writes its files with mode 0600, whatever the umask: others must be able to serve them.
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+            fsync(file)
+        fsync(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Pretty, with sorted keys, so that equal values make equal files."""
+    write_text(path, json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable) -> None:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(canonical(row) + "\n")
+
+
+def read_json(path: str | Path):
+    """The JSON in a file of ours. Raises MoultError where it is missing or cut short."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoultError(f"{path} does not exist", "run the stage that makes it") from None
+    except json.JSONDecodeError as error:
+        raise MoultError(f"{path}:{error.lineno}: not JSON ({error.msg})", "delete it and run again") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict]:
+    """The rows of a JSON Lines file of ours."""
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,38 @@
+"""The same function over many items, in several processes, with one progress bar and the results in order."""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from moult.stage import progress
+
+
+def ordered_map(
+    function: Callable, items: Sequence, workers: int, what: str, setup: Callable = int, setup_args: tuple = (), chunk: int = 256
+) -> list:
+    """`[function(item) for item in items]`. `setup(*setup_args)` runs first, once in each process.
+
+    `function` and `setup` must be importable by name; what `setup` makes goes into a global of their module. The result
+    does not depend on `workers`.
+    """
+    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    results: list = []
+    with progress(len(items), what) as bar:
+        if workers <= 1 or len(chunks) <= 1:
+            setup(*setup_args)
+            for part in chunks:
+                results += [function(item) for item in part]
+                bar.update(len(part))
+            return results
+        # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(min(workers, len(chunks)), context, setup, setup_args) as pool:
+            for part in pool.map(_apply, [function] * len(chunks), chunks):
+                results += part
+                bar.update(len(part))
+    return results
+
+
+def _apply(function: Callable, part: Sequence) -> list:
+    return [function(item) for item in part]

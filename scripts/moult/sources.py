@@ -1,0 +1,190 @@
+"""Rows out of files: JSON, JSON Lines, CSV, TSV, Parquet, Arrow, each also gzipped; folders and globs of them.
+
+Our own readers, because those of `datasets` name neither file nor line when a row is bad, and guess a structure where
+they cannot read one. Every row comes with the place that it was read from, `name.jsonl:17`; the number is a line for
+JSON Lines, CSV and TSV, and the position of the row, from 1, elsewhere.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moult.errors import MoultError, some
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+def expand(path: str, split: str = "train") -> list[Path]:
+    """The data files that a path, a folder or a glob stands for, sorted. An Arrow folder stands for its `split`."""
+    plain = Path(path).expanduser()
+    if plain.is_file():
+        return [plain]
+    if plain.is_dir():
+        return _expand_folder(plain, split)
+    if any(char in path for char in "*?["):
+        files = sorted(Path(hit) for hit in glob.glob(str(plain), recursive=True))
+        files = [file for file in files if file.is_file()]
+        if files:
+            return files
+        raise MoultError(f"{path}: no file matches", "check the pattern; it is relative to the working directory")
+    raise MoultError(f"{path}: no such file or folder", "check datasets.<name>.source; it is relative to the working directory")
+
+
+def _expand_folder(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise MoultError(f"{folder}: has no split {split}", f"set datasets.<name>.split to one of {some(splits)}")
+        folder = folder / split
+    if (folder / "state.json").exists():  # written by datasets.save_to_disk
+        parts = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        return [folder / part["filename"] for part in parts]
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if not files:
+        raise MoultError(f"{folder}: holds no data files", f"supported: {', '.join(SUFFIXES)}, each also with .gz")
+    return files
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def read_rows(file: Path, name: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) for each row of a file. `name` is what places begin with.
+
+    Raises MoultError with the place for what cannot be read; a row that is read is a dict, its contents unchecked.
+    """
+    suffix = _suffix(file)
+    try:
+        if suffix in (".parquet", ".arrow"):
+            yield from _read_table(file, name, suffix)
+        elif suffix in (".jsonl", ".ndjson"):
+            yield from _read_json_lines(file, name)
+        elif suffix == ".json":
+            yield from _read_json(file, name)
+        elif suffix in (".csv", ".tsv"):
+            yield from _read_csv(file, name, "\t" if suffix == ".tsv" else ",")
+        else:
+            raise MoultError(f"{name}: unknown kind of file", f"supported: {', '.join(SUFFIXES)}, each also with .gz")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise MoultError(f"{name}: not a whole gzip file ({error})", "download or compress it again") from None
+    except OSError as error:
+        raise MoultError(f"{name}: cannot be read ({error.strerror or error})", "check the file and its permissions") from None
+
+
+def _read_text(file: Path, name: str) -> str:
+    data = gzip.open(file).read() if file.name.lower().endswith(".gz") else file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise MoultError(
+            f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
+            f"convert it, for example: iconv -f latin1 -t utf-8 {file.name} > fixed{file.suffix}",
+        ) from None
+
+
+def _parse_json(text: str, name: str, first_line: int = 1):
+    def refuse(constant: str):
+        raise MoultError(f"{name}:{first_line}: {constant} is not JSON", "write null instead")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "mend that line") from None
+    except RecursionError:
+        raise MoultError(f"{name}:{first_line}: nested too deeply to read", "remove or flatten that row") from None
+
+
+def _read_json_lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
+    # Not splitlines(), which also splits at U+2028 and the like, and those may stand unescaped in a JSON string.
+    for number, line in enumerate(_read_text(file, name).split("\n"), start=1):
+        if line.strip():
+            yield _checked(_parse_json(line, name, number), f"{name}:{number}")
+
+
+def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict]]:
+    text = _read_text(file, name)
+    if not text.strip():
+        return
+    value = _parse_json(text, name)
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list)]
+        if len(lists) != 1:
+            raise MoultError(
+                f"{name}: an object, where a list of rows belongs", "make it a list, or JSON Lines with the suffix .jsonl"
+            )
+        value = value[lists[0]]
+    if not isinstance(value, list):
+        raise MoultError(f"{name}: {type(value).__name__}, where a list of rows belongs", "make it a list of objects")
+    for number, row in enumerate(value, start=1):
+        yield _checked(row, f"{name}:{number}")
+
+
+def _checked(row, place: str) -> tuple[str, dict]:
+    if not isinstance(row, dict):
+        raise MoultError(f"{place}: {type(row).__name__}, where an object with columns belongs", "mend that row")
+    return place, row
+
+
+def _read_csv(file: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(_read_text(file, name), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                if len(cells) != len(header):
+                    raise MoultError(
+                        f"{name}:{line}: {len(cells)} cells, the header has {len(header)}",
+                        "quote cells that hold the delimiter; use .tsv for tabs",
+                    )
+                yield f"{name}:{line}", dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise MoultError(f"{name}:{reader.line_num}: not CSV: {error}", "mend that line's quotes") from None
+
+
+def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.name.lower().endswith(".gz"):
+            source = pyarrow.BufferReader(gzip.open(file).read())
+        else:
+            source = pyarrow.memory_map(str(file))
+        if suffix == ".parquet":
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches()
+        else:
+            batches = _arrow_batches(source)
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}:{number}", row
+    except pyarrow.ArrowException as error:
+        kind = suffix.removeprefix(".").capitalize()
+        raise MoultError(f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again") from None
+
+
+def _arrow_batches(source):
+    import pyarrow
+
+    # datasets writes the stream format; other tools write the file format.
+    try:
+        yield from pyarrow.ipc.open_stream(source)
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        reader = pyarrow.ipc.open_file(source)
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)

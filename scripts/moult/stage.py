@@ -1,0 +1,253 @@
+"""How every stage runs: one log that tells the story, one clear error at the end, secrets kept out of both.
+
+    with stage("prepare", args.log, settings) as console:
+        ...
+
+The console gets INFO, and at most one progress bar. The log file gets everything: DEBUG, warnings, and each line that
+a library prints. Snakemake deletes a rule's log before each attempt, so the file is written as
+`<folder>/attempts/<stage>-<UTC time>-<pid>.log` and the log that the rule names is a hard link to it: what an earlier
+attempt said stays.
+
+Exit codes: 0 done, 1 failed, 75 unfinished (the same command goes on), 130 interrupted, 143 terminated.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import reprlib
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moult import __version__
+from moult.errors import MoultError
+
+log = logging.getLogger("moult")
+
+# Loggers whose DEBUG lines are wire noise and may hold headers.
+_CHATTY = ("httpcore", "httpx", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba", "matplotlib")
+
+_SECRET_NAME = re.compile(r"token$|secret|passw|api_?key|authorization|credential", re.IGNORECASE)
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_MASK = "***"
+
+_console: "_Console | None" = None
+
+
+def redact(text: str) -> str:
+    """`text` without tokens: whatever looks like one, and the values of environment variables named like one."""
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, _MASK)
+    return _SECRET_TEXT.sub(_MASK, text)
+
+
+@contextlib.contextmanager
+def stage(name: str, log_path: str | None, settings: dict | None = None) -> Iterator[logging.Logger]:
+    """Run the block as stage `name`: log to `log_path`, turn errors into one message, and exit.
+
+    `settings` are written to the log first. Raises SystemExit when the block fails.
+    """
+    global _console
+    path = Path(log_path or f"logs/{name}.log")
+    file = _open_log(path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        stream = stack.enter_context(_capture_output(file))
+        _console = _Console(stream, name)
+        _set_up_logging(file)
+        signal.signal(signal.SIGTERM, _exit_on_signal)
+        log.debug("%s, Moult %s, Python %s on %s", name, __version__, platform.python_version(), platform.node())
+        log.debug("command: %s", " ".join(sys.argv))
+        log.debug("settings: %s", json.dumps(settings or {}, indent=2, sort_keys=True, default=str))
+        started = time.monotonic()
+        try:
+            yield log
+        except MoultError as error:
+            log.debug("where it was raised:\n%s", _traceback_with_locals(error))
+            _fail(path, name, error.what, error.fix)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            log.error("%s interrupted; run the same command again to go on", name)
+            raise SystemExit(130) from None
+        except Exception as error:
+            log.debug("%s", _traceback_with_locals(error))
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            _fail(
+                path,
+                name,
+                f"{type(error).__name__}: {first_line}",
+                "unexpected; the log has the traceback with the values of all variables",
+            )
+            raise SystemExit(1) from None
+        log.debug("%s done in %.1f s", name, time.monotonic() - started)
+
+
+def _fail(path: Path, name: str, what: str, fix: str) -> None:
+    log.error("%s failed: %s", name, what)
+    log.error("%s(log: %s)", f"what to do: {fix} " if fix else "", path)
+
+
+def _exit_on_signal(number: int, frame: types.FrameType | None) -> None:
+    # Raising lets `atomic_folder` and the like clean up, which dying from the signal would not.
+    raise SystemExit(128 + number)
+
+
+def _open_log(path: Path):
+    attempts = path.parent / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    attempt = attempts / f"{path.stem}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
+    file = attempt.open("a", encoding="utf-8", buffering=1, errors="backslashreplace")
+    path.unlink(missing_ok=True)
+    try:
+        path.hardlink_to(attempt)
+    except OSError:  # a file system without hard links
+        path.symlink_to(attempt.relative_to(path.parent))
+    return file
+
+
+@contextlib.contextmanager
+def _capture_output(file):
+    """Send what is written to descriptors 1 and 2 to the log, and yield a stream to the real console.
+
+    At the level of descriptors, because CUDA, tokenizers and child processes do not know `sys.stdout`.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved_out, saved_err = os.dup(1), os.dup(2)
+    console = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+
+    def pump() -> None:
+        with os.fdopen(read_end, encoding="utf-8", errors="backslashreplace", newline=None) as lines:
+            for line in lines:
+                if line.strip():
+                    file.write(f"{_now()} OUTPUT  {redact(line.rstrip())}\n")
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        yield console
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved_out, 1)
+        os.dup2(saved_err, 2)
+        os.close(saved_out)
+        os.close(saved_err)
+        # A child that outlives the stage holds the pipe open: do not wait for it.
+        thread.join(timeout=2)
+        console.close()
+
+
+def _now() -> str:
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def _set_up_logging(file) -> None:
+    to_file = logging.StreamHandler(file)
+    to_file.setFormatter(_Redacting("%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [to_file]
+    root.setLevel(logging.DEBUG)
+    log.handlers = [_console]
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Console(logging.Handler):
+    """INFO and above on the real standard error, above the progress bar if there is one."""
+
+    def __init__(self, stream, name: str):
+        super().__init__(logging.INFO)
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+        self.setFormatter(_Redacting(f"%(asctime)s {name:<14} %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except (OSError, ValueError):  # the terminal went away: the work goes on
+            self.handleError(record)
+
+
+class progress:
+    """The one progress bar: `with progress(total, "rows") as bar: bar.update(n)`, or `for x in progress.over(xs, "rows")`.
+
+    On a terminal a tqdm bar; elsewhere (Slurm, CI) a line in the log every ten seconds.
+    """
+
+    every_seconds = 10.0
+
+    def __init__(self, total: int, what: str, initial: int = 0):
+        self.total, self.what, self.done = total, what, initial
+        self.started = self.reported = time.monotonic()
+        self.bar = None
+        if _console is not None and _console.is_terminal:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=initial, desc=what, file=_console.stream, leave=False, dynamic_ncols=True)
+
+    @classmethod
+    def over(cls, items: Iterable, what: str, total: int | None = None) -> Iterator:
+        with cls(len(items) if total is None else total, what) as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.reported > self.every_seconds:
+            self.reported = time.monotonic()
+            log.info("%s: %s of %s%s", self.what, f"{self.done:,}", f"{self.total:,}", f", {note}" if note else "")
+
+    def __enter__(self) -> "progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _traceback_with_locals(error: BaseException) -> str:
+    """The traceback, each frame with its variables: short values only, secrets masked."""
+    shorten = reprlib.Repr(maxstring=200, maxother=200, maxlist=8, maxdict=12, maxlevel=3)
+    lines = []
+    for frame, line_number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        lines.append(f'  File "{code.co_filename}", line {line_number}, in {code.co_name}')
+        for name, value in frame.f_locals.items():
+            if isinstance(value, types.ModuleType | types.FunctionType | type):
+                continue
+            try:
+                shown = _MASK if _SECRET_NAME.search(name) else shorten.repr(value)
+            except Exception as failure:
+                shown = f"<repr failed: {type(failure).__name__}>"
+            lines.append(f"      {name} = {shown}")
+    chain = "".join(traceback.format_exception(error))
+    return f"{chain}variables, outermost frame first:\n" + "\n".join(lines)

@@ -1,0 +1,391 @@
+"""Make training and validation rows out of a dataset, and account for each row that was read.
+
+    python scripts/prepare.py --settings '{"sources": [{"path": "data.jsonl", ...}], ...}' \\
+        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl \\
+        --metadata results/prepared/demo/metadata.json
+
+First stage after fetch; needs no model. In this order: read -> normalise to one shape -> drop broken and empty rows ->
+drop exact duplicates -> language filter -> sample -> split by group -> check that train and val share nothing -> repeat
+by weight. Weights come last: a row repeated before the split would land on both sides. Same input and seed, same bytes.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from moult.errors import MoultError, some
+
+
+@dataclass
+class Row:
+    """One row on its way. `content` is its canonical JSON, `key` the hash of that."""
+
+    place: str
+    source: int
+    content: str
+    key: str
+    group: str
+    language: str = ""
+
+
+@dataclass
+class Ledger:
+    """Where each row that was read has gone."""
+
+    read: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    turns_cut: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, place: str, message: str = "") -> None:
+        self.dropped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < 5:
+            examples.append(f"{place}: {message}" if message else place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--train", required=True, help="training rows to write (.jsonl)")
+    parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
+    parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
+    parser.add_argument("--threads", type=int, default=1, help="processes for language detection")
+    parser.add_argument("--log", help="log file (default: logs/prepare.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    with stage("prepare", args.log, settings) as log:
+        prepare(settings, args, log)
+
+
+def prepare(settings: dict, args, log) -> None:
+    from moult.files import write_json, write_jsonl
+
+    ledger = Ledger()
+    rows, files = read(settings["sources"], settings, ledger)
+    log.info("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
+    stop_at_broken_rows(ledger, settings["broken"])
+    rows = without_duplicates(rows, ledger)
+    val_rows, val_ledger, val_files = None, None, []
+    if settings["val_sources"]:
+        val_ledger = Ledger()
+        val_rows, val_files = read(settings["val_sources"], settings, val_ledger)
+        stop_at_broken_rows(val_ledger, settings["broken"])
+        val_rows = without_duplicates(val_rows, val_ledger)
+        val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
+    rows = in_languages(rows, settings, args.threads, sample_order(rows, settings), ledger)
+    if val_rows is None:
+        train_rows, val_rows = split(rows, settings["val_size"], settings["seed"])
+    else:
+        train_rows = without_val_rows(rows, val_rows, ledger)
+    check_ledger(ledger, len(train_rows) + (0 if val_ledger else len(val_rows)))
+    if val_ledger:
+        check_ledger(val_ledger, len(val_rows))
+    check_not_empty(train_rows, val_rows, ledger, val_ledger)
+    overlap = check_overlap(train_rows, val_rows)
+    weights = [source["weight"] for source in settings["sources"]]
+    train_lines, weighting = weighted(train_rows, weights, settings["seed"])
+
+    write_jsonl(args.train, train_lines)
+    write_jsonl(args.val, (line(row) for row in val_rows))
+    write_json(
+        args.metadata,
+        {
+            "schema_version": 1,
+            "sources": files,
+            "val_sources": val_files,
+            "ledger": entry(ledger),
+            "val_ledger": entry(val_ledger) if val_ledger else None,
+            "train": summary(train_rows, written=len(train_lines), **weighting),
+            "val": summary(val_rows, written=len(val_rows)),
+            "overlap": overlap,
+            "seed": settings["seed"],
+        },
+    )
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items()))
+    log.info("%s train and %s val rows; dropped: %s", f"{len(train_lines):,}", f"{len(val_rows):,}", dropped or "none")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row], list[dict]]:
+    """All rows that can be training rows, and the files that they came from with their hashes."""
+    from moult.files import sha256_file
+    from moult.sources import expand, read_rows
+    from moult.stage import progress
+
+    files = []
+    for index, source in enumerate(sources):
+        for path in expand(source["path"], settings["split"]):
+            files.append({"path": str(path), "source": index, "sha256": sha256_file(path), "rows": 0, "format": None})
+    names = Counter(file["path"].rsplit("/", 1)[-1] for file in files)
+    rows: list[Row] = []
+    for file in progress.over(files, "files"):
+        name = file["path"].rsplit("/", 1)[-1]
+        # Ids must be distinct, so files of the same name go by their path.
+        name = name if names[name] == 1 else file["path"]
+        source = sources[file["source"]]
+        for place, raw in read_rows_of(file, name, read_rows):
+            ledger.read += 1
+            file["rows"] += 1
+            row = to_row(place, raw, source, file, ledger)
+            if row is not None:
+                rows.append(row)
+    if ledger.read == 0:
+        raise MoultError(f"{some([file['path'] for file in files])}: no rows", "the files are empty; check datasets.<name>.source")
+    return rows, files
+
+
+def read_rows_of(file: dict, name: str, read_rows):
+    from pathlib import Path
+
+    return read_rows(Path(file["path"]), name)
+
+
+def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:
+    """The row in the one shape, or None, counted in the ledger, if it cannot be a training row."""
+    from moult.conversation import BadRow, find_format, normalise
+    from moult.files import canonical, sha256_text
+
+    columns = source["columns"]
+    # A missing value and a missing column are the same to Parquet and CSV, which have each column in each row.
+    present = {column for column, value in raw.items() if value is not None}
+    try:
+        format_name = find_format(columns, present, source["format"])
+        row, cut = normalise(raw, columns, format_name)
+    except BadRow as bad:
+        ledger.drop(bad.reason, place, str(bad))
+        return None
+    ledger.turns_cut += cut
+    file["format"] = format_name if file["format"] in (None, format_name) else "mixed"
+    content = canonical(row)
+    group = raw.get(columns.get("group", "group"))
+    if group is None:
+        group = prompt_of(row)
+    return Row(place, file["source"], content, sha256_text(content), sha256_text(canonical(group)))
+
+
+def prompt_of(row: dict):
+    """What makes rows belong together where no group is given: everything before the first answer."""
+    if "text" in row:
+        return row["text"]
+    first = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
+    return [message["content"] for message in row["messages"][:first]]
+
+
+def stop_at_broken_rows(ledger: Ledger, policy: str) -> None:
+    broken = {reason: count for reason, count in ledger.dropped.items() if reason != "empty"}
+    if broken and policy == "error":
+        examples = "\n    ".join(text for reason in broken for text in ledger.examples[reason])
+        raise MoultError(
+            f"{sum(broken.values()):,} of {ledger.read:,} rows cannot be training rows:\n    {examples}",
+            "mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
+        )
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def without_duplicates(rows: list[Row], ledger: Ledger) -> list[Row]:
+    """The first row of each content. A copy in another source counts as well."""
+    seen: set[str] = set()
+    kept = []
+    for row in rows:
+        if row.key in seen:
+            ledger.drop("duplicate", row.place)
+        else:
+            seen.add(row.key)
+            kept.append(row)
+    return kept
+
+
+def draw(seed: int, *what: str) -> float:
+    """A number in [0, 1) that depends on nothing but the seed and the words: no order, no library, no version."""
+    from moult.files import sha256_text
+
+    return int(sha256_text("\0".join([str(seed), *what]))[:16], 16) / 2**64
+
+
+def sample_order(rows: list[Row], settings: dict) -> int | None:
+    return None if settings["sample_size"] == "full" else settings["sample_size"]
+
+
+def in_languages(rows: list[Row], settings: dict, workers: int, sample: int | None, ledger: Ledger) -> list[Row]:
+    """The rows in the wanted languages; at most `sample` of them, drawn by hash, in the order in which they were read.
+
+    Rows are looked at in the drawn order until there are enough, so a small sample of a large dataset is cheap.
+    """
+    order = list(rows) if sample is None else sorted(rows, key=lambda row: (draw(settings["seed"], "sample", row.key), row.place))
+    enough = len(order) if sample is None else sample
+    kept: list[Row] = []
+    start = 0
+    while start < len(order) and len(kept) < enough:
+        part = order[start : start + max(enough - len(kept), 512)]
+        start += len(part)
+        for row in with_language(part, settings, workers):
+            if row.language and not wanted(row.language, settings):
+                ledger.drop(f"language_{row.language}", row.place)
+            elif len(kept) < enough:
+                kept.append(row)
+            else:
+                ledger.drop("not_sampled", row.place)
+    for row in order[start:]:
+        ledger.drop("not_sampled", row.place)
+    position = {row.place: index for index, row in enumerate(rows)}
+    return sorted(kept, key=lambda row: position[row.place])
+
+
+def with_language(rows: list[Row], settings: dict, workers: int) -> list[Row]:
+    from moult.parallel import ordered_map
+
+    if settings["languages"]:
+        contents = [row.content for row in rows]
+        detector = settings["language_detector"]
+        found = ordered_map(language_of, contents, workers, "rows: language", set_detector, (detector,))
+        for row, language in zip(rows, found, strict=True):
+            row.language = language
+    return rows
+
+
+def set_detector(name: str) -> None:
+    global _detect
+    from moult.language import detector
+
+    _detect = detector(name)
+
+
+def language_of(content: str) -> str:
+    """The row's language, or languages: "en+zh"."""
+    from moult.language import languages_of, spoken_texts
+
+    return "+".join(languages_of(spoken_texts(json.loads(content)), _detect))
+
+
+def wanted(language: str, settings: dict) -> bool:
+    """Whether all of a row's languages are wanted ones."""
+    from moult.language import UNKNOWN
+
+    allowed = set(settings["languages"]) | ({UNKNOWN} if settings["unknown_language"] == "keep" else set())
+    return set(language.split("+")) <= allowed
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------
+
+
+def split(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, val): whole groups go to val in the order of their hashes until it has `val_size`, a share or a number.
+
+    A group that would overshoot by more than val_size is left in train.
+    """
+    if not rows:
+        return [], []
+    target = max(1, round(val_size * len(rows))) if val_size < 1 else int(val_size)
+    sizes = Counter(row.group for row in rows)
+    chosen: set[str] = set()
+    count = 0
+    for group in sorted(sizes, key=lambda group: (draw(seed, "split", group), group)):
+        if count >= target:
+            break
+        if count + sizes[group] <= max(target + target // 2, 1):
+            chosen.add(group)
+            count += sizes[group]
+    train = [row for row in rows if row.group not in chosen]
+    val = [row for row in rows if row.group in chosen]
+    if not train or not val:
+        raise MoultError(
+            f"{len(rows):,} rows in {len(sizes):,} groups cannot be split into train and {target:,} val rows",
+            "set datasets.<name>.val_size, val_source, or columns.group (rows with the same prompt are one group)",
+        )
+    return train, val
+
+
+def without_val_rows(rows: list[Row], val_rows: list[Row], ledger: Ledger) -> list[Row]:
+    """The training rows that share neither content nor group with a given validation set."""
+    keys, groups = {row.key for row in val_rows}, {row.group for row in val_rows}
+    kept = []
+    for row in rows:
+        if row.key in keys or row.group in groups:
+            ledger.drop("in_val", row.place)
+        else:
+            kept.append(row)
+    return kept
+
+
+def check_ledger(ledger: Ledger, kept: int) -> None:
+    dropped = sum(ledger.dropped.values())
+    if ledger.read != kept + dropped:
+        raise MoultError(
+            f"the ledger does not add up: read {ledger.read:,}, kept {kept:,}, dropped {dropped:,}", "this is a bug in prepare"
+        )
+
+
+def check_not_empty(train: list[Row], val: list[Row], ledger: Ledger, val_ledger: Ledger | None) -> None:
+    for name, rows, counts in (("training", train, ledger), ("validation", val, val_ledger or ledger)):
+        if not rows:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.most_common())
+            raise MoultError(
+                f"no {name} row is left of {counts.read:,} (dropped: {reasons or 'none'})",
+                "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, broken",
+            )
+
+
+def check_overlap(train: list[Row], val: list[Row]) -> dict[str, int]:
+    """How many rows and groups are on both sides: none, or the run stops."""
+    rows = len({row.key for row in train} & {row.key for row in val})
+    groups = len({row.group for row in train} & {row.group for row in val})
+    if rows or groups:
+        raise MoultError(f"train and val share {rows:,} rows and {groups:,} groups", "this is a bug in prepare")
+    return {"rows": rows, "groups": groups}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def weighted(rows: list[Row], weights: list[float], seed: int) -> tuple[list[dict], dict[str, int]]:
+    """The training lines, each row as often as its source's weight says, and how many that added and left out."""
+    lines: list[dict] = []
+    repeated = left_out = 0
+    for row in rows:
+        weight = weights[row.source]
+        times = math.floor(weight) + (draw(seed, "weight", row.key) < weight % 1)
+        left_out += times == 0
+        repeated += max(times - 1, 0)
+        lines += [line(row, copy) for copy in range(times)]
+    return lines, {"repeated": repeated, "left_out_by_weight": left_out}
+
+
+def line(row: Row, copy: int = 0) -> dict:
+    identity = {"id": f"{row.place}#{copy + 1}" if copy else row.place, "group": row.group[:16], "source": row.source}
+    language = {"language": row.language} if row.language else {}
+    return {**identity, **language, **json.loads(row.content)}
+
+
+def entry(ledger: Ledger) -> dict:
+    return {
+        "read": ledger.read,
+        "dropped": dict(ledger.dropped),
+        "kept": ledger.read - sum(ledger.dropped.values()),
+        "turns_cut": ledger.turns_cut,
+        "examples": ledger.examples,
+    }
+
+
+def summary(rows: list[Row], written: int, **weighting: int) -> dict:
+    return {
+        "rows": len(rows),
+        "groups": len({row.group for row in rows}),
+        "written": written,
+        "by_source": dict(Counter(str(row.source) for row in rows)),
+        "by_language": dict(Counter(row.language for row in rows if row.language)),
+        **weighting,
+    }
+
+
+if __name__ == "__main__":
+    main()
