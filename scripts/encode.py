@@ -1,0 +1,337 @@
+"""Turn prepared rows into token ids and labels, once; the trainer uses them as they are.
+
+    python scripts/encode.py --settings '{"max_length": 512, ...}' --model config/demo/base \\
+        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl --out results/demo/tokens
+
+After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (a sequence per line: id, group, source,
+input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is none), `report.json` (where
+every row and token went), `preview.html` (ten rows with what is trained marked). moult/chat.py makes the labels and
+holds the gates; here they are counted, and what is too long is dealt with.
+"""
+
+import argparse
+import html
+import json
+from collections import Counter
+from pathlib import Path
+
+from moult.errors import MoultError, some
+
+PREVIEWED = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--model", required=True, help="folder of the base model (only its tokenizer is read)")
+    parser.add_argument("--templates", default="config/chat_templates", help="folder of the shipped chat templates")
+    parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
+    parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--threads", type=int, default=1, help="processes")
+    parser.add_argument("--log", help="log file (default: logs/encode.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    with stage("encode", args.log, settings) as log:
+        encode(settings, args, log)
+
+
+def encode(settings: dict, args, log) -> None:
+    from moult.chat import Chat, choose_template
+    from moult.files import read_json, read_jsonl, sha256_text, write_json, write_text
+
+    template, origin = choose_template(args.model, settings["chat_template"], args.templates, settings["trust_remote_code"])
+    rows = {"train": list(read_jsonl(args.train)), "val": list(read_jsonl(args.val))}
+    if template is None and any("messages" in row for part in rows.values() for row in part):
+        raise MoultError(
+            f"{args.model}: the tokenizer has no chat template, and the rows are conversations",
+            "set model.chat_template: chatml (the shipped one), or the path of a Jinja file",
+        )
+    chat_settings = (args.model, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
+    chat = Chat(*chat_settings)
+    vocabulary = read_json(Path(args.model) / "config.json")
+    vocabulary = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
+
+    report = {"schema_version": 1, "template": {"origin": origin, "sha256": sha256_text(template or "")}}
+    out = Path(args.out)
+    sequences: dict[str, list[dict]] = {}
+    for part in ("train", "val"):
+        made, report[part] = encode_rows(part, rows[part], chat_settings, settings, args.threads)
+        sequences[part], report[part]["length"] = limit_length(part, made, settings)
+        report[part] |= count_tokens(sequences[part])
+        check_vocabulary(part, sequences[part], vocabulary)
+        warn_of_lost_characters(part, report[part], log)
+    stop = check_stop_tokens(sequences["train"], chat)
+    report |= {"pad_token_id": chat.pad_id, "stop": stop, "vocabulary": vocabulary, "max_length": settings["max_length"]}
+
+    write_text(out / "chat_template.jinja", template or "")
+    for part in ("train", "val"):
+        write_sequences(out / f"{part}.parquet", sequences[part])
+    write_text(out / "preview.html", preview(sequences["train"], chat, origin))
+    write_json(out / "report.json", report)
+    for part in ("train", "val"):
+        log.info(
+            "%s: %s sequences, %s tokens, %.0f %% of them trained; longest %s",
+            part,
+            f"{report[part]['sequences']:,}",
+            f"{report[part]['tokens']:,}",
+            100 * report[part]["trained_share"],
+            f"{report[part]['length']['longest_kept']:,}",
+        )
+
+
+# --- rows to sequences ------------------------------------------------------------------------------------------------
+
+
+def encode_rows(part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int) -> tuple[list[dict], dict]:
+    """The sequences of all rows, and the account of the rows. Raises MoultError for rows that cannot be rendered."""
+    from moult.parallel import ordered_map
+
+    results = ordered_map(encode_row, rows, workers, f"{part} rows: tokens", set_chat, chat_settings)
+    made = [sequence for result in results for sequence in result["sequences"]]
+    refused = [(row["id"], result["reason"], result["message"]) for row, result in zip(rows, results, strict=True) if "reason" in result]
+    reasons = Counter(reason for _, reason, _ in refused)
+    if refused and (settings["unrenderable"] == "error" or len(refused) == len(rows)):
+        first = {reason: f"{place}: {message}" for place, reason, message in reversed(refused)}
+        listing = "\n    ".join(f"{count:,} {reason}, for example {first[reason]}" for reason, count in reasons.most_common())
+        raise MoultError(
+            f"{len(refused):,} of {len(rows):,} {part} rows cannot be shown by the chat template as they are:\n    {listing}",
+            "mend the rows, choose another model.chat_template (or its chat_template_kwargs), "
+            "or leave such rows out with datasets.<name>.unrenderable: drop",
+        )
+    lost: Counter = Counter()
+    for result in results:
+        lost.update(result["lost"])
+    return made, {
+        "rows": len(rows),
+        "unrenderable": dict(reasons),
+        "rows_in_several_sequences": sum(len(result["sequences"]) > 1 for result in results),
+        "lost_characters": {"count": lost.total(), "rows": sum(bool(result["lost"]) for result in results), "which": dict(lost.most_common(20))},
+    }
+
+
+def set_chat(*chat_settings) -> None:
+    global _chat
+    from moult.chat import Chat
+
+    _chat = Chat(*chat_settings)
+
+
+def encode_row(row: dict) -> dict:
+    """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered."""
+    from moult.chat import IGNORE, Unrenderable
+
+    said = row["text"] if "text" in row else "".join(message["content"] for message in row["messages"])
+    try:
+        sequences = _chat.encode(row)
+    except Unrenderable as refusal:
+        return {"sequences": [], "lost": "", "reason": refusal.reason, "message": str(refusal)}
+    return {
+        "lost": _chat.lost_characters(said),
+        "sequences": [
+            {
+                "id": row["id"],
+                "group": row["group"],
+                "source": row["source"],
+                "input_ids": sequence.input_ids,
+                "labels": sequence.labels,
+                "answer_start": sequence.answer_start,
+                "trained_bytes": len(_chat.decode([label for label in sequence.labels if label != IGNORE], special=False).encode()),
+            }
+            for sequence in sequences
+        ],
+    }
+
+
+def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list[dict], dict]:
+    """Deal with sequences over max_length as `overlength` says, within `max_token_loss`. Returns what is kept and the account."""
+    from moult.chat import IGNORE
+
+    limit = settings["max_length"]
+    lengths = sorted(len(sequence["input_ids"]) for sequence in sequences)
+    over = sum(length > limit for length in lengths)
+    share = over / len(sequences)
+    advice = ", ".join(f"{quantile(lengths, q):,} ({q:.0%})" for q in (0.95, 0.99, 1.0))
+    if over and settings["overlength"] == "error":
+        raise MoultError(
+            f"{over:,} of {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
+            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice}), or set overlength: drop or truncate",
+        )
+    kept, trained, lost, cut, without_answer = [], 0, 0, 0, 0
+    for sequence in sequences:
+        count = sum(label != IGNORE for label in sequence["labels"])
+        trained += count
+        if len(sequence["input_ids"]) > limit:
+            if settings["overlength"] == "drop":
+                lost += count
+                continue
+            cut += 1
+            sequence = {**sequence, "input_ids": sequence["input_ids"][:limit], "labels": sequence["labels"][:limit]}
+            left = sum(label != IGNORE for label in sequence["labels"])
+            lost += count - left
+            if left == 0:
+                without_answer += 1
+                continue
+            sequence["answer_start"] = -1
+            # Bytes per token stay what they were, to the nearest byte.
+            sequence["trained_bytes"] = round(sequence["trained_bytes"] * left / count)
+        kept.append(sequence)
+    if not kept:
+        raise MoultError(
+            f"all {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
+            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice})",
+        )
+    if lost > settings["max_token_loss"] * trained:
+        raise MoultError(
+            f"max_length {limit:,} costs {lost / trained:.1%} of the trained {part} tokens ({over:,} sequences, {share:.1%}, are longer), "
+            f"over max_token_loss {settings['max_token_loss']:.1%}",
+            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice}), or max_token_loss",
+        )
+    return kept, {
+        "longest": lengths[-1],
+        "longest_kept": max(len(sequence["input_ids"]) for sequence in kept),
+        "quantiles": {f"{q:g}": quantile(lengths, q) for q in (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)},
+        "over_max_length": over,
+        "dropped": over - cut,
+        "truncated": cut,
+        "truncated_before_the_answer": without_answer,
+        "trained_tokens_made": trained,
+        "trained_tokens_lost": lost,
+    }
+
+
+def quantile(values: list[int], q: float) -> int:
+    """The smallest of the sorted `values` that is not below a share `q` of them."""
+    return values[min(len(values) - 1, max(0, -(-int(q * 1_000_000) * len(values) // 1_000_000) - 1))]
+
+
+# --- gates and counts -------------------------------------------------------------------------------------------------
+
+
+def count_tokens(sequences: list[dict]) -> dict:
+    from moult.chat import IGNORE
+
+    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
+    trained = sum(label != IGNORE for sequence in sequences for label in sequence["labels"])
+    empty = [sequence["id"] for sequence in sequences if all(label == IGNORE for label in sequence["labels"])]
+    if empty:
+        raise MoultError(f"{len(empty):,} sequences train nothing: {some(empty)}", "this is a bug in encode")
+    return {"sequences": len(sequences), "tokens": tokens, "trained_tokens": trained, "trained_share": trained / tokens}
+
+
+def check_vocabulary(part: str, sequences: list[dict], vocabulary: int | None) -> None:
+    largest, where = max((max(sequence["input_ids"]), sequence["id"]) for sequence in sequences)
+    if vocabulary is not None and largest >= vocabulary:
+        raise MoultError(
+            f"{part} row {where}: token {largest} is outside the model's vocabulary of {vocabulary:,}",
+            "tokenizer and model do not belong together, or tokens were added without resizing the model",
+        )
+
+
+def warn_of_lost_characters(part: str, report: dict, log) -> None:
+    lost = report["lost_characters"]
+    if lost["count"]:
+        log.warning(
+            "%s: this tokenizer has no tokens for %s characters in %s rows and leaves them out: %s",
+            part,
+            f"{lost['count']:,}",
+            f"{lost['rows']:,}",
+            " ".join(lost["which"]),
+        )
+
+
+def check_stop_tokens(sequences: list[dict], chat) -> dict:
+    """Which tokens end the trained turns, and whether generation already stops at them.
+
+    `added` are those it does not: the template ends turns with a special token that generation_config.json does not
+    name (a base model with a chat template, usually). merge and finetune write them into the generation config.
+    """
+    from moult.chat import IGNORE
+
+    ends: Counter = Counter()
+    for sequence in sequences:
+        labels = [*sequence["labels"], IGNORE]
+        ends.update(labels[i] for i in range(len(labels) - 1) if labels[i] != IGNORE and labels[i + 1] == IGNORE)
+    trained = sorted(token for token in ends if token in chat.stop_ids or token in chat.special_ids)
+    learnt = sum(ends[token] for token in trained)
+    # Only truncation leaves a turn without its end.
+    if learnt < ends.total() / 2:
+        raise MoultError(
+            f"only {learnt:,} of {ends.total():,} trained turns end with a stop token: the model would not learn to stop",
+            "raise datasets.<name>.max_length, or set overlength: drop",
+        )
+    return {
+        "trained_ends": ends.total(),
+        "with_stop_token": learnt,
+        "token_ids": trained,
+        "tokens": [chat.decode([token]) for token in trained],
+        "added": [token for token in trained if token not in chat.stop_ids],
+        "generation_stop_ids": sorted(chat.stop_ids | set(trained)),
+    }
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_sequences(path: Path, sequences: list[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from moult.files import atomic_file
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("group", pa.string()),
+            ("source", pa.int32()),
+            ("input_ids", ids),
+            ("labels", ids),
+            ("answer_start", pa.int32()),
+            ("trained_bytes", pa.int32()),
+        ]
+    )
+    with atomic_file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(sequences, schema), partial, compression="zstd")
+
+
+def preview(sequences: list[dict], chat, origin: str) -> str:
+    """A page with a few sequences, evenly picked; what is trained is marked, and each token shows its id on hover."""
+    from moult.chat import IGNORE
+
+    step = max(1, len(sequences) // PREVIEWED)
+    articles = []
+    for sequence in sequences[::step][:PREVIEWED]:
+        tokens = []
+        for token, label in zip(sequence["input_ids"], sequence["labels"], strict=True):
+            text = html.escape(chat.decode([token])).replace("\n", "↵\n")
+            kind = "trained" if label != IGNORE else "context"
+            tokens.append(f'<span class="{kind}" title="{token}">{text}</span>')
+        trained = sum(label != IGNORE for label in sequence["labels"])
+        title = f"{html.escape(sequence['id'])}: {trained} of {len(sequence['labels'])} tokens trained"
+        articles.append(f"<h2>{title}</h2>\n<pre>{''.join(tokens)}</pre>")
+    return PAGE.format(origin=html.escape(origin), articles="\n".join(articles))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
+pre {{ white-space: pre-wrap; padding: 1rem; border: 1px solid #8884; border-radius: 6px; }}
+.context {{ opacity: .65; }}
+.trained {{ background: #2a93; border-bottom: 2px solid #2a9; }}
+span:hover {{ outline: 1px solid currentColor; }}
+</style></head><body>
+<h1>What is trained</h1>
+<p>Marked tokens carry a label, all others are context. Hover shows a token's id. Chat template: {origin}.</p>
+{articles}
+</body></html>
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""From conversations to token ids and labels: one template, one tokenizer, the same in training and at inference.
+
+The labels come from rendering prefixes: the prompt of an assistant turn is what the server would render for it
+(`add_generation_prompt`), and what is trained is what the template adds to that, up to the token that ends the turn. So
+the mask needs no knowledge of the template, works with templates that have no `{% generation %}` markers, and where they
+have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/transformers#34172).
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from moult.errors import MoultError, some
+from moult.files import read_json, sha256_text
+
+log = logging.getLogger("moult")
+
+IGNORE = -100  # the label of a token that is not trained (torch's CrossEntropyLoss)
+
+# Templates that print today's date (strftime_now) would make other tokens each day.
+TEMPLATE_DATE = date(2026, 1, 1)
+
+
+class Unrenderable(Exception):
+    """A row that the template cannot show as it is. `reason` names the report's entry."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class Sequence:
+    """What is trained in one forward pass.
+
+    input_ids, labels: int lists of equal length; labels hold IGNORE where nothing is trained.
+    answer_start: index of the first token of the row's last answer, or -1 if that is not in this sequence.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    answer_start: int
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False):
+    """The tokenizer in a model folder. Raises MoultError where there is none that is whole."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, or what tokenizers raises
+        raise MoultError(f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}", "add tokenizer.json") from error
+    if not tokenizer.is_fast:
+        raise MoultError(f"{folder}: the tokenizer has no tokenizer.json", "convert it: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+    return tokenizer
+
+
+class Chat:
+    """A tokenizer with its template.
+
+    Args:
+        folder: the model's folder.
+        template: the template's text, or None for plain text only.
+        template_kwargs: variables for the template, such as {"enable_thinking": False}.
+
+    Attributes: `tokenizer`; `stop_ids`, the tokens that end generation by the model's own settings; `pad_id`, a token
+    that is none of those.
+    """
+
+    def __init__(self, folder: str, template: str | None, template_kwargs: dict | None = None, trust_remote_code: bool = False):
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        self.template = template
+        self.template_kwargs = template_kwargs or {}
+        self.stop_ids = stop_ids(folder, self.tokenizer)
+        self.special_ids = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.pad_id = self._pad_id()
+        specials = sorted((self.tokenizer.added_tokens_decoder[id].content for id in self.special_ids), key=len, reverse=True)
+        self._writable: dict[str, bool] = {}
+        self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.has_generation_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
+        if template is not None:
+            _freeze_date(template)
+
+    def _pad_id(self) -> int:
+        own = self.tokenizer.pad_token_id
+        if own is not None and own not in self.stop_ids:
+            return own
+        # Labels and attention masks are ours, so any token will do that is no stop token.
+        return next(id for id in [*sorted(self.special_ids), *range(len(self.tokenizer))] if id not in self.stop_ids)
+
+    # --- rendering ---
+
+    def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
+        """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                _visible(messages),
+                tools=tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise Unrenderable("template_error", f"the template refuses it: {error}") from None
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of rendered text. The template has written the special tokens, so none are added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """What the model is given to answer: a server makes the same tokens of the same messages."""
+        if self.template is None:
+            return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        return self.ids(self.render(messages, tools, prompt=True))
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    # --- labels ---
+
+    def encode(self, row: dict) -> list[Sequence]:
+        """The sequences that train a prepared row. Raises Unrenderable.
+
+        Usually one. A template that shows earlier turns otherwise than the last (Qwen3 and DeepSeek take the reasoning
+        out of them) makes more: each turn is then trained in a sequence where it stands as it does at inference.
+        """
+        return self._encode_text(row["text"]) if "text" in row else self._encode_conversation(row["messages"], row.get("tools"))
+
+    def _encode_text(self, text: str) -> list[Sequence]:
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        # Text that brings its own BOS must not get another.
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        if ids[-1] != eos:
+            ids = [*ids, eos]
+        self._check_bos(ids)
+        return [Sequence(ids, list(ids), -1)]
+
+    def _encode_conversation(self, messages: list[dict], tools: list[dict] | None) -> list[Sequence]:
+        self._check_no_control_tokens(messages)
+        sequences: list[Sequence] = []
+        trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+        for index in reversed(trained):
+            ids, start = self._turn(messages, index, tools)
+            labels = [IGNORE] * start + ids[start:]
+            home = next((s for s in sequences if s.input_ids[: len(ids)] == ids), None)
+            if home is None:
+                sequences.append(Sequence(ids, labels, start if index == len(messages) - 1 else -1))
+            else:
+                home.labels[start : len(ids)] = ids[start:]
+        for sequence in sequences:
+            self._check_bos(sequence.input_ids)
+        if self.has_generation_markers:
+            self._check_markers(messages, tools, sequences)
+        return sequences[::-1]
+
+    def _turn(self, messages: list[dict], index: int, tools: list[dict] | None) -> tuple[list[int], int]:
+        """The tokens up to the end of assistant turn `index`, and where the turn begins."""
+        prompt = self.render(messages[:index], tools, prompt=True)
+        through = self.render(messages[: index + 1], tools, prompt=False)
+        answer = _continuation(prompt, through)
+        self._check_nothing_left_out(messages[: index + 1], tools, prompt, answer)
+        prompt_ids = self.ids(prompt)
+        ids = self.ids(prompt + answer)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            # A token reaches over the seam. At inference the prompt is tokenized alone, so it must be here.
+            ids = self._stitched(prompt_ids, answer, self.decode(ids))
+        start = len(prompt_ids)
+        ids = ids[: self._end_of_turn(ids, start, answer) + 1]
+        self._check_encodable(answer, self.decode(ids[start:]))
+        return ids, start
+
+    def _stitched(self, prompt_ids: list[int], answer: str, whole: str) -> list[int]:
+        """Prompt and answer tokenized apart. SentencePiece puts a space before a text that it sees the start of, so the
+        answer is shown with something in front of it, which is taken off again."""
+        for front in (self.tokenizer.eos_token or "", "\n", ""):
+            front_ids, ids = self.ids(front), self.ids(front + answer)
+            stitched = prompt_ids + ids[len(front_ids) :]
+            if ids[: len(front_ids)] == front_ids and self.decode(stitched) == whole:
+                return stitched
+        raise Unrenderable("seam", "the tokenizer joins the end of the prompt with the answer, and cannot be kept from it")
+
+    def _end_of_turn(self, ids: list[int], start: int, answer: str) -> int:
+        """Index of the token that ends the turn: the first special token after the last one that says something."""
+        last = len(ids) - 1
+        while last >= start and (ids[last] in self.special_ids or not self.decode([ids[last]]).strip()):
+            last -= 1
+        for index in range(last + 1, len(ids)):
+            if ids[index] in self.special_ids or ids[index] in self.stop_ids:
+                return index
+        raise Unrenderable(
+            "no_stop_token",
+            f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the model "
+            "could never learn to stop (model.chat_template: chatml ends turns with the tokenizer's own stop token)",
+        )
+
+    # --- gates ---
+
+    def _check_bos(self, ids: list[int]) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and bos not in self.stop_ids and ids[:2] == [bos, bos]:
+            raise Unrenderable("double_bos", f"it begins with {self.tokenizer.bos_token!r} twice; the template must write it once")
+
+    def _check_no_control_tokens(self, messages: list[dict]) -> None:
+        for index, message in enumerate(messages):
+            found = self._special_text.search(message["content"] + message.get("reasoning_content", ""))
+            if found:
+                raise Unrenderable(
+                    "control_token", f"messages[{index}] says {found.group()!r}, which this tokenizer takes for a control token"
+                )
+
+    def _check_nothing_left_out(self, messages: list[dict], tools: list[dict] | None, prompt: str, answer: str) -> None:
+        """Everything that was said is shown: in the prompt what others said, in the answer what the assistant says.
+
+        Earlier answers may be shortened (reasoning taken out): that is what the model sees at inference too.
+        """
+        shown_prompt, shown_answer = _dense(prompt), _dense(answer)
+        for message in messages[:-1]:
+            if message["role"] != "assistant" and not _shows(shown_prompt, message["content"]):
+                raise Unrenderable("template_drops", f"the template leaves out what the {message['role']} turn says")
+        for tool in tools or []:
+            if tool["function"].get("name", "") not in prompt:
+                raise Unrenderable("template_drops", f"the template leaves out the tool {tool['function'].get('name')}")
+        last = messages[-1]
+        for part in ("reasoning_content", "content"):
+            if not _shows(shown_answer, last.get(part, "")):
+                raise Unrenderable("template_drops", f"the template leaves out the assistant's {part}")
+        for call in last.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            names = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else [])]
+            if not all(_dense(name) in shown_answer for name in names):
+                raise Unrenderable("template_drops", f"the template leaves out the call of {call['function']['name']}")
+
+    def lost_characters(self, text: str) -> str:
+        """The characters of `text` that the tokenizer has no tokens for and silently leaves out."""
+        return "".join(char for char in text if not (char.isspace() or self._writes(char)))
+
+    def _writes(self, char: str) -> bool:
+        if char not in self._writable:
+            self._writable[char] = char in self.decode(self.ids(f"a{char}"))
+        return self._writable[char]
+
+    def _check_encodable(self, answer: str, decoded: str) -> None:
+        """The trained tokens say what the assistant says. What the tokenizer cannot write is counted by the caller."""
+        answer = _dense(answer)
+        decoded = _dense(decoded)
+        if answer.startswith(decoded):  # behind the stop token the template may add more
+            return
+        lost = self.lost_characters(answer)
+        if not lost:
+            raise Unrenderable("decoding", f"the tokens of the answer say {decoded[:60]!r}, not {answer[:60]!r}")
+        if len(lost) > len(answer) / 2:
+            raise Unrenderable("not_encodable", f"the tokenizer has no tokens for most of the answer ({''.join(sorted(set(lost)))[:20]!r})")
+
+    def _check_markers(self, messages: list[dict], tools: list[dict] | None, sequences: list[Sequence]) -> None:
+        """Where the template marks what the assistant generates, that must be what the prefixes say."""
+        encoded = self.tokenizer.apply_chat_template(
+            _visible(messages),
+            tools=tools,
+            chat_template=self.template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **self.template_kwargs,
+        )
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        whole = next((s for s in sequences if ids[: len(s.input_ids)] == s.input_ids), None)
+        if whole is None:  # tokenized with a seam: there are no positions to compare
+            return
+        for index, label in enumerate(whole.labels):
+            if label != IGNORE and not mask[index]:
+                part = self.decode(whole.input_ids[max(index - 4, 0) : index + 1])
+                raise Unrenderable(
+                    "markers", f"the template's {{% generation %}} block leaves out {self.decode([label])!r} (after {part!r}), which ends or is part of the answer"
+                )
+        if len(sequences) > 1 or any(message.get("train") is False for message in messages):
+            return  # answers that are not trained in this sequence are marked as well
+        for index, label in enumerate(whole.labels):
+            if mask[index] and label == IGNORE and self.decode([ids[index]]).strip():
+                raise Unrenderable("markers", f"the template's {{% generation %}} block holds {self.decode([ids[index]])!r}, which is no part of an answer")
+
+
+def _visible(messages: list[dict]) -> list[dict]:
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+
+
+def _dense(text) -> str:
+    return "".join(str(text).split())
+
+
+def _shows(shown: str, text: str) -> bool:
+    """Whether `text` is in what is shown, whitespace aside, as it is or as a JSON string."""
+    dense = _dense(text)
+    return dense in shown or _dense(json.dumps(text.strip(), ensure_ascii=False)[1:-1]) in shown
+
+
+def _continuation(prompt: str, through: str) -> str:
+    """What the template adds to the prompt to make the answered turn. Raises Unrenderable where it does not continue it.
+
+    Some templates ask with other whitespace than they show the answer with. The prompt stays as it is asked.
+    """
+    if through.startswith(prompt):
+        return through[len(prompt) :]
+    at = 0
+    for char in prompt:
+        if char.isspace():
+            continue
+        while at < len(through) and through[at].isspace():
+            at += 1
+        if at == len(through) or through[at] != char:
+            raise Unrenderable(
+                "prompt_mismatch",
+                f"the template asks for the answer with ...{prompt[-24:]!r} and shows it as ...{through[max(at - 24, 0) : at + 24]!r}...: "
+                "the model would be asked in another way than it was trained",
+            )
+        at += 1
+    return through[at:].lstrip()
+
+
+def _freeze_date(template: str) -> None:
+    if "strftime_now" in template:
+        # The template's variables are made plain data on their way in, so a function can only get there as a global.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        _compile_jinja_template(template).environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+
+
+def stop_ids(folder: str, tokenizer) -> set[int]:
+    """The tokens that end generation: the tokenizer's EOS and those of generation_config.json."""
+    path = Path(folder) / "generation_config.json"
+    own = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    return {id for id in ids if id is not None}
+
+
+def choose_template(folder: str, setting: str | None, shipped: str, trust_remote_code: bool = False) -> tuple[str | None, str]:
+    """(the template's text, where it is from) for `model.chat_template`. None if the model has none and none is named.
+
+    `shipped` is the folder of the templates that come with Moult.
+    """
+    if setting is not None:
+        named = Path(shipped) / f"{setting}.jinja"
+        path = named if named.exists() else Path(setting).expanduser()
+        if not path.is_file():
+            known = some(sorted(file.stem for file in Path(shipped).glob("*.jinja")))
+            raise MoultError(f"model.chat_template: {setting}: no such file", f"give a Jinja file, or one of the shipped: {known}")
+        text = path.read_text(encoding="utf-8")
+        origin = f"shipped: {setting}" if path == named else f"file: {path.name}"
+    else:
+        text, origin = load_tokenizer(folder, trust_remote_code).chat_template, "the model's own"
+        if isinstance(text, dict):
+            text = text.get("default")
+    if text is not None:
+        check_syntax(text, origin)
+        log.debug("chat template (%s), sha256 %s", origin, sha256_text(text))
+    return text, origin
+
+
+def check_syntax(text: str, origin: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(text)
+    except TemplateSyntaxError as error:
+        raise MoultError(f"chat template ({origin}), line {error.lineno}: {error.message}", "mend the template") from None
