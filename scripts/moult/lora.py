@@ -1,0 +1,52 @@
+"""What is known of a LoRA config without training: how its adapter can be merged, and whether vLLM serves it as it is."""
+
+# vLLM 0.32/0.33, config/lora.py: the ranks that --max-lora-rank takes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def lora_config(settings: dict, inference: bool = False):
+    """peft.LoraConfig of the config's `lora` section. Raises MoultError for values that peft refuses."""
+    from peft import LoraConfig
+
+    from moult.errors import MoultError
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", inference_mode=inference, **settings)
+    except (TypeError, ValueError) as error:
+        raise MoultError(f"lora: {error}", "mend the lora section of the config") from None
+
+
+def needs_peft(settings: dict) -> list[str]:
+    """Why an adapter of these settings cannot be merged tensor by tensor, and peft must do it with the whole model."""
+    reasons = {
+        "use_dora": settings.get("use_dora"),
+        "modules_to_save": settings.get("modules_to_save"),
+        "bias": settings.get("bias", "none") != "none",
+        "lora_bias": settings.get("lora_bias"),
+        "trainable_token_indices": settings.get("trainable_token_indices"),
+        "target_parameters": settings.get("target_parameters"),
+        "layer_replication": settings.get("layer_replication"),
+        "init_lora_weights": isinstance(settings.get("init_lora_weights"), str) and settings["init_lora_weights"] not in ("gaussian", "orthogonal"),
+        "use_qalora": settings.get("use_qalora"),
+        "use_bdlora": settings.get("use_bdlora"),
+        "kasa_config": settings.get("kasa_config"),
+        "velora_config": settings.get("velora_config"),
+        "monteclora_config": settings.get("monteclora_config"),
+        "alora_invocation_tokens": settings.get("alora_invocation_tokens"),
+    }
+    return sorted(name for name, given in reasons.items() if given)
+
+
+def vllm_refuses(settings: dict, ranks: set[int]) -> list[str]:
+    """Why vLLM cannot serve an adapter of these settings, so that only the merged model can be served.
+
+    `ranks` are the ranks in use. From vLLM 0.33's lora/peft_helper.py and config/lora.py; it reads one r and one
+    lora_alpha for the whole adapter.
+    """
+    reasons = [name for name in needs_peft(settings) if name != "init_lora_weights"]
+    if isinstance(settings.get("init_lora_weights"), str):
+        reasons.append("init_lora_weights")
+    reasons += [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
+    if max(ranks) > VLLM_RANKS[-1]:
+        reasons.append(f"rank over {VLLM_RANKS[-1]}")
+    return sorted(set(reasons))

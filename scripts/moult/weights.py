@@ -1,0 +1,94 @@
+"""What a model folder holds, read from the headers of its safetensors files; no tensor is loaded."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from moult.errors import MoultError, some
+from moult.files import read_json
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: `begin` and `end` are byte offsets from the start of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """The raw header of a safetensors file (with its length in front) and its tensors. Raises MoultError if it is not whole.
+
+    Format: 8 bytes with the header's length, the header as JSON, the tensors. github.com/huggingface/safetensors#format
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, 100_000_000):
+            raise _not_whole(path, "its header is longer than the file")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+    except ValueError:
+        raise _not_whole(path, "its header is not JSON") from None
+    tensors = {}
+    start = 8 + length
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        try:
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            expected = BYTES[entry["dtype"]] * math.prod(shape)
+        except (KeyError, TypeError, ValueError):
+            raise _not_whole(path, f"the header's entry of {name} is not one") from None
+        if end - begin != expected or begin < 0:
+            raise _not_whole(path, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}")
+        tensors[name] = Tensor(name, path.name, entry["dtype"], shape, start + begin, start + end)
+    last = max((tensor.end for tensor in tensors.values()), default=start)
+    if size != last:
+        raise _not_whole(path, f"it has {size:,} bytes, and its header says {last:,}")
+    return prefix + raw, tensors
+
+
+def _not_whole(path: Path, why: str) -> MoultError:
+    return MoultError(f"{path}: not a whole safetensors file: {why}", "download or copy the model again")
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model, in the order of their names. Raises MoultError where there are none, or not all."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MoultError(f"{folder}: no such folder", "check model.name; a relative path is relative to the working directory")
+    if not (folder / "config.json").is_file():
+        raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise MoultError(f"{folder}: files of the index are missing: {some(missing)}", "download or copy the model again")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise MoultError(
+            f"{folder}: weights only as pickle ({some(pickled)}), which can run code when it is loaded",
+            "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+        )
+    raise MoultError(f"{folder}: no model.safetensors", "check model.name")
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a model, by name."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_header(path)[1].items()}

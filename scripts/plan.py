@@ -1,0 +1,275 @@
+"""Work out what a run will do before a GPU is spent on it: parameters, LoRA targets, steps, memory, disk, how to serve.
+
+    python scripts/plan.py --settings '{"lora": {...}, "train": {...}, "dtype": "bfloat16", ...}' \\
+        --model config/demo/base --tokens results/demo/tokens --out results/demo/plan.json
+
+After encode, before anything that needs a GPU. The model is built from its config on the meta device: no weights are
+read but the headers of their files. finetune and merge take the targets from here.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+from moult.errors import MoultError, some
+
+GIB = 1024**3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--model", required=True, help="folder of the base model")
+    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--out", required=True, help="plan.json to write")
+    parser.add_argument("--log", help="log file (default: logs/plan.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    with stage("plan", args.log, settings) as log:
+        plan(settings, args, log)
+
+
+def plan(settings: dict, args, log) -> None:
+    from moult.files import read_json, write_json
+    from moult.lora import lora_config, needs_peft, vllm_refuses
+    from moult.weights import read_tensors
+
+    report = read_json(Path(args.tokens) / "report.json")
+    tensors = read_tensors(args.model)
+    model = empty_model(args.model, settings["trust_remote_code"])
+    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    tied = tied_modules(model)
+    targets, model = lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied)
+    place_in_files(targets, tensors, model)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ranks = {target["r"] for target in targets.values()} or {settings["lora"]["r"]}
+
+    merge_reasons = needs_peft(settings["lora"]) + [reason for reason in ["weights are stored under other names"] if any(t["tensor"] is None for t in targets.values())]
+    serve_reasons = vllm_refuses(settings["lora"], ranks)
+    steps = count_steps(args.tokens, report, settings["train"])
+    result = {
+        "schema_version": 1,
+        "parameters": {"base": base_parameters, "trainable": trainable, "trainable_share": trainable / base_parameters},
+        "targets": targets,
+        "steps": steps,
+        "memory": estimate_memory(model, base_parameters, trainable, settings, report),
+        "disk": estimate_disk(tensors, trainable, settings["train"]),
+        "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
+        "serve": {"as": "merged" if serve_reasons else "adapter or merged", "reasons": serve_reasons, "max_lora_rank": max(ranks)},
+    }
+    write_json(args.out, result)
+    tell(result, args, log)
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def empty_model(folder: str, trust_remote_code: bool):
+    """The model of a folder's config.json on the meta device: shapes, no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoultError(f"{folder}: transformers cannot build this model: {reason}", "check config.json, or set model.trust_remote_code") from error
+
+
+def tied_modules(model) -> set[str]:
+    """Names of the modules that share the embedding's weight."""
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is None or not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return {name for name, module in model.named_modules() if module is output or module is embedding}
+
+
+def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, dict], object]:
+    """{module: what LoRA does to it}, and the model with LoRA in place. Raises MoultError for what cannot come out right."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    # Initialisations that look at the weights cannot run without them; the shapes are the same.
+    config.init_lora_weights = True
+    try:
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoultError(f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}") from error
+    targets = {}
+    for name, module in model.base_model.model.named_modules():
+        if not (isinstance(module, BaseTunerLayer) and hasattr(module, "scaling")):
+            continue
+        base = module.get_base_layer()
+        rows, columns = base.weight.shape
+        targets[name] = {
+            "r": module.r["default"],
+            "scaling": float(module.scaling["default"]),
+            "transposed": isinstance(base, Conv1D),
+            "shape": [columns, rows] if isinstance(base, Conv1D) else [rows, columns],
+            "kind": type(base).__name__,
+        }
+    check_targets(targets, lora, tied, head, linear)
+    return targets, model
+
+
+def is_linear(module) -> bool:
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Linear | Conv1D)
+
+
+def check_targets(targets: dict, lora: dict, tied: set[str], head: str | None, linear: list[str]) -> None:
+    wanted = lora["target_modules"]
+    if isinstance(wanted, list):
+        # peft is content when one of them matches.
+        idle = [name for name in wanted if not any(target == name or target.endswith(f".{name}") for target in targets)]
+        if idle:
+            raise MoultError(f"lora.target_modules: nothing is named {some(idle)}", f"linear layers of this model: {some(linear, 20)}")
+    if not targets and not lora.get("target_parameters"):
+        raise MoultError("lora.target_modules: no layer matches", f"linear layers of this model: {some(linear, 20)}")
+    hit = sorted(tied & set(targets))
+    if hit:
+        raise MoultError(
+            f"lora.target_modules: {some(hit)} share one weight (tied embeddings), and merging LoRA into one changes both",
+            "leave them out; to train new tokens, set lora.trainable_token_indices",
+        )
+    if head in targets:
+        raise MoultError(
+            f"lora.target_modules: {head} cannot be tuned: TRL's fused loss reads its weight directly (TRL 1.16)",
+            f"leave {head} out; all-linear does",
+        )
+    saved = [name for name in lora.get("modules_to_save") or [] if any(module.endswith(name) for module in tied)]
+    if saved and not lora.get("ensure_weight_tying"):
+        raise MoultError(
+            f"lora.modules_to_save: {some(saved)} is tied to another weight, and training a copy of it would part the two",
+            "set lora.ensure_weight_tying: true, or leave it out",
+        )
+
+
+def place_in_files(targets: dict, tensors: dict, model) -> None:
+    """Set each target's `tensor`, its name in the weight files: with or without the base model's prefix (GPT-2)."""
+    prefix = f"{model.base_model.model.base_model_prefix}."
+    for name, target in targets.items():
+        names = [f"{name}.weight", f"{name}.weight".removeprefix(prefix), f"{prefix}{name}.weight"]
+        found = next((candidate for candidate in names if candidate in tensors), None)
+        shape = target["shape"][::-1] if target["transposed"] else target["shape"]
+        target["tensor"] = found if found and list(tensors[found].shape) == shape else None
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def count_steps(tokens: str, report: dict, train: dict) -> dict:
+    """How many batches and optimizer steps the run takes, as transformers counts them."""
+    sequences = packed_count(tokens, report, train) if train["packing"] else report["train"]["sequences"]
+    per_batch = train["per_device_train_batch_size"] * train["gpu"]
+    batches = max(1, math.ceil(sequences / per_batch))
+    per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
+    total = train.get("max_steps", -1)
+    if total <= 0:
+        total = math.ceil(per_epoch * train["num_train_epochs"])
+    return {
+        "sequences": sequences,
+        "batches_per_epoch": batches,
+        "steps_per_epoch": per_epoch,
+        "total": total,
+        "sequences_per_step": per_batch * train["gradient_accumulation_steps"],
+    }
+
+
+def packed_count(tokens: str, report: dict, train: dict) -> int:
+    import pyarrow.parquet
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    rows = Dataset(pyarrow.parquet.read_table(Path(tokens) / "train.parquet", columns=["input_ids", "labels"]))
+    return len(pack_dataset(rows, report["max_length"], train["packing_strategy"]))
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def estimate_memory(model, base: int, trainable: int, settings: dict, report: dict) -> dict:
+    """Bytes on each GPU at the longest batch.
+
+    weights: the base in its dtype, the adapter in float32. optimizer: gradient and AdamW's two moments of the adapter,
+    float32. activations: what a decoder layer keeps for its backward pass, per token: about 10 vectors of the hidden
+    and 4 of the intermediate size in the compute dtype, and two of the hidden size in float32 for the norms; attention
+    keeps no scores (SDPA). With gradient checkpointing only one hidden vector per layer, and one layer in full. The
+    fused loss keeps logits of one chunk only. An estimate from the shapes, not a measurement.
+    """
+    config = model.config.get_text_config()
+    train = settings["train"]
+    width = {"bfloat16": 2, "float16": 2, "float32": 4}[settings["dtype"]]
+    hidden = config.hidden_size
+    layers = config.num_hidden_layers
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    length = report["max_length"] if train["packing"] else report["train"]["length"]["longest_kept"]
+    tokens = train["per_device_train_batch_size"] * length
+    per_layer = tokens * (width * (10 * hidden + 4 * intermediate) + 8 * hidden)
+    weights = base * width + trainable * 4
+    optimizer = trainable * 12
+    full = layers * per_layer
+    checkpointed = layers * tokens * hidden * width + per_layer
+    logits = 3 * 4 * 256 * config.vocab_size
+    return {
+        "device": "each GPU; on a CPU all is float32",
+        "tokens_per_batch": tokens,
+        "weights": weights,
+        "optimizer": optimizer,
+        "logits": logits,
+        "activations": full,
+        "activations_with_gradient_checkpointing": checkpointed,
+        "total": weights + optimizer + logits + full,
+        "total_with_gradient_checkpointing": weights + optimizer + logits + checkpointed,
+    }
+
+
+def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
+    """Bytes that the run writes: checkpoints (adapter and two moments, float32; the kept, the best, the one being written),
+    the adapter, the merged model."""
+    merged = sum(tensor.end - tensor.begin for tensor in tensors.values())
+    checkpoint = trainable * 12
+    checkpoints = checkpoint * (train["save_total_limit"] + 2)
+    adapter = trainable * 4
+    return {"checkpoints": checkpoints, "adapter": adapter, "merged": merged, "total": checkpoints + adapter + merged}
+
+
+def tell(result: dict, args, log) -> None:
+    parameters, steps, memory = result["parameters"], result["steps"], result["memory"]
+    log.info(
+        "%s parameters, %s trainable (%.2f %%) in %s layers",
+        f"{parameters['base']:,}",
+        f"{parameters['trainable']:,}",
+        100 * parameters["trainable_share"],
+        f"{len(result['targets']):,}",
+    )
+    log.info("%s steps of %s sequences", f"{steps['total']:,}", f"{steps['sequences_per_step']:,}")
+    log.info(
+        "GPU memory about %.1f GiB, %.1f with gradient checkpointing; merge: %s; serve: %s",
+        memory["total"] / GIB,
+        memory["total_with_gradient_checkpointing"] / GIB,
+        result["merge"]["how"],
+        result["serve"]["as"],
+    )
+    free = shutil.disk_usage(Path(args.out).parent).free
+    if free < result["disk"]["total"]:
+        log.warning(
+            "%s has %.1f GiB free, and this run writes about %.1f GiB", Path(args.out).parent, free / GIB, result["disk"]["total"] / GIB
+        )
+
+
+if __name__ == "__main__":
+    main()
