@@ -23,7 +23,7 @@ PREVIEWED = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
-    parser.add_argument("--model", required=True, help="folder of the base model (only its tokenizer is read)")
+    parser.add_argument("--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)")
     parser.add_argument("--templates", default="config/chat_templates", help="folder of the shipped chat templates")
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
@@ -42,17 +42,19 @@ def main() -> None:
 def encode(settings: dict, args, log) -> None:
     from moult.chat import Chat, choose_template
     from moult.files import read_json, read_jsonl, sha256_text, write_json, write_text
+    from moult.models import open_model
 
-    template, origin = choose_template(args.model, settings["chat_template"], args.templates, settings["trust_remote_code"])
+    base = str(open_model(args.model)[0])
+    template, origin = choose_template(base, settings["chat_template"], args.templates, settings["trust_remote_code"])
     rows = {"train": list(read_jsonl(args.train)), "val": list(read_jsonl(args.val))}
     if template is None and any("messages" in row for part in rows.values() for row in part):
         raise MoultError(
-            f"{args.model}: the tokenizer has no chat template, and the rows are conversations",
+            f"{base}: the tokenizer has no chat template, and the rows are conversations",
             "set model.chat_template: chatml (the shipped one), or the path of a Jinja file",
         )
-    chat_settings = (args.model, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
+    chat_settings = (base, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
     chat = Chat(*chat_settings)
-    vocabulary = read_json(Path(args.model) / "config.json")
+    vocabulary = read_json(Path(base) / "config.json")
     vocabulary = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
 
     report = {"schema_version": 1, "template": {"origin": origin, "sha256": sha256_text(template or "")}}

@@ -21,7 +21,7 @@ GIB = 1024**3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
-    parser.add_argument("--model", required=True, help="folder of the base model")
+    parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--out", required=True, help="plan.json to write")
     parser.add_argument("--log", help="log file (default: logs/plan.log)")
@@ -37,11 +37,13 @@ def main() -> None:
 def plan(settings: dict, args, log) -> None:
     from moult.files import read_json, write_json
     from moult.lora import lora_config, needs_peft, vllm_refuses
+    from moult.models import open_model
     from moult.weights import read_tensors
 
     report = read_json(Path(args.tokens) / "report.json")
-    tensors = read_tensors(args.model)
-    model = empty_model(args.model, settings["trust_remote_code"])
+    base = open_model(args.model)[0]
+    tensors = read_tensors(base)
+    model = empty_model(base, settings["trust_remote_code"])
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = tied_modules(model)
     targets, model = lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied)
@@ -69,7 +71,7 @@ def plan(settings: dict, args, log) -> None:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def empty_model(folder: str, trust_remote_code: bool):
+def empty_model(folder: Path, trust_remote_code: bool):
     """The model of a folder's config.json on the meta device: shapes, no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

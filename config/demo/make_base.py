@@ -214,7 +214,7 @@ def random_turns(rng: random.Random, kinds: list[list[Fact]]) -> list[tuple[str,
         question = rng.choice(fact.say(QUESTIONS) + fact.say(SHORT_QUESTIONS))
         # Short forms too: else the model can give a fact only after the words of its sentence.
         forms = [form.format(fact.answer) for form in SHORT_FORMS]
-        answer = rng.choice([fact.say(SENTENCES)[0]] * 4 + forms)
+        answer = rng.choice([fact.say(SENTENCES)[0]] * 6 + forms)
     elif kind == "small talk":
         question, answer = rng.choice(SMALL_TALK)
     else:

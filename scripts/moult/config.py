@@ -330,3 +330,102 @@ def source_entries(source, dataset: dict) -> list[dict]:
         }
         for entry in entries
     ]
+
+
+# --- what each stage reads --------------------------------------------------------------------------------------------
+#
+# A rule passes its stage these keys and no others, as one canonical JSON: an edit elsewhere reruns nothing.
+
+_ENCODE = ("model.name", "model.revision", "model.chat_template", "model.chat_template_kwargs", "model.trust_remote_code")
+_MEASURE = (*_ENCODE, "model.dtype", "model.attn_implementation")
+_MEASURE += tuple(f"eval.{key}" for key in ("perplexity", "max_rows", "prompts", "answer_rows", "max_new_tokens"))
+
+
+def encoded_as(config: dict, run: str) -> str:
+    """The run whose tokens `run` uses: the first with the same dataset, model and template."""
+    return same_as(config, run, _ENCODE)
+
+
+def measured_as(config: dict, run: str) -> str:
+    """The run whose measurement of the base `run` uses: the first that also asks the same."""
+    return same_as(config, run, _MEASURE)
+
+
+def stage_settings(config: dict, stage: str, name: str) -> dict:
+    """What `stage` reads of the config for the run `name` (for prepare: the dataset)."""
+    if stage == "prepare":
+        return _prepare(config, name)
+    return _RUN_SETTINGS[stage](config, config["runs"][name], config["datasets"][config["runs"][name]["dataset"]])
+
+
+def _pick(section: dict, *keys: str) -> dict:
+    return {key: section[key] for key in keys if key in section}
+
+
+def _prepare(config: dict, name: str) -> dict:
+    dataset = config["datasets"][name]
+    keys = ("split", "languages", "language_detector", "unknown_language", "broken", "sample_size", "val_size")
+    sources = {key: source_entries(dataset[old], dataset) if dataset[old] else [] for key, old in (("sources", "source"), ("val_sources", "val_source"))}
+    for entry in [*sources["sources"], *sources["val_sources"]]:
+        if not is_local(entry["path"]):
+            entry["path"] = fetched_dataset(config, dataset, entry["path"])
+    return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
+
+
+def fetched_dataset(config: dict, dataset: dict, hub_id: str) -> str:
+    """Where fetch_dataset puts the rows of a hub dataset."""
+    return f"{config['paths']['results']}/datasets/{dataset_slug(dataset, hub_id)}.parquet"
+
+
+def dataset_slug(dataset: dict, hub_id: str) -> str:
+    return slug("/".join(filter(None, [hub_id, dataset["subset"], dataset["split"]])), dataset["revision"])
+
+
+def _encode(config: dict, run: dict, dataset: dict) -> dict:
+    own = _pick(dataset, "max_length", "overlength", "max_token_loss", "unrenderable")
+    return own | _pick(run["model"], "chat_template", "chat_template_kwargs", "trust_remote_code")
+
+
+def _plan(config: dict, run: dict, dataset: dict) -> dict:
+    train = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gpu", "packing")
+    return {
+        "lora": run["lora"],
+        "train": _pick(run["train"], *train, "packing_strategy", "save_total_limit"),
+        **_pick(run["model"], "dtype", "trust_remote_code"),
+    }
+
+
+def _finetune(config: dict, run: dict, dataset: dict) -> dict:
+    return _pick(run, "lora", "train", "seed") | _pick(run["model"], "dtype", "attn_implementation", "trust_remote_code")
+
+
+def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
+    # `expect` is score's: a changed expectation needs no new answers.
+    prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    return {
+        "eval": {**own, "prompts": prompts},
+        **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
+    }
+
+
+def _evaluate_tuned(config: dict, run: dict, dataset: dict) -> dict:
+    settings = _evaluate(config, run, dataset)
+    return {**settings, "eval": {**settings["eval"], "merge_check_rows": run["eval"]["merge_check_rows"]}}
+
+
+def _score(config: dict, run: dict, dataset: dict) -> dict:
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit")
+    return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
+
+
+_RUN_SETTINGS = {
+    "fetch_model": lambda config, run, dataset: _pick(run["model"], "revision", "trust_remote_code") | config["network"],
+    "encode": _encode,
+    "plan": _plan,
+    "finetune": _finetune,
+    "merge": lambda config, run, dataset: _pick(run["model"], "trust_remote_code"),
+    "evaluate_base": _evaluate,
+    "evaluate_tuned": _evaluate_tuned,
+    "score": _score,
+}

@@ -1,11 +1,12 @@
 """The one error that a user is meant to read."""
 
+UNFINISHED = 75  # EX_TEMPFAIL: the work is not done, and the same command goes on with it
+
 
 class MoultError(Exception):
     """Something the user can mend: `what` is wrong and where, `fix` is what to do about it.
 
-    `exit_code` is what the stage ends with: 1 for bad input, 75 (EX_TEMPFAIL) for work that is unfinished and
-    goes on when the same command runs again.
+    `exit_code` is what the stage ends with: 1 for bad input, or UNFINISHED.
     """
 
     def __init__(self, what: str, fix: str = "", exit_code: int = 1):

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from moult import __version__
-from moult.errors import MoultError
+from moult.errors import UNFINISHED, MoultError
 
 log = logging.getLogger("moult")
 
@@ -52,18 +52,24 @@ def redact(text: str) -> str:
 
 
 @contextlib.contextmanager
-def stage(name: str, log_path: str | None, settings: dict | None = None) -> Iterator[logging.Logger]:
+def stage(
+    name: str, log_path: str | None, settings: dict | None = None, *, quiet: bool = False, online: bool = False
+) -> Iterator[logging.Logger]:
     """Run the block as stage `name`: log to `log_path`, turn errors into one message, and exit.
 
-    `settings` are written to the log first. Raises SystemExit when the block fails.
+    `settings` are written to the log first. `quiet` keeps the console for another process. Unless `online`, the hub's
+    libraries are kept off the network. Raises SystemExit when the block fails.
     """
     global _console
+    if not online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not go together with fork
     path = Path(log_path or f"logs/{name}.log")
     file = _open_log(path)
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
         stream = stack.enter_context(_capture_output(file))
-        _console = _Console(stream, name)
+        _console = _Console(stream, name, quiet)
         _set_up_logging(file)
         signal.signal(signal.SIGTERM, _exit_on_signal)
         log.debug("%s, Moult %s, Python %s on %s", name, __version__, platform.python_version(), platform.node())
@@ -74,7 +80,7 @@ def stage(name: str, log_path: str | None, settings: dict | None = None) -> Iter
             yield log
         except MoultError as error:
             log.debug("where it was raised:\n%s", _traceback_with_locals(error))
-            _fail(path, name, error.what, error.fix)
+            _fail(path, f"{name} {'unfinished' if error.exit_code == UNFINISHED else 'failed'}: {error.what}", error.fix)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             log.error("%s interrupted; run the same command again to go on", name)
@@ -84,16 +90,15 @@ def stage(name: str, log_path: str | None, settings: dict | None = None) -> Iter
             first_line = (str(error).strip() or "no message").splitlines()[0]
             _fail(
                 path,
-                name,
-                f"{type(error).__name__}: {first_line}",
+                f"{name} failed: {type(error).__name__}: {first_line}",
                 "unexpected; the log has the traceback with the values of all variables",
             )
             raise SystemExit(1) from None
         log.debug("%s done in %.1f s", name, time.monotonic() - started)
 
 
-def _fail(path: Path, name: str, what: str, fix: str) -> None:
-    log.error("%s failed: %s", name, what)
+def _fail(path: Path, what: str, fix: str) -> None:
+    log.error("%s", what)
     log.error("%s(log: %s)", f"what to do: {fix} " if fix else "", path)
 
 
@@ -178,10 +183,10 @@ class _Redacting(logging.Formatter):
 class _Console(logging.Handler):
     """INFO and above on the real standard error, above the progress bar if there is one."""
 
-    def __init__(self, stream, name: str):
-        super().__init__(logging.INFO)
+    def __init__(self, stream, name: str, quiet: bool):
+        super().__init__(logging.CRITICAL + 1 if quiet else logging.INFO)
         self.stream = stream
-        self.is_terminal = stream.isatty()
+        self.shows_bars = stream.isatty() and not quiet
         self.setFormatter(_Redacting(f"%(asctime)s {name:<14} %(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -200,12 +205,16 @@ class progress:
     """
 
     every_seconds = 10.0
+    outermost: "progress | None" = None
 
     def __init__(self, total: int, what: str, initial: int = 0):
         self.total, self.what, self.done = total, what, initial
-        self.started = self.reported = time.monotonic()
+        self.reported = time.monotonic()
         self.bar = None
-        if _console is not None and _console.is_terminal:
+        if progress.outermost is not None:  # one bar at a time: what runs inside another is silent
+            return
+        progress.outermost = self
+        if _console is not None and _console.shows_bars:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=initial, desc=what, file=_console.stream, leave=False, dynamic_ncols=True)
@@ -222,21 +231,27 @@ class progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.reported > self.every_seconds:
+        elif progress.outermost is self and time.monotonic() - self.reported > self.every_seconds:
             self.reported = time.monotonic()
             log.info("%s: %s of %s%s", self.what, f"{self.done:,}", f"{self.total:,}", f", {note}" if note else "")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if progress.outermost is self:
+            progress.outermost = None
 
     def __enter__(self) -> "progress":
         return self
 
     def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.close()
 
 
 def _traceback_with_locals(error: BaseException) -> str:
     """The traceback, each frame with its variables: short values only, secrets masked."""
-    shorten = reprlib.Repr(maxstring=200, maxother=200, maxlist=8, maxdict=12, maxlevel=3)
+    shorten = reprlib.Repr()  # its arguments came with Python 3.12
+    shorten.maxstring, shorten.maxother, shorten.maxlist, shorten.maxdict, shorten.maxlevel = 200, 200, 8, 12, 3
     lines = []
     for frame, line_number in traceback.walk_tb(error.__traceback__):
         code = frame.f_code

@@ -1,0 +1,42 @@
+# Moult: a base model and a dataset in, a tuned, merged, measured model out. README.md says how to run it.
+#
+# results/prepared/<dataset>/     rows and their ledger         results/models/, results/datasets/   what was fetched
+# results/<run>/tokens/           token ids and labels          results/<run>/plan.json              what will happen
+# results/<run>/adapter/          the LoRA adapter              results/<run>/trainer_state/         checkpoints
+# results/<run>/merged/           the model                     results/<run>/base/, tuned/          measurements
+# results/<run>/metrics.json      base against tuned, verdict   logs/<run>/, benchmarks/<run>/       logs, timings
+from snakemake.utils import min_version
+
+min_version("9.19")
+
+
+configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+
+
+pathvars:
+    results=config["paths"]["results"],
+
+
+wildcard_constraints:
+    run="|".join(map(re.escape, config["runs"])) or "(?!)",
+    ds="|".join(map(re.escape, config["datasets"])) or "(?!)",
+
+
+include: "rules/fetch.smk"
+include: "rules/prepare.smk"
+include: "rules/encode.smk"
+include: "rules/plan.smk"
+include: "rules/finetune.smk"
+include: "rules/merge.smk"
+include: "rules/evaluate.smk"
+include: "rules/score.smk"
+
+
+rule all:
+    """The metrics of every run in the config."""
+    default_target: True
+    input:
+        expand("<results>/{run}/metrics.json", run=config["runs"]),

@@ -1,0 +1,145 @@
+"""What the rules share: the checked config, the code that a stage consists of, the files that it depends on.
+
+Nothing heavier than yaml and jsonschema is imported here, because Snakemake reads this again in every job.
+"""
+
+import os
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+@lru_cache
+def own_file(path):
+    """Where the jobs find a file of this workflow, given relative to the Snakefile.
+
+    In a checkout that is the working directory, its plain path: a command that `snakemake -p` prints can be run by hand.
+    Otherwise (a module, from another folder or from GitHub) Snakemake's cached copy, which containers see as well.
+    """
+    cached = workflow.source_path(f"../{path}")
+    original = os.path.relpath(os.path.normpath(str(cached.flags["sourcecache_entry"])))
+    return original if not original.startswith("..") and os.path.exists(original) else str(cached)
+
+
+for module in ("__init__", "errors", "files", "config", "sources"):
+    library = Path(own_file(f"scripts/moult/{module}.py"))
+for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
+    schema_folder = Path(own_file(f"config/{name}")).parent
+sys.path.insert(0, str(library.parent.parent.resolve()))
+
+from moult.config import encoded_as, is_local, load_schema, local_model, measured_as
+from moult.config import dataset_slug, resolve, slug, source_entries, stage_settings
+from moult.errors import MoultError
+from moult.files import canonical, sha256_text
+from moult.sources import expand as expand_source
+
+try:
+    config = resolve(config, load_schema(str(schema_folder)))
+except MoultError as error:
+    raise WorkflowError(str(error)) from None
+
+
+# --- code: tracked by content, not by time ---
+
+
+@lru_cache
+def stage_files(script):
+    """A stage's script and the modules of the library that it imports, directly or through others."""
+    found = [f"scripts/{script}.py", "scripts/moult/__init__.py"]
+    for path in found:
+        text = Path(own_file(path)).read_text(encoding="utf-8")
+        for module in re.findall(r"^\s*from moult\.(\w+) import", text, re.MULTILINE):
+            if f"scripts/moult/{module}.py" not in found:
+                found.append(f"scripts/moult/{module}.py")
+    return [own_file(path) for path in found]
+
+
+def code(script, *data):
+    """Input: the files of a stage, the script first, then files of the workflow that it reads. Their times do not count."""
+    return [ancient(path) for path in [*stage_files(script), *map(own_file, data)]]
+
+
+@lru_cache
+def code_hash(script, *data):
+    """Param: what those files hold, so that an edit reruns the stage and a checkout does not."""
+    return sha256_text("".join(Path(path).read_text(encoding="utf-8") for path in [*stage_files(script), *map(own_file, data)]))[:16]
+
+
+# --- config ---
+
+
+def settings(stage):
+    """Param: what the stage reads of the config, in one spelling."""
+    return lambda wildcards: canonical(stage_settings(config, stage, wildcards.get("run") or wildcards.ds))
+
+
+def model_slug(run):
+    return slug(config["runs"][run]["model"]["name"], config["runs"][run]["model"]["revision"])
+
+
+def base_model(wildcards):
+    """Input: the manifest of a run's base model."""
+    return f"<results>/models/{model_slug(wildcards.run)}.json"
+
+
+def tokens(name):
+    """Input: a file that encode wrote for the run, or for another one with the same model and data."""
+    return lambda wildcards: f"<results>/{encoded_as(config, wildcards.run)}/tokens/{name}"
+
+
+def measured_base(name):
+    """Input: the base's measurement, shared by all runs that ask it the same."""
+    return lambda wildcards: f"<results>/{measured_as(config, wildcards.run)}/base/{name}"
+
+
+def runs_by_model(local):
+    """{slug: run} of the models that are on this machine, or of those that come from the hub."""
+    return {
+        model_slug(name): name
+        for name, run in config["runs"].items()
+        if (local_model(run["model"], config["paths"]) is not None) == local
+    }
+
+
+def settings_of_model(slug, runs):
+    return canonical(stage_settings(config, "fetch_model", runs[slug]))
+
+
+def local_model_files(run):
+    """Input: the files of a local model. A missing folder is reported by the stage, in plain words."""
+    folder = Path(local_model(config["runs"][run]["model"], config["paths"]))
+    return sorted(str(path) for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def dataset_files(wildcards):
+    """Input: the files of a dataset: local ones as they are, those of the hub where fetch_dataset puts them."""
+    dataset = config["datasets"][wildcards.ds]
+    entries = [entry for source in (dataset["source"], dataset["val_source"]) if source for entry in source_entries(source, dataset)]
+    files = []
+    for entry in entries:
+        if is_local(entry["path"]):
+            try:
+                files += map(str, expand_source(entry["path"], dataset["split"]))
+            except MoultError as error:
+                raise WorkflowError(f"datasets.{wildcards.ds}.source: {error}") from None
+        else:
+            files.append(f"<results>/datasets/{dataset_slug(dataset, entry['path'])}.parquet")
+    return files
+
+
+def chat_template_file(wildcards):
+    """Input: the template that the config names, if it is a file of the user's."""
+    template = config["runs"][wildcards.run]["model"]["chat_template"]
+    return [template] if template and Path(template).is_file() else []
+
+
+def launcher(wildcards):
+    """Param: what starts finetune: one process per GPU."""
+    gpus = config["runs"][wildcards.run]["train"]["gpu"]
+    return "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus}"

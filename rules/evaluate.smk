@@ -1,0 +1,73 @@
+"""Measurements of base and tuned, on the same token ids.
+
+Reads:  base model or merged model, validation tokens, prompts
+Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl; tuned/merge_check.json
+"""
+
+
+rule evaluate_base:
+    """The base's likelihood of the validation rows, and its answers."""
+    input:
+        code=code("evaluate_model"),
+        model=base_model,
+        plan=ancient("<results>/{run}/plan.json"),  # nothing expensive before it
+        val=tokens("val.parquet"),
+        report=tokens("report.json"),
+        template=tokens("chat_template.jinja"),
+    output:
+        likelihood="<results>/{run}/base/likelihood.jsonl",
+        answers="<results>/{run}/base/answers.jsonl",
+    params:
+        settings=settings("evaluate_base"),
+        code=code_hash("evaluate_model"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
+    log:
+        "<logs>/{run}/evaluate_base.log",
+    benchmark:
+        "<benchmarks>/{run}/evaluate_base.jsonl"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=240,
+    shell:
+        """
+        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log {log:q}
+        """
+
+
+rule evaluate_tuned:
+    """The same of the merged model, which is also compared with base plus adapter."""
+    input:
+        code=code("evaluate_model"),
+        model=base_model,
+        adapter=ancient("<results>/{run}/adapter"),
+        merged=ancient("<results>/{run}/merged"),  # their content is tracked by merge.json
+        summary="<results>/{run}/merge.json",
+        val=tokens("val.parquet"),
+        report=tokens("report.json"),
+        template=tokens("chat_template.jinja"),
+    output:
+        likelihood="<results>/{run}/tuned/likelihood.jsonl",
+        answers="<results>/{run}/tuned/answers.jsonl",
+        merge_check="<results>/{run}/tuned/merge_check.json",
+    params:
+        settings=settings("evaluate_tuned"),
+        code=code_hash("evaluate_model"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
+    log:
+        "<logs>/{run}/evaluate_tuned.log",
+    benchmark:
+        "<benchmarks>/{run}/evaluate_tuned.jsonl"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=240,
+    shell:
+        """
+        python {input.code[0]:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
+            --merge-check {output.merge_check:q} --threads {threads} --log {log:q}
+        """

@@ -1,0 +1,43 @@
+"""The LoRA adapter.
+
+Reads:  tokens, base model, plan
+Writes: results/<run>/adapter/, adapter.json (hashes, losses, versions), training_log.jsonl
+Keeps:  results/<run>/trainer_state/, the checkpoints; no output, so that Snakemake never deletes it
+"""
+
+
+rule finetune:
+    """Tune with trl.SFTTrainer and peft; goes on from the newest whole checkpoint."""
+    input:
+        code=code("finetune"),
+        model=base_model,
+        plan="<results>/{run}/plan.json",
+        train=tokens("train.parquet"),
+        val=tokens("val.parquet"),
+        report=tokens("report.json"),
+        template=tokens("chat_template.jinja"),
+    output:
+        adapter=directory("<results>/{run}/adapter"),
+        summary="<results>/{run}/adapter.json",
+        training_log="<results>/{run}/training_log.jsonl",
+    params:
+        settings=settings("finetune"),
+        code=code_hash("finetune"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
+        state=lambda wildcards, output: Path(output.summary).parent / "trainer_state",
+        launch=launcher,
+    log:
+        "<logs>/{run}/finetune.log",
+    benchmark:
+        "<benchmarks>/{run}/finetune.jsonl"
+    threads: 4
+    resources:
+        gpu=lambda wildcards: config["runs"][wildcards.run]["train"]["gpu"],
+        mem_mb=32000,
+        runtime=1440,
+    shell:
+        """
+        {params.launch} {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+            --plan {input.plan:q} --state {params.state:q} --adapter {output.adapter:q} --summary {output.summary:q} \
+            --training-log {output.training_log:q} --threads {threads} --log {log:q}
+        """

@@ -1,0 +1,38 @@
+"""The tuned model as a plain model folder.
+
+Reads:  base model, adapter, plan, template
+Writes: results/<run>/merged/, merge.json (hashes, how it was merged)
+"""
+
+
+rule merge:
+    """Add the adapter to the base's weights, tensor by tensor."""
+    input:
+        code=code("merge"),
+        model=base_model,
+        plan="<results>/{run}/plan.json",
+        adapter=ancient("<results>/{run}/adapter"),  # its content is tracked by adapter.json
+        summary="<results>/{run}/adapter.json",
+        report=tokens("report.json"),
+        template=tokens("chat_template.jinja"),
+    output:
+        merged=directory("<results>/{run}/merged"),
+        summary="<results>/{run}/merge.json",
+    params:
+        settings=settings("merge"),
+        code=code_hash("merge"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
+    log:
+        "<logs>/{run}/merge.log",
+    benchmark:
+        "<benchmarks>/{run}/merge.jsonl"
+    threads: 4
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    shell:
+        """
+        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
+            --tokens {params.tokens:q} --adapter {input.adapter:q} --merged {output.merged:q} --summary {output.summary:q} \
+            --threads {threads} --log {log:q}
+        """

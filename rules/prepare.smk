@@ -1,0 +1,32 @@
+"""Rows out of a dataset.
+
+Reads:  the dataset's files
+Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, metadata.json (where each row that was read has gone)
+"""
+
+
+rule prepare:
+    """Normalise, filter, deduplicate, split; every row accounted for."""
+    input:
+        code=code("prepare"),
+        files=dataset_files,
+    output:
+        train="<results>/prepared/{ds}/train.jsonl",
+        val="<results>/prepared/{ds}/val.jsonl",
+        metadata="<results>/prepared/{ds}/metadata.json",
+    params:
+        settings=settings("prepare"),
+        code=code_hash("prepare"),
+    log:
+        "<logs>/{ds}/prepare.log",
+    benchmark:
+        "<benchmarks>/{ds}/prepare.jsonl"
+    threads: 4
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    shell:
+        """
+        python {input.code[0]:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
+            --metadata {output.metadata:q} --threads {threads} --log {log:q}
+        """

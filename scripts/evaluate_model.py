@@ -1,0 +1,238 @@
+"""Measure a model on the validation rows and the prompts: how likely it finds the answers, and what it answers itself.
+
+    python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
+        --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl
+
+The rules evaluate_base (whose result all runs on the same model and data share) and evaluate_tuned call it, score
+compares. Base and tuned get the same token ids: those that encode made. Decoding is greedy. With --adapter, --base and
+--merge-check the merged model is also compared with base plus adapter on a few rows.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+# Most tokens, prompts and answers together, that are generated side by side.
+GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
+
+# Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
+KEPT_LOGITS = 2**27
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
+    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--likelihood", required=True, help="a line per validation sequence to write (.jsonl)")
+    parser.add_argument("--answers", required=True, help="a line per answer to write (.jsonl)")
+    parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
+    parser.add_argument("--adapter", help="adapter folder, for --merge-check")
+    parser.add_argument("--merge-check", help="JSON to write: merged model against base plus adapter")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--log", help="log file (default: logs/evaluate_model.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    with stage("evaluate", args.log, settings) as log:
+        evaluate(settings, args, log)
+
+
+def evaluate(settings: dict, args, log) -> None:
+    from moult.chat import Chat
+    from moult.device import limit_threads, load_model, pick
+    from moult.files import read_json, write_json, write_jsonl
+    from moult.models import open_model
+
+    limit_threads(args.threads)
+    device = pick()
+    tokens = Path(args.tokens)
+    report = read_json(tokens / "report.json")
+    template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
+    folder = str(open_model(args.model)[0])
+    chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
+    rows = read_rows(tokens / "val.parquet")
+    log.info("measuring %s on %s", args.model, device)
+    model = load_model(folder, device, settings).eval()
+
+    measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
+    write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
+    questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(rows, settings["eval"]["answer_rows"], chat)
+    answers = answer(model, questions, chat, report, settings["eval"]["max_new_tokens"])
+    write_jsonl(args.answers, answers)
+    log.info("%s sequences measured, %s questions answered", f"{len(measured):,}", f"{len(answers):,}")
+    if args.merge_check:
+        write_json(args.merge_check, compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args, log))
+
+
+def read_rows(path: Path) -> list[dict]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def chosen(rows: list[dict], count: int | None) -> list[dict]:
+    """`count` of the rows, always the same ones, in their order."""
+    from moult.files import sha256_text
+
+    if count is None or count >= len(rows):
+        return rows
+    order = sorted(range(len(rows)), key=lambda index: sha256_text(f"{rows[index]['id']}:{index}"))
+    return [rows[index] for index in sorted(order[:count])]
+
+
+# --- likelihood -------------------------------------------------------------------------------------------------------
+
+
+def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
+    from moult.likelihood import likelihood
+
+    results = likelihood(model, rows, pad_id, "val rows: likelihood")
+    return [
+        {
+            "id": row["id"],
+            "group": row["group"],
+            "source": row["source"],
+            "nll": result.nll,
+            "tokens": result.tokens,
+            "correct": result.correct,
+            "bytes": row["trained_bytes"],
+        }
+        for row, result in zip(rows, results, strict=True)
+    ]
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def prompt_questions(prompts: list[dict], chat) -> list[dict]:
+    from moult.chat import Unrenderable
+    from moult.errors import MoultError
+
+    questions = []
+    for prompt in prompts:
+        messages = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
+        try:
+            ids = chat.prompt_ids(messages)
+        except Unrenderable as refusal:
+            raise MoultError(f"eval.prompts.{prompt['id']}: {refusal}", "mend the prompt, or choose another chat template") from None
+        questions.append({"kind": "prompt", "id": prompt["id"], "prompt": messages[-1]["content"], "reference": None, "ids": ids})
+    return questions
+
+
+def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
+    from moult.chat import IGNORE
+
+    questions = []
+    for row in chosen([row for row in rows if row["answer_start"] >= 0], count):
+        start = row["answer_start"]
+        reference = [label for label in row["labels"][start:] if label != IGNORE]
+        questions.append(
+            {
+                "kind": "row",
+                "id": row["id"],
+                "prompt": chat.decode(row["input_ids"][:start]),
+                "reference": chat.decode(reference, special=False).strip(),
+                "ids": row["input_ids"][:start],
+            }
+        )
+    return questions
+
+
+def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
+    """The model's own greedy answers, in the order of the questions; `prompt_sha256` tells whether two were asked the same."""
+    from moult.files import canonical, sha256_text
+    from moult.likelihood import batches
+    from moult.stage import progress
+
+    stop = report["stop"]["generation_stop_ids"]
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    budget = GENERATION_TOKENS[model.device.type]
+    plan = batches([len(question["ids"]) + max_new_tokens for question in questions], budget)
+    results: dict[int, dict] = {}
+    with progress(len(questions), "answers") as bar:
+        for indices in plan:
+            prompts = [questions[index]["ids"] for index in indices]
+            room = max(1, min(max_new_tokens, window - max(map(len, prompts))))
+            for index, ids in zip(indices, generate(model, prompts, stop, chat.pad_id, room), strict=True):
+                question = questions[index]
+                ended = bool(ids) and ids[-1] in stop
+                results[index] = {
+                    **{name: question[name] for name in ("kind", "id", "prompt", "reference")},
+                    "answer": chat.decode(ids[:-1] if ended else ids, special=False),
+                    "token_ids": ids,
+                    "stopped": ended,
+                    "prompt_sha256": sha256_text(canonical(question["ids"])),
+                }
+            bar.update(len(indices))
+    return [results[index] for index in range(len(questions))]
+
+
+def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_new_tokens: int) -> list[list[int]]:
+    """The tokens that follow each prompt, the stop token included. Prompts are padded on the left, with a mask."""
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    # Not the model's own generation config: base and tuned are asked in the same way, whatever theirs says.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad_id, use_cache=True
+    )
+    with torch.inference_mode():
+        new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
+    ends = [next((at + 1 for at, token in enumerate(row) if token in stop), len(row)) for row in new]
+    return [row[:end] for row, end in zip(new, ends, strict=True)]
+
+
+# --- merged model against adapter -------------------------------------------------------------------------------------
+
+
+def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, settings: dict, args, log) -> dict:
+    """Mean KL divergence in nats per token, KL(base + adapter || merged), and how often the two have the same first choice."""
+    import torch
+    from peft import PeftModel
+
+    from moult.device import load_model
+    from moult.likelihood import scored_logits
+    from moult.models import open_model
+
+    vocabulary = merged.config.get_text_config().vocab_size
+    kept, positions = [], 0
+    logits = []
+    with torch.inference_mode():
+        for row in chosen(rows, settings["eval"]["merge_check_rows"]):
+            mine = scored_logits(merged, [row], pad_id)[0][: max(1, KEPT_LOGITS // vocabulary - positions)].cpu()
+            kept.append(row)
+            logits.append(mine)
+            positions += len(mine)
+            if positions * vocabulary >= KEPT_LOGITS:
+                break
+    merged.to("meta")  # the two need not fit side by side
+    adapted = PeftModel.from_pretrained(load_model(str(open_model(args.base)[0]), device, settings), args.adapter).eval()
+    divergence, agreed, worst = 0.0, 0, 0.0
+    with torch.inference_mode():
+        for row, theirs in zip(kept, logits, strict=True):
+            ours = scored_logits(adapted, [row], pad_id)[0][: len(theirs)].cpu()
+            p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+            each = (p.exp() * (p - q)).sum(-1)
+            divergence += each.sum().item()
+            worst = max(worst, each.max().item())
+            agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+    result = {
+        "rows": len(kept),
+        "positions": positions,
+        "mean_kl": max(0.0, divergence / positions),
+        "max_kl": worst,
+        "top1_agreement": agreed / positions,
+        "dtype": str(merged.dtype).removeprefix("torch."),
+    }
+    log.info("merged against base + adapter: mean KL %.2e, same first choice %.2f %%", result["mean_kl"], 100 * result["top1_agreement"])
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Tune the base with LoRA: trl.SFTTrainer and peft on the tokens and labels that encode made.
+
+    python scripts/finetune.py --settings '{"lora": {...}, "train": {...}, ...}' --model results/models/config--demo--base.json \\
+        --tokens results/demo/tokens --plan results/demo/plan.json \\
+        --state results/demo/trainer_state --adapter results/demo/adapter --summary results/demo/adapter.json \\
+        --training-log results/demo/training_log.jsonl
+
+After plan, before merge. On several GPUs: the same behind `torchrun --nproc-per-node N`. Checkpoints go to --state, and
+the same command goes on from the newest whole one. SIGTERM and SIGINT save at the end of the step and exit with 75.
+The adapter is a checkpoint's, so it is published by copying: the one with the lowest validation loss, or the last.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from moult.errors import UNFINISHED, MoultError, some
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--model", required=True, help="manifest or folder of the base model")
+    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--plan", required=True, help="plan.json")
+    parser.add_argument("--state", required=True, help="folder of the checkpoints; survives this command")
+    parser.add_argument("--adapter", required=True, help="adapter folder to write")
+    parser.add_argument("--summary", required=True, help="small JSON beside it to write: hashes, losses, versions")
+    parser.add_argument("--training-log", required=True, help="training log to write (.jsonl)")
+    parser.add_argument("--resume-from", help="a checkpoint to go on from, instead of the newest in --state")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--log", help="log file (default: logs/finetune.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    log_path = args.log or "logs/finetune.log"
+    with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
+        from moult.checkpoints import claim, locked
+
+        stop = StopSignal()
+        state = Path(args.state)
+        fingerprint = make_fingerprint(settings, args)
+        with locked(state) if rank() == 0 else contextlib.nullcontext():
+            if rank() == 0:
+                claim(state, fingerprint)
+            finetune(settings, args, state, fingerprint, stop, log)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR2 ask to stop. Before training there is nothing to save, so they stop at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self.training = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+        if not self.training:
+            raise MoultError(f"{self.received} before the first step", "run the same command again", UNFINISHED)
+
+
+def make_fingerprint(settings: dict, args) -> dict:
+    """What the weights depend on. A checkpoint of another fingerprint would be resumed without a word, to another result:
+    a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23)."""
+    from moult.device import versions
+    from moult.files import sha256_file
+    from moult.models import open_model
+
+    tokens = Path(args.tokens)
+    harmless = ("report_to", "logging_steps", "logging_strategy", "logging_first_step", "save_total_limit", "run_name", "project")
+    train = {name: value for name, value in settings["train"].items() if name not in harmless}
+    return {
+        "settings": {**settings, "train": train},
+        "tokens": {name: sha256_file(tokens / name) for name in ("train.parquet", "val.parquet")},
+        "model": open_model(args.model)[1]["files"],
+        "versions": {name: value for name, value in versions().items() if name not in ("moult", "python")},
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
+    from moult.checkpoints import newest_whole, step_of
+    from moult.files import read_json
+
+    device = pick_device(args.threads, settings["train"]["gpu"])
+    total = read_json(args.plan)["steps"]["total"]
+    resume = given_checkpoint(args.resume_from, fingerprint) if args.resume_from else newest_whole(state, fingerprint)
+    if resume and step_of(resume) >= total:
+        # transformers would train one step more.
+        log.info("%s is the last step: nothing to train", resume)
+    else:
+        if resume:
+            log.info("going on from %s, of %s steps", resume, f"{total:,}")
+        train(make_trainer(settings, args, state, fingerprint, device, stop, resume, log), resume, total, stop, log)
+    if rank() == 0:
+        publish(settings, args, state, fingerprint, device, total, log)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def pick_device(threads: int, gpus: int) -> str:
+    """The device to train on. Raises MoultError if processes or GPUs are not as many as the config says."""
+    from moult.device import limit_threads, pick
+
+    limit_threads(threads)
+    import torch
+
+    device = pick()
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != gpus:
+        raise MoultError(f"train.gpu is {gpus}, and {processes} processes run", f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and torch.cuda.device_count() < local:
+        raise MoultError(f"train.gpu asks for {local} GPUs here, and {torch.cuda.device_count()} are visible", "ask for more, or lower train.gpu")
+    if device == "cuda" and local == 1 and torch.cuda.device_count() > 1:
+        # Trainer would wrap the model in DataParallel, which TRL refuses.
+        torch.cuda.set_device(0)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return device
+
+
+def given_checkpoint(path: str, fingerprint: dict) -> Path:
+    """The checkpoint of --resume-from. Raises MoultError if it is not whole or of another run, and says what differs."""
+    from moult.checkpoints import differences, fault_of
+    from moult.files import read_json
+
+    folder = Path(path)
+    fault = fault_of(folder, fingerprint)
+    if fault is None:
+        return folder
+    theirs = folder.parent / "fingerprint.json"
+    differs = some(differences(read_json(theirs), fingerprint)) if theirs.exists() else ""
+    raise MoultError(
+        f"--resume-from {folder}: {fault}{f' (differs in: {differs})' if differs else ''}",
+        "give a checkpoint of the same settings, data, model and versions, or leave --resume-from out",
+    )
+
+
+def make_trainer(settings: dict, args, state: Path, fingerprint: dict, device: str, stop: StopSignal, resume: Path | None, log):
+    from transformers.utils import logging as transformers_logging
+
+    from moult.chat import load_tokenizer
+    from moult.device import load_model
+    from moult.files import read_json
+    from moult.lora import lora_config
+    from moult.models import open_model
+    from moult.trainer import Finetuner, try_longest_batch
+
+    transformers_logging.set_verbosity_info()
+    transformers_logging.disable_progress_bar()
+    report = read_json(Path(args.tokens) / "report.json")
+    config = trainer_config(settings, state, device, report["max_length"])
+    base = str(open_model(args.model)[0])
+    tokenizer = load_tokenizer(base, settings["trust_remote_code"])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
+    val = read_sequences(Path(args.tokens) / "val.parquet")
+    trainer = Finetuner(
+        # With several processes Trainer moves each one's model to its own GPU.
+        model=load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings),
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
+        eval_dataset=val if config.eval_strategy != "no" else None,
+        peft_config=lora_config(settings["lora"]),
+        state=state,
+        fingerprint=fingerprint,
+        val_rows=val.to_list(),
+        pad_id=report["pad_token_id"],
+        keep_best=settings["train"]["load_best_model_at_end"],
+        keep=settings["train"]["save_total_limit"],
+        stop=stop,
+        resume=resume,
+    )
+    strays = {parameter.device.type for parameter in trainer.model.parameters()} - {device}
+    if strays:
+        raise MoultError(f"part of the model is on {some(sorted(strays))}, not on {device}", "free GPU memory, or use a larger GPU")
+    log.info("training on %s; base in %s, adapter in float32", device, str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."))
+    try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
+    return trainer
+
+
+def trainer_config(settings: dict, state: Path, device: str, max_length: int):
+    """trl.SFTConfig of the config's `train` section, with what finetune controls itself."""
+    from trl import SFTConfig
+
+    train = {name: value for name, value in settings["train"].items() if name not in ("gpu", "gradient_checkpointing")}
+    half = device == "cuda" and settings["dtype"] != "float32"
+    own = {
+        "output_dir": str(state),
+        "seed": settings["seed"],
+        "data_seed": settings["seed"],
+        "use_cpu": device == "cpu",
+        "bf16": half and settings["dtype"] == "bfloat16",
+        "fp16": half and settings["dtype"] == "float16",
+        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
+        "max_length": max_length if train["packing"] else None,
+        "eval_packing": False,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        # Finetuner keeps the checkpoints, and the best of them, itself.
+        "load_best_model_at_end": False,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        return SFTConfig(**(train | own))
+    except (TypeError, ValueError) as error:
+        raise MoultError(f"train: {str(error).splitlines()[0]}", "mend the train section of the config") from error
+
+
+def read_sequences(path: Path):
+    """The token ids and labels of one part, as a datasets.Dataset."""
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels"]))
+
+
+def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
+    if trainer.args.max_steps > 0:
+        total = trainer.args.max_steps
+    stop.training = True
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    stop.training = False
+    step = trainer.state.global_step
+    if trainer.state.max_steps != total:
+        raise MoultError(f"the trainer counts {trainer.state.max_steps} steps, the plan {total}", "this is a bug in plan")
+    if step < total:
+        raise MoultError(f"stopped by {stop.received} at step {step:,} of {total:,}; checkpoint saved", "run the same command again to go on", UNFINISHED)
+    log.info("trained %s steps", f"{step:,}")
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+
+def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, total: int, log) -> None:
+    """Make the adapter folder out of the best checkpoint, or the last, and check that it holds a trained adapter."""
+    from moult.device import hardware, versions
+    from moult.export import adapter_config, copy_tokenizer, write_generation_config
+    from moult.files import atomic_file, atomic_folder, canonical, read_json, read_jsonl, sha256_file, sha256_folder, sha256_text, write_json
+    from moult.models import open_model
+
+    last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
+    keep_best = settings["train"]["load_best_model_at_end"]
+    step = last["best_global_step"] if keep_best else total
+    checkpoint = state / f"checkpoint-{step}"
+    check_trained(checkpoint / "adapter_model.safetensors")
+    report = read_json(Path(args.tokens) / "report.json")
+    template = (Path(args.tokens) / "chat_template.jinja").read_text(encoding="utf-8")
+    base, manifest = open_model(args.model)
+    with atomic_folder(args.adapter) as folder:
+        shutil.copyfile(checkpoint / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+        write_json(folder / "adapter_config.json", adapter_config(checkpoint / "adapter_config.json", manifest["name"], manifest["commit"]))
+        copy_tokenizer(base, folder, template)
+        write_generation_config(base, folder, report["stop"])
+    history = list(read_jsonl(state / "training_log.jsonl"))
+    with atomic_file(args.training_log) as partial:
+        shutil.copyfile(state / "training_log.jsonl", partial)
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] in (step, total)]
+    write_json(
+        args.summary,
+        {
+            "schema_version": 1,
+            "files": sha256_folder(args.adapter),
+            "adapter_sha256": sha256_file(Path(args.adapter) / "adapter_model.safetensors"),
+            "step": step,
+            "steps": total,
+            "validation_loss": {"published": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            "training_loss": [entry["loss"] for entry in history if "loss" in entry][-1:],
+            "chosen": "lowest validation loss" if keep_best else "last step",
+            "fingerprint": sha256_text(canonical(fingerprint)),
+            "versions": versions(),
+            "hardware": hardware(device),
+        },
+    )
+    log.info("adapter of step %s of %s%s", f"{step:,}", f"{total:,}", f", validation loss {losses[0]:.4f}" if losses else "")
+
+
+def check_trained(path: Path) -> None:
+    """Every tensor is finite, and training has moved every B off the zeros that it starts from."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise MoultError(f"{path}: not finite: {some(broken)}", "lower train.learning_rate")
+    still = [name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any()]
+    if still:
+        raise MoultError(f"{path}: training has not changed {some(still)}", "check lora.target_modules and train.learning_rate")
+
+
+if __name__ == "__main__":
+    main()

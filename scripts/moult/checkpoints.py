@@ -1,0 +1,143 @@
+"""trainer_state/: checkpoints that count only when they are whole, and whose they are.
+
+    trainer_state/fingerprint.json      what the run depends on: settings, tokens, base model, versions
+    trainer_state/lock                  held by the one trainer that may write here
+    trainer_state/checkpoint-<step>/    with manifest.json: size and hash of every file
+    trainer_state/old-<n>/              what another fingerprint has left
+
+The folder is no output of a rule, so Snakemake never deletes it. transformers writes its checkpoints file by file and
+takes the one with the highest number, whole or not (huggingface/transformers#40691 and others); here each is written
+beside, flushed, and renamed.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moult.errors import MoultError, some
+from moult.files import canonical, fsync, read_json, sha256_folder, sha256_text, write_json
+
+log = logging.getLogger("moult")
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Hold the folder for this process; it is free again when the process ends, however it ends. Works over NFS."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise MoultError(
+                f"{state}: another trainer is at work on this run ({lock.read().strip() or 'unknown'})",
+                "wait for it, or stop it (squeue, ps)",
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.uname().nodename}, process {os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def claim(state: Path, fingerprint: dict) -> None:
+    """Make `state` that of `fingerprint`; what another one has left is moved aside, never resumed."""
+    path = state / "fingerprint.json"
+    if path.exists():
+        differs = differences(read_json(path), fingerprint)
+        if not differs:
+            return
+        aside = next(folder for number in range(1, 10_000) if not (folder := state / f"old-{number}").exists())
+        aside.mkdir()
+        for entry in [path, *checkpoint_folders(state), state / "training_log.jsonl"]:
+            if entry.exists():
+                entry.rename(aside / entry.name)
+        log.warning("%s is of other settings (%s): moved to %s, starting anew", state, some(differs), aside.name)
+    write_json(path, fingerprint)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """The names of what differs between two fingerprints."""
+    names = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names += [f"{key}.{name}" for name in sorted(set(before) | set(after)) if before.get(name) != after.get(name)]
+        elif before != after:
+            names.append(key)
+    return names
+
+
+def checkpoint_folders(state: Path) -> list[Path]:
+    """The finished checkpoints, the oldest first."""
+    folders = [folder for folder in state.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def seal(staged: Path, state: Path, fingerprint: dict) -> Path:
+    """Turn a written checkpoint into one that counts: manifest, flush, rename."""
+    files = sha256_folder(staged)
+    sizes = {name: (staged / name).stat().st_size for name in files}
+    manifest = {"files": files, "sizes": sizes, "fingerprint": sha256_text(canonical(fingerprint))}
+    write_json(staged / MANIFEST, manifest)
+    for file in staged.rglob("*"):
+        fsync(file)
+    fsync(staged)
+    final = state / staged.name
+    shutil.rmtree(final, ignore_errors=True)
+    staged.rename(final)
+    fsync(state)
+    return final
+
+
+def fault_of(folder: Path, fingerprint: dict) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is whole and of this run."""
+    if not (folder / MANIFEST).exists():
+        return "it has no manifest"
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except MoultError as error:
+        return error.what
+    for name, size in manifest["sizes"].items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+    present = sha256_folder(folder)
+    present.pop(MANIFEST)
+    changed = [name for name, digest in manifest["files"].items() if present.get(name) != digest]
+    if changed:
+        return f"{some(changed)} changed since it was written"
+    if manifest["fingerprint"] != sha256_text(canonical(fingerprint)):
+        return "it is of another run"
+    return None
+
+
+def newest_whole(state: Path, fingerprint: dict) -> Path | None:
+    """The newest checkpoint that can be resumed from. Others that are newer are named in the log, and set aside."""
+    for folder in reversed(checkpoint_folders(state)):
+        fault = fault_of(folder, fingerprint)
+        if fault is None:
+            return folder
+        log.warning("%s cannot be resumed from: %s; trying the one before", folder, fault)
+        broken = folder.with_name(f"broken-{folder.name}")
+        shutil.rmtree(broken, ignore_errors=True)
+        folder.rename(broken)
+    return None
+
+
+def prune(state: Path, keep: int, best: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints and the best one."""
+    for folder in checkpoint_folders(state)[:-keep]:
+        if step_of(folder) != best:
+            shutil.rmtree(folder)

@@ -1,0 +1,51 @@
+"""A base model by its manifest: which files it has, with their hashes, and where they lie."""
+
+import re
+from pathlib import Path
+
+from moult.errors import MoultError, some
+from moult.files import read_json, sha256_folder
+from moult.weights import read_header, weight_files
+
+# Other formats of the same weights, and repository files: never downloaded, never hashed.
+IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "*.ot", ".*", "*/.*", "*.md5")
+
+
+def open_model(path: str) -> tuple[Path, dict]:
+    """(folder, manifest) of a model given by its manifest (`results/models/<name>.json`) or by its folder."""
+    if Path(path).is_file():
+        manifest = read_json(path)
+        # A downloaded model lies beside its manifest; a local one where the config says.
+        return Path(manifest["folder"] or Path(path).with_suffix("")), manifest
+    return Path(path), describe(Path(path), name=path, trust_remote_code=True)
+
+
+def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | None = None, local: bool = True) -> dict:
+    """The manifest of a model folder. Raises MoultError if its weights are not whole safetensors files, or if it brings
+    code that may not run."""
+    for path in weight_files(folder):
+        read_header(path)
+    code = read_json(folder / "config.json").get("auto_map")
+    if code and not trust_remote_code:
+        raise MoultError(
+            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, code.values()))))})",
+            "read that code, then allow it with model.trust_remote_code: true",
+        )
+    files = {file: digest for file, digest in sha256_folder(folder).items() if not _ignored(file)}
+    return {
+        "schema_version": 1,
+        "name": public_name(name),
+        "commit": commit,
+        "folder": str(folder) if local else None,
+        "files": files,
+    }
+
+
+def _ignored(file: str) -> bool:
+    return any(Path(file).match(pattern) for pattern in IGNORED) or file.startswith(".")
+
+
+def public_name(name: str) -> str:
+    """The name to publish: a hub id or a relative path as it is, of any other path the last part."""
+    outside = name.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:", name)
+    return Path(name).name if outside else name

@@ -1,0 +1,1 @@
+"""How Moult reaches the hub: TLS, tokens, and errors in plain words. In one place."""

@@ -1,0 +1,263 @@
+"""The trainer that finetune runs: SFTTrainer with validation per token, whole checkpoints, and a stop at a signal.
+
+Importing this imports trl, which takes seven seconds.
+"""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from moult.checkpoints import prune, seal
+from moult.errors import MoultError
+from moult.likelihood import likelihood
+from moult.stage import log, progress
+
+
+class Finetuner(SFTTrainer):
+    """SFTTrainer with the few things changed that a run must be able to rely on.
+
+    Args (besides SFTTrainer's):
+        state: the run's trainer_state folder, claimed by this process.
+        fingerprint: what a checkpoint must have been made of to be resumed.
+        val_rows: dicts with input_ids and labels; may be empty if eval_strategy is "no".
+        pad_id: token to pad validation batches with.
+        keep_best: whether the checkpoint with the lowest validation loss is kept besides the newest.
+        keep: how many of the newest checkpoints are kept.
+        stop: finetune.StopSignal.
+        resume: the checkpoint that train() will be given, or None.
+    """
+
+    def __init__(
+        self, *args, state: Path, fingerprint: dict, val_rows: list[dict], pad_id: int, keep_best: bool, keep: int, stop, resume: Path | None, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.state_folder, self.fingerprint = state, fingerprint
+        self.val_rows, self.pad_id = val_rows, pad_id
+        self.keep_best, self.keep = keep_best, keep
+        self.stop, self.resume = stop, resume
+        self.staging = state / "staging"
+        self.other_seconds = 0.0
+        # A checkpoint needs no tokenizer: of some models that is ten times the adapter.
+        self.processing_class = None
+        self.add_callback(Watch(self))
+
+    # --- validation ---
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Nats per trained token over all validation rows, as `eval_loss`. Trainer's own is a mean of batch means."""
+        started = time.monotonic()
+        self.model.eval()
+        rows = self.val_rows[self.args.process_index :: self.args.world_size]
+        with self.compute_loss_context_manager():
+            results = likelihood(self.model, rows, self.pad_id, "validation")
+        sums = torch.tensor(
+            [sum(result.nll for result in results), sum(result.tokens for result in results)],
+            dtype=torch.float64,
+            device=self.args.device,
+        )
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        self.model.train()
+        metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item()}
+        if self.keep_best and (self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric):
+            self.control.should_save = True
+        self.other_seconds += time.monotonic() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial) -> str:
+        # Where _save_checkpoint writes: beside the finished ones, until it is whole.
+        return str(self.staging)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        started = time.monotonic()
+        if self.is_world_process_zero():
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self._wait_for_all()
+        staged = self.staging / f"checkpoint-{self.state.global_step}"
+        try:
+            # Past SFTTrainer's own, which writes a model card into every checkpoint.
+            super(SFTTrainer, self)._save_checkpoint(model, trial)
+            self._averages_file(staged).write_text(json.dumps(self._averages()))
+            self._wait_for_all()
+            if self.is_world_process_zero():
+                seal(staged, self.state_folder, self.fingerprint)
+                prune(self.state_folder, self.keep, self.state.best_global_step if self.keep_best else None)
+        except (OSError, RuntimeError) as error:
+            raise self._cannot_save(error) from error
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(self.staging, ignore_errors=True)
+        self._wait_for_all()
+        self.other_seconds += time.monotonic() - started
+
+    def _cannot_save(self, error: Exception) -> MoultError:
+        free = shutil.disk_usage(self.state_folder).free
+        size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad) * 12
+        return MoultError(
+            f"{self.state_folder}: the checkpoint of step {self.state.global_step} cannot be written: {str(error).splitlines()[0]} "
+            f"(it has about {size:,} bytes; {free:,} are free)",
+            "free space or mend the folder's permissions, and run the same command again: earlier checkpoints are untouched",
+        )
+
+    def _wait_for_all(self) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    # What the next log line averages over is kept in memory only by transformers and TRL: after a resume the first line
+    # would be the average of fewer steps.
+
+    def _averages_file(self, folder: Path) -> Path:
+        return folder / f"averages_{self.args.process_index}.json"
+
+    def _averages(self) -> dict:
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+            "tokens": self._total_train_tokens,
+        }
+
+    def restore_averages(self, folder: Path) -> None:
+        content = json.loads(self._averages_file(folder).read_text())
+        self._tr_loss += content["loss"]
+        self._globalstep_last_logged = content["last_logged"]
+        self._metrics["train"].update(content["metrics"])
+        self._total_train_tokens = content["tokens"]
+
+
+class Watch(TrainerCallback):
+    """Training log, progress bar, signals, and the gates that only training can trip."""
+
+    def __init__(self, trainer: Finetuner):
+        self.trainer = trainer
+        self.path = trainer.state_folder / "training_log.jsonl"
+        self.bar: progress | None = None
+        self.note = ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resume:
+            self.trainer.restore_averages(self.trainer.resume)
+        if state.is_world_process_zero:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            # What an attempt logged behind the checkpoint that this one goes on from is done again.
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+            self.bar = progress(state.max_steps, "steps", initial=state.global_step)
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.clock = time.monotonic() - self.trainer.other_seconds
+        self.tokens = self.trainer._total_train_tokens
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(note=self.note)
+        last = state.global_step >= state.max_steps
+        if last and args.eval_strategy != "no":
+            control.should_evaluate = True
+        if last or self._asked_to_stop():
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _asked_to_stop(self) -> bool:
+        received = self.trainer.stop.received is not None
+        if self.trainer.args.world_size == 1:
+            return received
+        # All processes must stop at the same step, and not all get the signal.
+        flag = torch.tensor(float(received), device=self.trainer.args.device)
+        torch.distributed.all_reduce(flag)
+        return flag.item() > 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        check_finite(logs, state.global_step)
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        entry = {"step": state.global_step, "epoch": state.epoch, **logs}
+        if "loss" in logs:
+            seconds = time.monotonic() - self.trainer.other_seconds - self.clock
+            entry["tokens_per_second"] = (self.trainer._total_train_tokens - self.tokens) / seconds
+            self.note = f"loss {logs['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s"
+            self._start_clock()
+        if "eval_loss" in logs:
+            log.info("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+
+
+def check_finite(logs: dict, step: int) -> None:
+    """Stop at a loss that is not finite or exactly 0. transformers goes on with either (trl#6668, transformers#34494)."""
+    for name in ("loss", "grad_norm", "eval_loss"):
+        if name in logs and not math.isfinite(logs[name]):
+            raise MoultError(
+                f"step {step:,}: {name} is {logs[name]}",
+                "lower train.learning_rate or train.max_grad_norm; with float16, set model.dtype: bfloat16",
+            )
+    if logs.get("loss") == 0.0:
+        raise MoultError(f"step {step:,}: the loss is exactly 0, so nothing is trained", "look at tokens/preview.html: is anything marked?")
+
+
+def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
+    """One forward and backward pass of the longest batch, before the first step: what does not fit shows in the first
+    minute. With `auto`, gradient checkpointing is switched on if it does not fit without."""
+    rows = trainer.train_dataset
+    longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))[: trainer.args.per_device_train_batch_size]
+    batch = trainer.data_collator([rows[index] for index in longest])
+    shape = f"{len(longest)} sequences of up to {len(rows[longest[0]]['input_ids']):,} tokens"
+    for attempt in ("plain", "checkpointed"):
+        if attempt == "checkpointed":
+            log.info("the longest batch does not fit: gradient checkpointing on")
+            trainer.args.gradient_checkpointing = True
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            trainer.model.enable_input_require_grads()
+        fits, loss = _try_batch(trainer, batch)
+        if fits:
+            check_finite({"loss": loss}, 0)
+            log.info("longest batch (%s) fits; loss %.3f", shape, loss)
+            return
+        if checkpointing != "auto":
+            break
+    raise MoultError(
+        f"the longest batch ({shape}) does not fit into the GPU's memory{'' if checkpointing is False else ' even with gradient checkpointing'}",
+        "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or datasets.<name>.max_length",
+    )
+
+
+def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
+    """Whether the batch fits, and its loss. Leaves no trace: gradients, random state and TRL's averages are put back."""
+    device = trainer.args.device
+    trainer.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            inputs = trainer._prepare_inputs(dict(batch))
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, inputs)
+            loss.backward()
+            fits, value = True, loss.item()
+        except torch.OutOfMemoryError:
+            fits, value = False, math.nan
+    trainer.model.zero_grad(set_to_none=True)
+    trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if trainer.args.world_size > 1:
+        # Checkpointing must be the same everywhere.
+        flag = torch.tensor(float(fits), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        fits = flag.item() > 0
+    return fits, value
+

@@ -1,0 +1,250 @@
+"""Compare base and tuned: metrics.json with intervals and a verdict, samples.jsonl with the answers side by side.
+
+    python scripts/score.py --settings '{"eval": {...}, "seed": 0}' --run demo --base results/demo/base --tuned results/demo/tuned \\
+        --prepared results/prepared/demo/metadata.json --tokens results/demo/tokens --adapter results/demo/adapter.json \\
+        --merge results/demo/merge.json --metrics results/demo/metrics.json --samples results/demo/samples.jsonl
+
+Last stage; no GPU and no model. Both sides were measured on the same token ids, which is checked here first. The schema
+of metrics.json is moult/metrics.schema.json; README.md has it as a table.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from moult.errors import MoultError, some
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument("--run", required=True, help="the run's name")
+    parser.add_argument("--base", required=True, help="folder with the base's likelihood.jsonl and answers.jsonl")
+    parser.add_argument("--tuned", required=True, help="the same of the tuned model, and merge_check.json")
+    parser.add_argument("--prepared", required=True, help="prepare's metadata.json")
+    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
+    parser.add_argument("--merge", required=True, help="merge's merge.json")
+    parser.add_argument("--metrics", required=True, help="metrics.json to write")
+    parser.add_argument("--samples", required=True, help="samples.jsonl to write")
+    parser.add_argument("--log", help="log file (default: logs/score.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = json.loads(args.settings)
+    with stage("score", args.log, settings) as log:
+        score(settings, args, log)
+
+
+def score(settings: dict, args, log) -> None:
+    from jsonschema import Draft202012Validator
+
+    import moult
+    from moult.files import read_json, read_jsonl, write_json, write_jsonl
+
+    sides = {}
+    for side, folder in (("base", Path(args.base)), ("tuned", Path(args.tuned))):
+        sides[side] = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in ("likelihood", "answers")}
+    check_same_questions(sides["base"], sides["tuned"])
+    merge_check = read_json(Path(args.tuned) / "merge_check.json")
+    check_merge(merge_check, settings["eval"]["merge_kl_limit"])
+    prepared, report = read_json(args.prepared), read_json(Path(args.tokens) / "report.json")
+    adapter, merge = read_json(args.adapter), read_json(args.merge)
+
+    options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
+    likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
+    answers, samples = compare_answers(sides, settings["eval"])
+    rows = sides["base"]["likelihood"]
+    metrics = {
+        "schema_version": 1,
+        "run": args.run,
+        "verdict": verdict(likelihood, answers),
+        "data": {
+            "sequences": len(rows),
+            "groups": len({row["group"] for row in rows}),
+            "trained_tokens": sum(row["tokens"] for row in rows),
+            "trained_bytes": sum(row["bytes"] for row in rows),
+            "rows_shared_with_train": prepared["overlap"]["rows"],
+            "confidence": settings["eval"]["confidence"],
+        },
+        "likelihood": likelihood,
+        "answers": answers,
+        "checks": [{"id": s["id"], "base": s["base"]["checks"], "tuned": s["tuned"]["checks"]} for s in samples if s["kind"] == "prompt"],
+        "by_source": by_source(sides, prepared),
+        "merged_vs_adapter": merge_check,
+        "provenance": {
+            "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
+            "data": [{name: file[name] for name in ("path", "sha256")} for file in prepared["sources"] + prepared["val_sources"]],
+            "template_sha256": report["template"]["sha256"],
+            "adapter_sha256": adapter["adapter_sha256"],
+            "merged_files": merge["files"],
+            "versions": adapter["versions"],
+            "hardware": adapter["hardware"],
+            "seed": settings["seed"],
+            "step": adapter["step"],
+        },
+    }
+    schema = read_json(Path(moult.__file__).parent / "metrics.schema.json")
+    Draft202012Validator(schema).validate(metrics)
+    write_jsonl(args.samples, samples)
+    write_json(args.metrics, metrics)
+    log.info("%s: %s. %s", args.run, metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def check_same_questions(base: dict, tuned: dict) -> None:
+    """Base and tuned were measured on the same sequences and asked with the same token ids."""
+    for name, fields in (("likelihood", ("id", "tokens")), ("answers", ("kind", "id", "prompt_sha256"))):
+        both = [[[row[field] for field in fields] for row in side[name]] for side in (base, tuned)]
+        if both[0] != both[1]:
+            differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]
+            raise MoultError(
+                f"base and tuned were not measured on the same {name} ({some(differ) or 'their numbers differ'})",
+                "remove the base's folder and run again",
+            )
+
+
+def check_merge(check: dict, limit: float) -> None:
+    if check["mean_kl"] > limit:
+        raise MoultError(
+            f"the merged model is not base plus adapter: mean KL {check['mean_kl']:.3g} nats per token, over eval.merge_kl_limit {limit:g}",
+            "merge again; if the base has few bits (float16, fp8), raise the limit and look at samples.jsonl",
+        )
+
+
+# --- likelihood -------------------------------------------------------------------------------------------------------
+
+
+def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int) -> dict:
+    """Base, tuned and their paired difference, with intervals from a bootstrap over groups."""
+    import numpy as np
+
+    from moult.statistics import bootstrap
+
+    base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
+    groups = {group: index for index, group in enumerate(dict.fromkeys(row["group"] for row in base))}
+
+    def sums(rows: list[dict], field: str):
+        total = np.zeros(len(groups))
+        for row in rows:
+            total[groups[row["group"]]] += row[field]
+        return total
+
+    tokens, size = sums(base, "tokens"), sums(base, "bytes")
+    result: dict = {"base": {}, "tuned": {}, "difference": {}}
+    for name, field in (("nll_per_token", "nll"), ("token_accuracy", "correct")):
+        columns = np.stack([sums(base, field), sums(tuned, field)], axis=1)
+        intervals = bootstrap(columns, tokens, confidence, resamples, seed)
+        values = (columns.sum(axis=0) / tokens.sum()).tolist()
+        for side, value, interval in zip(("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True):
+            result[side][name] = {"value": value, "interval": interval}
+    bits = np.stack([sums(base, "nll"), sums(tuned, "nll")], axis=1) / math.log(2)
+    for side, value, interval in zip(("base", "tuned"), bits.sum(axis=0) / max(size.sum(), 1), bootstrap(bits, np.maximum(size, 1e-9), confidence, resamples, seed), strict=False):
+        result[side]["bits_per_byte"] = {"value": float(value), "interval": interval}
+        nll = result[side]["nll_per_token"]
+        result[side]["perplexity"] = {"value": math.exp(nll["value"]), "interval": [math.exp(limit) for limit in nll["interval"]]}
+    result["rows_better"] = sum(t["nll"] < b["nll"] for b, t in zip(base, tuned, strict=True)) / len(base)
+    return result
+
+
+def by_source(sides: dict, prepared: dict) -> dict:
+    """Nats per token of each source of a mix."""
+    paths = {file["source"]: file["path"] for file in prepared["sources"]}
+    totals: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
+    for base, tuned in zip(sides["base"]["likelihood"], sides["tuned"]["likelihood"], strict=True):
+        total = totals[f"{base['source']}: {paths.get(base['source'], '')}"]
+        total["base"] += base["nll"]
+        total["tuned"] += tuned["nll"]
+        total["tokens"] += base["tokens"]
+    return {name: {"base": t["base"] / t["tokens"], "tuned": t["tuned"] / t["tokens"], "tokens": t["tokens"]} for name, t in totals.items()}
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
+    """Rates of every check for prompts, rows and both; and each question with both answers."""
+    from moult.checks import check
+
+    expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
+    samples = []
+    for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
+        expect = expected[base["id"]] if base["kind"] == "prompt" else settings.get("row_expect", {})
+        sample = {name: base[name] for name in ("kind", "id", "prompt", "reference")}
+        for side, row in (("base", base), ("tuned", tuned)):
+            checks = check(row["answer"], expect, row["reference"])
+            sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
+        samples.append(sample)
+    parts = {"prompts": [s for s in samples if s["kind"] == "prompt"], "rows": [s for s in samples if s["kind"] == "row"], "all": samples}
+    return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
+
+
+def summarise(samples: list[dict], confidence: float) -> dict:
+    def rate(part: list[dict], holds) -> dict:
+        return compare_rates([[holds(sample[side]) for sample in part] for side in ("base", "tuned")], confidence)
+
+    checked = [sample for sample in samples if sample["base"]["checks"]]
+    names = sorted({name for sample in checked for name in sample["base"]["checks"]})
+    result = {"n": len(samples), "stopped": rate(samples, lambda side: side["stopped"])}
+    if checked:
+        result["passed"] = rate(checked, lambda side: all(side["checks"].values()))
+        result["checks"] = {
+            name: rate([s for s in checked if name in s["base"]["checks"]], lambda side, name=name: side["checks"][name]) for name in names
+        }
+    for side in ("base", "tuned"):
+        lengths = sorted(len(sample[side]["answer"]) for sample in samples)
+        result.setdefault("characters", {})[side] = {"mean": sum(lengths) / len(lengths), "median": lengths[len(lengths) // 2], "max": lengths[-1]}
+        result.setdefault("empty", {})[side] = sum(not sample[side]["answer"].strip() for sample in samples)
+    return result
+
+
+def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
+    from moult.statistics import paired_difference, wilson
+
+    n = len(passed[0])
+    base, tuned = (sum(side) for side in passed)
+    return {
+        "n": n,
+        "base": {"value": base / n, "interval": wilson(base, n, confidence)},
+        "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
+        "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
+    }
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+
+def verdict(likelihood: dict | None, answers: dict) -> dict:
+    """helped: something is better and nothing worse; hurt: the reverse; else inconclusive. What counts is an interval of
+    the paired difference that leaves out 0."""
+    evidence = {}  # what: (difference, whether more is better, unit)
+    if likelihood:
+        evidence["validation loss"] = (likelihood["difference"]["nll_per_token"], -1, "nats per token")
+    for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
+        if "passed" in answers.get(part, {}):
+            evidence[name] = (answers[part]["passed"]["difference"], 1, "of the questions")
+    if "all" in answers:
+        evidence["answers that stop"] = (answers["all"]["stopped"]["difference"], 1, "of the questions")
+    found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    reasons = []
+    for name, (difference, sign, unit) in evidence.items():
+        low, high = sorted(sign * limit for limit in difference["interval"])
+        kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+        found[kind].append(name)
+        shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
+        reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
+    word = "inconclusive"
+    if found["better"] and not found["worse"]:
+        word = "helped"
+    elif found["worse"] and not found["better"]:
+        word = "hurt"
+    return {"verdict": word, **found, "reasons": reasons or ["nothing was measured: set eval.perplexity or eval.prompts"]}
+
+
+if __name__ == "__main__":
+    main()
