@@ -16,6 +16,9 @@ configfile: "config/config.yaml"
 include: "rules/common.smk"
 
 
+container: config["container"]
+
+
 pathvars:
     results=config["paths"]["results"],
 

@@ -7,12 +7,13 @@ import os
 import re
 import sys
 from functools import lru_cache
+from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
 
 
 @lru_cache
@@ -68,7 +69,9 @@ def code(script, *data):
 @lru_cache
 def code_hash(script, *data):
     """Param: what those files hold, so that an edit reruns the stage and a checkout does not."""
-    return sha256_text("".join(Path(path).read_text(encoding="utf-8") for path in [*stage_files(script), *map(own_file, data)]))[:16]
+    return sha256_text(
+        "".join(Path(path).read_text(encoding="utf-8") for path in [*stage_files(script), *map(own_file, data)])
+    )[:16]
 
 
 # --- config ---
@@ -120,7 +123,12 @@ def local_model_files(run):
 def dataset_files(wildcards):
     """Input: the files of a dataset: local ones as they are, those of the hub where fetch_dataset puts them."""
     dataset = config["datasets"][wildcards.ds]
-    entries = [entry for source in (dataset["source"], dataset["val_source"]) if source for entry in source_entries(source, dataset)]
+    entries = [
+        entry
+        for source in (dataset["source"], dataset["val_source"])
+        if source
+        for entry in source_entries(source, dataset)
+    ]
     files = []
     for entry in entries:
         if is_local(entry["path"]):

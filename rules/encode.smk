@@ -19,11 +19,6 @@ rule encode:
         template="<results>/{run}/tokens/chat_template.jinja",
         report="<results>/{run}/tokens/report.json",
         preview="<results>/{run}/tokens/preview.html",
-    params:
-        settings=settings("encode"),
-        code=code_hash("encode", "config/chat_templates/chatml.jinja"),
-        templates=lambda wildcards, input: Path(input.code[-1]).parent,
-        folder=lambda wildcards, output: Path(output.report).parent,
     log:
         "<logs>/{run}/encode.log",
     benchmark:
@@ -32,6 +27,11 @@ rule encode:
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings("encode"),
+        code=code_hash("encode", "config/chat_templates/chatml.jinja"),
+        templates=lambda wildcards, input: Path(input.code[-1]).parent,
+        folder=lambda wildcards, output: Path(output.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \

@@ -17,10 +17,6 @@ rule evaluate_base:
     output:
         likelihood="<results>/{run}/base/likelihood.jsonl",
         answers="<results>/{run}/base/answers.jsonl",
-    params:
-        settings=settings("evaluate_base"),
-        code=code_hash("evaluate_model"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
     log:
         "<logs>/{run}/evaluate_base.log",
     benchmark:
@@ -30,6 +26,10 @@ rule evaluate_base:
         gpu=1,
         mem_mb=16000,
         runtime=240,
+    params:
+        settings=settings("evaluate_base"),
+        code=code_hash("evaluate_model"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
@@ -52,10 +52,6 @@ rule evaluate_tuned:
         likelihood="<results>/{run}/tuned/likelihood.jsonl",
         answers="<results>/{run}/tuned/answers.jsonl",
         merge_check="<results>/{run}/tuned/merge_check.json",
-    params:
-        settings=settings("evaluate_tuned"),
-        code=code_hash("evaluate_model"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
     log:
         "<logs>/{run}/evaluate_tuned.log",
     benchmark:
@@ -65,6 +61,10 @@ rule evaluate_tuned:
         gpu=1,
         mem_mb=16000,
         runtime=240,
+    params:
+        settings=settings("evaluate_tuned"),
+        code=code_hash("evaluate_model"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \

@@ -20,12 +20,6 @@ rule finetune:
         adapter=directory("<results>/{run}/adapter"),
         summary="<results>/{run}/adapter.json",
         training_log="<results>/{run}/training_log.jsonl",
-    params:
-        settings=settings("finetune"),
-        code=code_hash("finetune"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
-        state=lambda wildcards, output: Path(output.summary).parent / "trainer_state",
-        launch=launcher,
     log:
         "<logs>/{run}/finetune.log",
     benchmark:
@@ -35,6 +29,12 @@ rule finetune:
         gpu=lambda wildcards: config["runs"][wildcards.run]["train"]["gpu"],
         mem_mb=32000,
         runtime=1440,
+    params:
+        settings=settings("finetune"),
+        code=code_hash("finetune"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
+        state=lambda wildcards, output: Path(output.summary).parent / "trainer_state",
+        launch=launcher,
     shell:
         """
         {params.launch} {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \

@@ -18,10 +18,6 @@ rule merge:
     output:
         merged=directory("<results>/{run}/merged"),
         summary="<results>/{run}/merge.json",
-    params:
-        settings=settings("merge"),
-        code=code_hash("merge"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
     log:
         "<logs>/{run}/merge.log",
     benchmark:
@@ -30,6 +26,10 @@ rule merge:
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings("merge"),
+        code=code_hash("merge"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \

@@ -14,10 +14,6 @@ rule plan:
         report=tokens("report.json"),
     output:
         "<results>/{run}/plan.json",
-    params:
-        settings=settings("plan"),
-        code=code_hash("plan"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
     log:
         "<logs>/{run}/plan.log",
     benchmark:
@@ -25,6 +21,10 @@ rule plan:
     resources:
         mem_mb=8000,
         runtime=30,
+    params:
+        settings=settings("plan"),
+        code=code_hash("plan"),
+        tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \

@@ -14,9 +14,6 @@ rule prepare:
         train="<results>/prepared/{ds}/train.jsonl",
         val="<results>/prepared/{ds}/val.jsonl",
         metadata="<results>/prepared/{ds}/metadata.json",
-    params:
-        settings=settings("prepare"),
-        code=code_hash("prepare"),
     log:
         "<logs>/{ds}/prepare.log",
     benchmark:
@@ -25,6 +22,9 @@ rule prepare:
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings("prepare"),
+        code=code_hash("prepare"),
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \

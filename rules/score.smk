@@ -21,12 +21,6 @@ rule score:
     output:
         metrics="<results>/{run}/metrics.json",
         samples="<results>/{run}/samples.jsonl",
-    params:
-        settings=settings("score"),
-        code=code_hash("score", "scripts/moult/metrics.schema.json"),
-        base=lambda wildcards, input: Path(input.base).parent,
-        tuned=lambda wildcards, input: Path(input.tuned).parent,
-        tokens=lambda wildcards, input: Path(input.report).parent,
     log:
         "<logs>/{run}/score.log",
     benchmark:
@@ -34,6 +28,12 @@ rule score:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=settings("score"),
+        code=code_hash("score", "scripts/moult/metrics.schema.json"),
+        base=lambda wildcards, input: Path(input.base).parent,
+        tuned=lambda wildcards, input: Path(input.tuned).parent,
+        tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \

@@ -114,12 +114,19 @@ def tables() -> str:
     schema = load_schema(str(CONFIG))
     lines = ["| key | type | default | what it is |", "| --- | --- | --- | --- |"]
     for name, kind, default, text in rows("", schema, schema):
-        lines.append(f"| `{name}` | {kind} | {f'`{default}`' if default else ''} | {text.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `{name}` | {kind} | {f'`{default}`' if default else ''} | {text.replace('|', chr(92) + '|')} |"
+        )
     for section, library in (("lora", "peft.LoraConfig"), ("train", "trl.SFTConfig")):
         properties = schema["$defs"][section]["properties"]
         passed = [name for name, field in properties.items() if "x-library" in field]
         refused = {name: field["x-refused"] for name, field in properties.items() if "x-refused" in field}
-        lines += ["", f"**`{section}` also takes** every other field of `{library}`: " + ", ".join(f"`{name}`" for name in sorted(passed)) + "."]
+        lines += [
+            "",
+            f"**`{section}` also takes** every other field of `{library}`: "
+            + ", ".join(f"`{name}`" for name in sorted(passed))
+            + ".",
+        ]
         lines += ["", f"**`{section}` refuses**", "", "| field | because |", "| --- | --- |"]
         lines += [f"| `{name}` | {reason} |" for name, reason in sorted(refused.items())]
     return "\n".join(lines)

@@ -23,7 +23,9 @@ PREVIEWED = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
-    parser.add_argument("--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)")
+    parser.add_argument(
+        "--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)"
+    )
     parser.add_argument("--templates", default="config/chat_templates", help="folder of the shipped chat templates")
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
@@ -67,7 +69,12 @@ def encode(settings: dict, args, log) -> None:
         check_vocabulary(part, sequences[part], vocabulary)
         warn_of_lost_characters(part, report[part], log)
     stop = check_stop_tokens(sequences["train"], chat)
-    report |= {"pad_token_id": chat.pad_id, "stop": stop, "vocabulary": vocabulary, "max_length": settings["max_length"]}
+    report |= {
+        "pad_token_id": chat.pad_id,
+        "stop": stop,
+        "vocabulary": vocabulary,
+        "max_length": settings["max_length"],
+    }
 
     write_text(out / "chat_template.jinja", template or "")
     for part in ("train", "val"):
@@ -88,17 +95,25 @@ def encode(settings: dict, args, log) -> None:
 # --- rows to sequences ------------------------------------------------------------------------------------------------
 
 
-def encode_rows(part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int) -> tuple[list[dict], dict]:
+def encode_rows(
+    part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int
+) -> tuple[list[dict], dict]:
     """The sequences of all rows, and the account of the rows. Raises MoultError for rows that cannot be rendered."""
     from moult.parallel import ordered_map
 
     results = ordered_map(encode_row, rows, workers, f"{part} rows: tokens", set_chat, chat_settings)
     made = [sequence for result in results for sequence in result["sequences"]]
-    refused = [(row["id"], result["reason"], result["message"]) for row, result in zip(rows, results, strict=True) if "reason" in result]
+    refused = [
+        (row["id"], result["reason"], result["message"])
+        for row, result in zip(rows, results, strict=True)
+        if "reason" in result
+    ]
     reasons = Counter(reason for _, reason, _ in refused)
     if refused and (settings["unrenderable"] == "error" or len(refused) == len(rows)):
         first = {reason: f"{place}: {message}" for place, reason, message in reversed(refused)}
-        listing = "\n    ".join(f"{count:,} {reason}, for example {first[reason]}" for reason, count in reasons.most_common())
+        listing = "\n    ".join(
+            f"{count:,} {reason}, for example {first[reason]}" for reason, count in reasons.most_common()
+        )
         raise MoultError(
             f"{len(refused):,} of {len(rows):,} {part} rows cannot be shown by the chat template as they are:\n    {listing}",
             "mend the rows, choose another model.chat_template (or its chat_template_kwargs), "
@@ -111,7 +126,11 @@ def encode_rows(part: str, rows: list[dict], chat_settings: tuple, settings: dic
         "rows": len(rows),
         "unrenderable": dict(reasons),
         "rows_in_several_sequences": sum(len(result["sequences"]) > 1 for result in results),
-        "lost_characters": {"count": lost.total(), "rows": sum(bool(result["lost"]) for result in results), "which": dict(lost.most_common(20))},
+        "lost_characters": {
+            "count": lost.total(),
+            "rows": sum(bool(result["lost"]) for result in results),
+            "which": dict(lost.most_common(20)),
+        },
     }
 
 
@@ -141,7 +160,9 @@ def encode_row(row: dict) -> dict:
                 "input_ids": sequence.input_ids,
                 "labels": sequence.labels,
                 "answer_start": sequence.answer_start,
-                "trained_bytes": len(_chat.decode([label for label in sequence.labels if label != IGNORE], special=False).encode()),
+                "trained_bytes": len(
+                    _chat.decode([label for label in sequence.labels if label != IGNORE], special=False).encode()
+                ),
             }
             for sequence in sequences
         ],
@@ -171,7 +192,11 @@ def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list
                 lost += count
                 continue
             cut += 1
-            sequence = {**sequence, "input_ids": sequence["input_ids"][:limit], "labels": sequence["labels"][:limit]}
+            sequence = {
+                **sequence,
+                "input_ids": sequence["input_ids"][:limit],
+                "labels": sequence["labels"][:limit],
+            }
             left = sum(label != IGNORE for label in sequence["labels"])
             lost += count - left
             if left == 0:
@@ -188,8 +213,8 @@ def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list
         )
     if lost > settings["max_token_loss"] * trained:
         raise MoultError(
-            f"max_length {limit:,} costs {lost / trained:.1%} of the trained {part} tokens ({over:,} sequences, {share:.1%}, are longer), "
-            f"over max_token_loss {settings['max_token_loss']:.1%}",
+            f"max_length {limit:,} costs {lost / trained:.1%} of the trained {part} tokens "
+            f"({over:,} sequences, {share:.1%}, are longer), over max_token_loss {settings['max_token_loss']:.1%}",
             f"raise datasets.<name>.max_length (lengths that take all of a share: {advice}), or max_token_loss",
         )
     return kept, {
@@ -221,7 +246,12 @@ def count_tokens(sequences: list[dict]) -> dict:
     empty = [sequence["id"] for sequence in sequences if all(label == IGNORE for label in sequence["labels"])]
     if empty:
         raise MoultError(f"{len(empty):,} sequences train nothing: {some(empty)}", "this is a bug in encode")
-    return {"sequences": len(sequences), "tokens": tokens, "trained_tokens": trained, "trained_share": trained / tokens}
+    return {
+        "sequences": len(sequences),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "trained_share": trained / tokens,
+    }
 
 
 def check_vocabulary(part: str, sequences: list[dict], vocabulary: int | None) -> None:

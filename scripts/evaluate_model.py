@@ -59,12 +59,17 @@ def evaluate(settings: dict, args, log) -> None:
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
     write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
-    questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(rows, settings["eval"]["answer_rows"], chat)
+    questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(
+        rows, settings["eval"]["answer_rows"], chat
+    )
     answers = answer(model, questions, chat, report, settings["eval"]["max_new_tokens"])
     write_jsonl(args.answers, answers)
     log.info("%s sequences measured, %s questions answered", f"{len(measured):,}", f"{len(answers):,}")
     if args.merge_check:
-        write_json(args.merge_check, compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args, log))
+        write_json(
+            args.merge_check,
+            compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args, log),
+        )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -117,8 +122,18 @@ def prompt_questions(prompts: list[dict], chat) -> list[dict]:
         try:
             ids = chat.prompt_ids(messages)
         except Unrenderable as refusal:
-            raise MoultError(f"eval.prompts.{prompt['id']}: {refusal}", "mend the prompt, or choose another chat template") from None
-        questions.append({"kind": "prompt", "id": prompt["id"], "prompt": messages[-1]["content"], "reference": None, "ids": ids})
+            raise MoultError(
+                f"eval.prompts.{prompt['id']}: {refusal}", "mend the prompt, or choose another chat template"
+            ) from None
+        questions.append(
+            {
+                "kind": "prompt",
+                "id": prompt["id"],
+                "prompt": messages[-1]["content"],
+                "reference": None,
+                "ids": ids,
+            }
+        )
     return questions
 
 
@@ -212,7 +227,9 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
             if positions * vocabulary >= KEPT_LOGITS:
                 break
     merged.to("meta")  # the two need not fit side by side
-    adapted = PeftModel.from_pretrained(load_model(str(open_model(args.base)[0]), device, settings), args.adapter).eval()
+    adapted = PeftModel.from_pretrained(
+        load_model(str(open_model(args.base)[0]), device, settings), args.adapter
+    ).eval()
     divergence, agreed, worst = 0.0, 0, 0.0
     with torch.inference_mode():
         for row, theirs in zip(kept, logits, strict=True):
@@ -230,7 +247,11 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
         "top1_agreement": agreed / positions,
         "dtype": str(merged.dtype).removeprefix("torch."),
     }
-    log.info("merged against base + adapter: mean KL %.2e, same first choice %.2f %%", result["mean_kl"], 100 * result["top1_agreement"])
+    log.info(
+        "merged against base + adapter: mean KL %.2e, same first choice %.2f %%",
+        result["mean_kl"],
+        100 * result["top1_agreement"],
+    )
     return result
 
 

@@ -75,7 +75,15 @@ def make_fingerprint(settings: dict, args) -> dict:
     from moult.models import open_model
 
     tokens = Path(args.tokens)
-    harmless = ("report_to", "logging_steps", "logging_strategy", "logging_first_step", "save_total_limit", "run_name", "project")
+    harmless = (
+        "report_to",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "save_total_limit",
+        "run_name",
+        "project",
+    )
     train = {name: value for name, value in settings["train"].items() if name not in harmless}
     return {
         "settings": {**settings, "train": train},
@@ -102,7 +110,13 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
     else:
         if resume:
             log.info("going on from %s, of %s steps", resume, f"{total:,}")
-        train(make_trainer(settings, args, state, fingerprint, device, stop, resume, log), resume, total, stop, log)
+        train(
+            make_trainer(settings, args, state, fingerprint, device, stop, resume, log),
+            resume,
+            total,
+            stop,
+            log,
+        )
     if rank() == 0:
         publish(settings, args, state, fingerprint, device, total, log)
 
@@ -121,10 +135,16 @@ def pick_device(threads: int, gpus: int) -> str:
     device = pick()
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes != gpus:
-        raise MoultError(f"train.gpu is {gpus}, and {processes} processes run", f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...")
+        raise MoultError(
+            f"train.gpu is {gpus}, and {processes} processes run",
+            f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...",
+        )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and torch.cuda.device_count() < local:
-        raise MoultError(f"train.gpu asks for {local} GPUs here, and {torch.cuda.device_count()} are visible", "ask for more, or lower train.gpu")
+        raise MoultError(
+            f"train.gpu asks for {local} GPUs here, and {torch.cuda.device_count()} are visible",
+            "ask for more, or lower train.gpu",
+        )
     if device == "cuda" and local == 1 and torch.cuda.device_count() > 1:
         # Trainer would wrap the model in DataParallel, which TRL refuses.
         torch.cuda.set_device(0)
@@ -149,7 +169,16 @@ def given_checkpoint(path: str, fingerprint: dict) -> Path:
     )
 
 
-def make_trainer(settings: dict, args, state: Path, fingerprint: dict, device: str, stop: StopSignal, resume: Path | None, log):
+def make_trainer(
+    settings: dict,
+    args,
+    state: Path,
+    fingerprint: dict,
+    device: str,
+    stop: StopSignal,
+    resume: Path | None,
+    log,
+):
     from transformers.utils import logging as transformers_logging
 
     from moult.chat import load_tokenizer
@@ -186,8 +215,15 @@ def make_trainer(settings: dict, args, state: Path, fingerprint: dict, device: s
     )
     strays = {parameter.device.type for parameter in trainer.model.parameters()} - {device}
     if strays:
-        raise MoultError(f"part of the model is on {some(sorted(strays))}, not on {device}", "free GPU memory, or use a larger GPU")
-    log.info("training on %s; base in %s, adapter in float32", device, str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."))
+        raise MoultError(
+            f"part of the model is on {some(sorted(strays))}, not on {device}",
+            "free GPU memory, or use a larger GPU",
+        )
+    log.info(
+        "training on %s; base in %s, adapter in float32",
+        device,
+        str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+    )
     try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
     return trainer
 
@@ -238,9 +274,15 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
     stop.training = False
     step = trainer.state.global_step
     if trainer.state.max_steps != total:
-        raise MoultError(f"the trainer counts {trainer.state.max_steps} steps, the plan {total}", "this is a bug in plan")
+        raise MoultError(
+            f"the trainer counts {trainer.state.max_steps} steps, the plan {total}", "this is a bug in plan"
+        )
     if step < total:
-        raise MoultError(f"stopped by {stop.received} at step {step:,} of {total:,}; checkpoint saved", "run the same command again to go on", UNFINISHED)
+        raise MoultError(
+            f"stopped by {stop.received} at step {step:,} of {total:,}; checkpoint saved",
+            "run the same command again to go on",
+            UNFINISHED,
+        )
     log.info("trained %s steps", f"{step:,}")
 
 
@@ -251,7 +293,17 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
     """Make the adapter folder out of the best checkpoint, or the last, and check that it holds a trained adapter."""
     from moult.device import hardware, versions
     from moult.export import adapter_config, copy_tokenizer, write_generation_config
-    from moult.files import atomic_file, atomic_folder, canonical, read_json, read_jsonl, sha256_file, sha256_folder, sha256_text, write_json
+    from moult.files import (
+        atomic_file,
+        atomic_folder,
+        canonical,
+        read_json,
+        read_jsonl,
+        sha256_file,
+        sha256_folder,
+        sha256_text,
+        write_json,
+    )
     from moult.models import open_model
 
     last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
@@ -264,7 +316,10 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
     base, manifest = open_model(args.model)
     with atomic_folder(args.adapter) as folder:
         shutil.copyfile(checkpoint / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-        write_json(folder / "adapter_config.json", adapter_config(checkpoint / "adapter_config.json", manifest["name"], manifest["commit"]))
+        write_json(
+            folder / "adapter_config.json",
+            adapter_config(checkpoint / "adapter_config.json", manifest["name"], manifest["commit"]),
+        )
         copy_tokenizer(base, folder, template)
         write_generation_config(base, folder, report["stop"])
     history = list(read_jsonl(state / "training_log.jsonl"))
@@ -279,7 +334,10 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "adapter_sha256": sha256_file(Path(args.adapter) / "adapter_model.safetensors"),
             "step": step,
             "steps": total,
-            "validation_loss": {"published": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            "validation_loss": {
+                "published": losses[0] if losses else None,
+                "last": losses[-1] if losses else None,
+            },
             "training_loss": [entry["loss"] for entry in history if "loss" in entry][-1:],
             "chosen": "lowest validation loss" if keep_best else "last step",
             "fingerprint": sha256_text(canonical(fingerprint)),
@@ -287,7 +345,12 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "hardware": hardware(device),
         },
     )
-    log.info("adapter of step %s of %s%s", f"{step:,}", f"{total:,}", f", validation loss {losses[0]:.4f}" if losses else "")
+    log.info(
+        "adapter of step %s of %s%s",
+        f"{step:,}",
+        f"{total:,}",
+        f", validation loss {losses[0]:.4f}" if losses else "",
+    )
 
 
 def check_trained(path: Path) -> None:
@@ -300,7 +363,10 @@ def check_trained(path: Path) -> None:
         raise MoultError(f"{path}: not finite: {some(broken)}", "lower train.learning_rate")
     still = [name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any()]
     if still:
-        raise MoultError(f"{path}: training has not changed {some(still)}", "check lora.target_modules and train.learning_rate")
+        raise MoultError(
+            f"{path}: training has not changed {some(still)}",
+            "check lora.target_modules and train.learning_rate",
+        )
 
 
 if __name__ == "__main__":

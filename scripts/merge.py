@@ -20,7 +20,20 @@ from moult.errors import MoultError, some
 CHUNK = 16 * 1024 * 1024
 
 # Files of a model folder that are not copied: other weight formats, repository files, and what is written anew.
-LEFT_OUT = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".lock", ".metadata")
+LEFT_OUT = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".md",
+    ".gitattributes",
+    ".lock",
+    ".metadata",
+)
 WRITTEN_ANEW = ("generation_config.json", "chat_template.jinja", "model.safetensors.index.json")
 
 
@@ -100,7 +113,10 @@ def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, 
         names = {side: f"base_model.model.{module}.lora_{side}.weight" for side in "AB"}
         missing = [name for name in names.values() if name not in parts]
         if missing:
-            raise MoultError(f"{adapter}: the plan has LoRA on {module}, the adapter lacks {some(missing)}", "run finetune again")
+            raise MoultError(
+                f"{adapter}: the plan has LoRA on {module}, the adapter lacks {some(missing)}",
+                "run finetune again",
+            )
         unused -= set(names.values())
         tensor = tensors.get(target["tensor"] or "")
         if tensor is None:
@@ -109,16 +125,28 @@ def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, 
         shapes = {"A": (target["r"], columns), "B": (rows, target["r"])}
         for side, name in names.items():
             if parts[name].shape != shapes[side]:
-                raise MoultError(f"{adapter}: {name} is {parts[name].shape}, the base needs {shapes[side]}", "the adapter is of another base")
+                raise MoultError(
+                    f"{adapter}: {name} is {parts[name].shape}, the base needs {shapes[side]}",
+                    "the adapter is of another base",
+                )
         if tensor.shape != ((columns, rows) if target["transposed"] else (rows, columns)):
-            raise MoultError(f"{base}: {tensor.name} is {tensor.shape}, the plan says {target['shape']}", "run plan again: the base has changed")
+            raise MoultError(
+                f"{base}: {tensor.name} is {tensor.shape}, the plan says {target['shape']}",
+                "run plan again: the base has changed",
+            )
         if tensor.dtype not in ("F32", "F16", "BF16"):
-            raise MoultError(f"{base}: {tensor.name} is {tensor.dtype}; LoRA is merged into F32, F16 or BF16", "merge into the unquantized base")
+            raise MoultError(
+                f"{base}: {tensor.name} is {tensor.dtype}; LoRA is merged into F32, F16 or BF16",
+                "merge into the unquantized base",
+            )
         if tensor.name in jobs:
             raise MoultError(f"{base}: {tensor.name} would be merged into twice", "this is a bug in plan")
         jobs[tensor.name] = {**names, "scaling": target["scaling"], "transposed": target["transposed"]}
     if unused:
-        raise MoultError(f"{adapter}: {len(unused):,} tensors match no layer of the base: {some(sorted(unused))}", "the adapter is of another base")
+        raise MoultError(
+            f"{adapter}: {len(unused):,} tensors match no layer of the base: {some(sorted(unused))}",
+            "the adapter is of another base",
+        )
     return jobs
 
 
@@ -177,7 +205,10 @@ def changed(data: bytearray, tensor, job: dict, parts) -> bytearray:
     delta = delta * job["scaling"]
     weight += delta
     if not weight.isfinite().all():
-        raise MoultError(f"{tensor.name}: not finite after the merge", "the adapter's weights are too large for the base's dtype")
+        raise MoultError(
+            f"{tensor.name}: not finite after the merge",
+            "the adapter's weights are too large for the base's dtype",
+        )
     return data
 
 
@@ -186,11 +217,16 @@ def merge_with_peft(base: Path, adapter: Path, folder: Path, trust_remote_code: 
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     with torch.no_grad():
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(folder)
-    if not merged.config.tie_word_embeddings == AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).tie_word_embeddings:
+    if (
+        not merged.config.tie_word_embeddings
+        == AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).tie_word_embeddings
+    ):
         raise MoultError(f"{base}: merging parts the tied embeddings", "set lora.ensure_weight_tying: true")
 
 
@@ -213,7 +249,9 @@ def check_layout(base: Path, folder: Path, streamed: bool) -> None:
     from moult.weights import read_tensors
 
     def form(place: Path) -> list:
-        return sorted((tensor.name if streamed else "", tensor.shape, tensor.dtype) for tensor in read_tensors(place).values())
+        return sorted(
+            (tensor.name if streamed else "", tensor.shape, tensor.dtype) for tensor in read_tensors(place).values()
+        )
 
     before, after = form(base), form(folder)
     differ = [entry for entry in [*before, *after] if before.count(entry) != after.count(entry)]

@@ -51,18 +51,30 @@ def plan(settings: dict, args, log) -> None:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = {target["r"] for target in targets.values()} or {settings["lora"]["r"]}
 
-    merge_reasons = needs_peft(settings["lora"]) + [reason for reason in ["weights are stored under other names"] if any(t["tensor"] is None for t in targets.values())]
+    merge_reasons = needs_peft(settings["lora"]) + [
+        reason
+        for reason in ["weights are stored under other names"]
+        if any(t["tensor"] is None for t in targets.values())
+    ]
     serve_reasons = vllm_refuses(settings["lora"], ranks)
     steps = count_steps(args.tokens, report, settings["train"])
     result = {
         "schema_version": 1,
-        "parameters": {"base": base_parameters, "trainable": trainable, "trainable_share": trainable / base_parameters},
+        "parameters": {
+            "base": base_parameters,
+            "trainable": trainable,
+            "trainable_share": trainable / base_parameters,
+        },
         "targets": targets,
         "steps": steps,
         "memory": estimate_memory(model, base_parameters, trainable, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
-        "serve": {"as": "merged" if serve_reasons else "adapter or merged", "reasons": serve_reasons, "max_lora_rank": max(ranks)},
+        "serve": {
+            "as": "merged" if serve_reasons else "adapter or merged",
+            "reasons": serve_reasons,
+            "max_lora_rank": max(ranks),
+        },
     }
     write_json(args.out, result)
     tell(result, args, log)
@@ -82,7 +94,10 @@ def empty_model(folder: Path, trust_remote_code: bool):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MoultError(f"{folder}: transformers cannot build this model: {reason}", "check config.json, or set model.trust_remote_code") from error
+        raise MoultError(
+            f"{folder}: transformers cannot build this model: {reason}",
+            "check config.json, or set model.trust_remote_code",
+        ) from error
 
 
 def tied_modules(model) -> set[str]:
@@ -107,7 +122,9 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MoultError(f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}") from error
+        raise MoultError(
+            f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}"
+        ) from error
     targets = {}
     for name, module in model.base_model.model.named_modules():
         if not (isinstance(module, BaseTunerLayer) and hasattr(module, "scaling")):
@@ -138,7 +155,10 @@ def check_targets(targets: dict, lora: dict, tied: set[str], head: str | None, l
         # peft is content when one of them matches.
         idle = [name for name in wanted if not any(target == name or target.endswith(f".{name}") for target in targets)]
         if idle:
-            raise MoultError(f"lora.target_modules: nothing is named {some(idle)}", f"linear layers of this model: {some(linear, 20)}")
+            raise MoultError(
+                f"lora.target_modules: nothing is named {some(idle)}",
+                f"linear layers of this model: {some(linear, 20)}",
+            )
     if not targets and not lora.get("target_parameters"):
         raise MoultError("lora.target_modules: no layer matches", f"linear layers of this model: {some(linear, 20)}")
     hit = sorted(tied & set(targets))
@@ -246,7 +266,12 @@ def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
     checkpoint = trainable * 12
     checkpoints = checkpoint * (train["save_total_limit"] + 2)
     adapter = trainable * 4
-    return {"checkpoints": checkpoints, "adapter": adapter, "merged": merged, "total": checkpoints + adapter + merged}
+    return {
+        "checkpoints": checkpoints,
+        "adapter": adapter,
+        "merged": merged,
+        "total": checkpoints + adapter + merged,
+    }
 
 
 def tell(result: dict, args, log) -> None:
@@ -269,7 +294,10 @@ def tell(result: dict, args, log) -> None:
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:
         log.warning(
-            "%s has %.1f GiB free, and this run writes about %.1f GiB", Path(args.out).parent, free / GIB, result["disk"]["total"] / GIB
+            "%s has %.1f GiB free, and this run writes about %.1f GiB",
+            Path(args.out).parent,
+            free / GIB,
+            result["disk"]["total"] / GIB,
         )
 
 

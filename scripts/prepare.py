@@ -108,7 +108,12 @@ def prepare(settings: dict, args, log) -> None:
         },
     )
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items()))
-    log.info("%s train and %s val rows; dropped: %s", f"{len(train_lines):,}", f"{len(val_rows):,}", dropped or "none")
+    log.info(
+        "%s train and %s val rows; dropped: %s",
+        f"{len(train_lines):,}",
+        f"{len(val_rows):,}",
+        dropped or "none",
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -138,7 +143,10 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
             if row is not None:
                 rows.append(row)
     if ledger.read == 0:
-        raise MoultError(f"{some([file['path'] for file in files])}: no rows", "the files are empty; check datasets.<name>.source")
+        raise MoultError(
+            f"{some([file['path'] for file in files])}: no rows",
+            "the files are empty; check datasets.<name>.source",
+        )
     return rows, files
 
 
@@ -221,7 +229,11 @@ def in_languages(rows: list[Row], settings: dict, workers: int, sample: int | No
 
     Rows are looked at in the drawn order until there are enough, so a small sample of a large dataset is cheap.
     """
-    order = list(rows) if sample is None else sorted(rows, key=lambda row: (draw(settings["seed"], "sample", row.key), row.place))
+    order = (
+        list(rows)
+        if sample is None
+        else sorted(rows, key=lambda row: (draw(settings["seed"], "sample", row.key), row.place))
+    )
     enough = len(order) if sample is None else sample
     kept: list[Row] = []
     start = 0
@@ -321,7 +333,8 @@ def check_ledger(ledger: Ledger, kept: int) -> None:
     dropped = sum(ledger.dropped.values())
     if ledger.read != kept + dropped:
         raise MoultError(
-            f"the ledger does not add up: read {ledger.read:,}, kept {kept:,}, dropped {dropped:,}", "this is a bug in prepare"
+            f"the ledger does not add up: read {ledger.read:,}, kept {kept:,}, dropped {dropped:,}",
+            "this is a bug in prepare",
         )
 
 
@@ -361,7 +374,11 @@ def weighted(rows: list[Row], weights: list[float], seed: int) -> tuple[list[dic
 
 
 def line(row: Row, copy: int = 0) -> dict:
-    identity = {"id": f"{row.place}#{copy + 1}" if copy else row.place, "group": row.group[:16], "source": row.source}
+    identity = {
+        "id": f"{row.place}#{copy + 1}" if copy else row.place,
+        "group": row.group[:16],
+        "source": row.source,
+    }
     language = {"language": row.language} if row.language else {}
     return {**identity, **language, **json.loads(row.content)}
 

@@ -1,8 +1,8 @@
 """Compare base and tuned: metrics.json with intervals and a verdict, samples.jsonl with the answers side by side.
 
-    python scripts/score.py --settings '{"eval": {...}, "seed": 0}' --run demo --base results/demo/base --tuned results/demo/tuned \\
-        --prepared results/prepared/demo/metadata.json --tokens results/demo/tokens --adapter results/demo/adapter.json \\
-        --merge results/demo/merge.json --metrics results/demo/metrics.json --samples results/demo/samples.jsonl
+    python scripts/score.py --settings '{"eval": {...}, "seed": 0}' --run demo --base results/demo/base \\
+        --tuned results/demo/tuned --prepared results/prepared/demo/metadata.json --tokens results/demo/tokens \\
+        --adapter results/demo/adapter.json --merge results/demo/merge.json --metrics results/demo/metrics.json --samples results/demo/samples.jsonl
 
 Last stage; no GPU and no model. Both sides were measured on the same token ids, which is checked here first. The schema
 of metrics.json is moult/metrics.schema.json; README.md has it as a table.
@@ -72,12 +72,19 @@ def score(settings: dict, args, log) -> None:
         },
         "likelihood": likelihood,
         "answers": answers,
-        "checks": [{"id": s["id"], "base": s["base"]["checks"], "tuned": s["tuned"]["checks"]} for s in samples if s["kind"] == "prompt"],
+        "checks": [
+            {"id": s["id"], "base": s["base"]["checks"], "tuned": s["tuned"]["checks"]}
+            for s in samples
+            if s["kind"] == "prompt"
+        ],
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
         "provenance": {
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
-            "data": [{name: file[name] for name in ("path", "sha256")} for file in prepared["sources"] + prepared["val_sources"]],
+            "data": [
+                {name: file[name] for name in ("path", "sha256")}
+                for file in prepared["sources"] + prepared["val_sources"]
+            ],
             "template_sha256": report["template"]["sha256"],
             "adapter_sha256": adapter["adapter_sha256"],
             "merged_files": merge["files"],
@@ -112,7 +119,8 @@ def check_same_questions(base: dict, tuned: dict) -> None:
 def check_merge(check: dict, limit: float) -> None:
     if check["mean_kl"] > limit:
         raise MoultError(
-            f"the merged model is not base plus adapter: mean KL {check['mean_kl']:.3g} nats per token, over eval.merge_kl_limit {limit:g}",
+            f"the merged model is not base plus adapter: mean KL {check['mean_kl']:.3g} nats per token, "
+            f"over eval.merge_kl_limit {limit:g}",
             "merge again; if the base has few bits (float16, fp8), raise the limit and look at samples.jsonl",
         )
 
@@ -141,13 +149,23 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
         columns = np.stack([sums(base, field), sums(tuned, field)], axis=1)
         intervals = bootstrap(columns, tokens, confidence, resamples, seed)
         values = (columns.sum(axis=0) / tokens.sum()).tolist()
-        for side, value, interval in zip(("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True):
+        for side, value, interval in zip(
+            ("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True
+        ):
             result[side][name] = {"value": value, "interval": interval}
     bits = np.stack([sums(base, "nll"), sums(tuned, "nll")], axis=1) / math.log(2)
-    for side, value, interval in zip(("base", "tuned"), bits.sum(axis=0) / max(size.sum(), 1), bootstrap(bits, np.maximum(size, 1e-9), confidence, resamples, seed), strict=False):
+    for side, value, interval in zip(
+        ("base", "tuned"),
+        bits.sum(axis=0) / max(size.sum(), 1),
+        bootstrap(bits, np.maximum(size, 1e-9), confidence, resamples, seed),
+        strict=False,
+    ):
         result[side]["bits_per_byte"] = {"value": float(value), "interval": interval}
         nll = result[side]["nll_per_token"]
-        result[side]["perplexity"] = {"value": math.exp(nll["value"]), "interval": [math.exp(limit) for limit in nll["interval"]]}
+        result[side]["perplexity"] = {
+            "value": math.exp(nll["value"]),
+            "interval": [math.exp(limit) for limit in nll["interval"]],
+        }
     result["rows_better"] = sum(t["nll"] < b["nll"] for b, t in zip(base, tuned, strict=True)) / len(base)
     return result
 
@@ -161,7 +179,10 @@ def by_source(sides: dict, prepared: dict) -> dict:
         total["base"] += base["nll"]
         total["tuned"] += tuned["nll"]
         total["tokens"] += base["tokens"]
-    return {name: {"base": t["base"] / t["tokens"], "tuned": t["tuned"] / t["tokens"], "tokens": t["tokens"]} for name, t in totals.items()}
+    return {
+        name: {"base": t["base"] / t["tokens"], "tuned": t["tuned"] / t["tokens"], "tokens": t["tokens"]}
+        for name, t in totals.items()
+    }
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -180,7 +201,11 @@ def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
             checks = check(row["answer"], expect, row["reference"])
             sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
         samples.append(sample)
-    parts = {"prompts": [s for s in samples if s["kind"] == "prompt"], "rows": [s for s in samples if s["kind"] == "row"], "all": samples}
+    parts = {
+        "prompts": [s for s in samples if s["kind"] == "prompt"],
+        "rows": [s for s in samples if s["kind"] == "row"],
+        "all": samples,
+    }
     return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
 
 
@@ -194,11 +219,19 @@ def summarise(samples: list[dict], confidence: float) -> dict:
     if checked:
         result["passed"] = rate(checked, lambda side: all(side["checks"].values()))
         result["checks"] = {
-            name: rate([s for s in checked if name in s["base"]["checks"]], lambda side, name=name: side["checks"][name]) for name in names
+            name: rate(
+                [s for s in checked if name in s["base"]["checks"]],
+                lambda side, name=name: side["checks"][name],
+            )
+            for name in names
         }
     for side in ("base", "tuned"):
         lengths = sorted(len(sample[side]["answer"]) for sample in samples)
-        result.setdefault("characters", {})[side] = {"mean": sum(lengths) / len(lengths), "median": lengths[len(lengths) // 2], "max": lengths[-1]}
+        result.setdefault("characters", {})[side] = {
+            "mean": sum(lengths) / len(lengths),
+            "median": lengths[len(lengths) // 2],
+            "max": lengths[-1],
+        }
         result.setdefault("empty", {})[side] = sum(not sample[side]["answer"].strip() for sample in samples)
     return result
 
@@ -243,7 +276,11 @@ def verdict(likelihood: dict | None, answers: dict) -> dict:
         word = "helped"
     elif found["worse"] and not found["better"]:
         word = "hurt"
-    return {"verdict": word, **found, "reasons": reasons or ["nothing was measured: set eval.perplexity or eval.prompts"]}
+    return {
+        "verdict": word,
+        **found,
+        "reasons": reasons or ["nothing was measured: set eval.perplexity or eval.prompts"],
+    }
 
 
 if __name__ == "__main__":

@@ -52,9 +52,14 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, or what tokenizers raises
-        raise MoultError(f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}", "add tokenizer.json") from error
+        raise MoultError(
+            f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}", "add tokenizer.json"
+        ) from error
     if not tokenizer.is_fast:
-        raise MoultError(f"{folder}: the tokenizer has no tokenizer.json", "convert it: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        raise MoultError(
+            f"{folder}: the tokenizer has no tokenizer.json",
+            "convert it: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
     return tokenizer
 
 
@@ -70,14 +75,24 @@ class Chat:
     that is none of those.
     """
 
-    def __init__(self, folder: str, template: str | None, template_kwargs: dict | None = None, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str,
+        template: str | None,
+        template_kwargs: dict | None = None,
+        trust_remote_code: bool = False,
+    ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
         self.template = template
         self.template_kwargs = template_kwargs or {}
         self.stop_ids = stop_ids(folder, self.tokenizer)
         self.special_ids = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.pad_id = self._pad_id()
-        specials = sorted((self.tokenizer.added_tokens_decoder[id].content for id in self.special_ids), key=len, reverse=True)
+        specials = sorted(
+            (self.tokenizer.added_tokens_decoder[id].content for id in self.special_ids),
+            key=len,
+            reverse=True,
+        )
         self._writable: dict[str, bool] = {}
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.has_generation_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
@@ -130,7 +145,11 @@ class Chat:
         Usually one. A template that shows earlier turns otherwise than the last (Qwen3 and DeepSeek take the reasoning
         out of them) makes more: each turn is then trained in a sequence where it stands as it does at inference.
         """
-        return self._encode_text(row["text"]) if "text" in row else self._encode_conversation(row["messages"], row.get("tools"))
+        return (
+            self._encode_text(row["text"])
+            if "text" in row
+            else self._encode_conversation(row["messages"], row.get("tools"))
+        )
 
     def _encode_text(self, text: str) -> list[Sequence]:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
@@ -144,7 +163,9 @@ class Chat:
     def _encode_conversation(self, messages: list[dict], tools: list[dict] | None) -> list[Sequence]:
         self._check_no_control_tokens(messages)
         sequences: list[Sequence] = []
-        trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+        trained = [
+            i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)
+        ]
         for index in reversed(trained):
             ids, start = self._turn(messages, index, tools)
             labels = [IGNORE] * start + ids[start:]
@@ -183,7 +204,9 @@ class Chat:
             stitched = prompt_ids + ids[len(front_ids) :]
             if ids[: len(front_ids)] == front_ids and self.decode(stitched) == whole:
                 return stitched
-        raise Unrenderable("seam", "the tokenizer joins the end of the prompt with the answer, and cannot be kept from it")
+        raise Unrenderable(
+            "seam", "the tokenizer joins the end of the prompt with the answer, and cannot be kept from it"
+        )
 
     def _end_of_turn(self, ids: list[int], start: int, answer: str) -> int:
         """Index of the token that ends the turn: the first special token after the last one that says something."""
@@ -204,14 +227,18 @@ class Chat:
     def _check_bos(self, ids: list[int]) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos not in self.stop_ids and ids[:2] == [bos, bos]:
-            raise Unrenderable("double_bos", f"it begins with {self.tokenizer.bos_token!r} twice; the template must write it once")
+            raise Unrenderable(
+                "double_bos",
+                f"it begins with {self.tokenizer.bos_token!r} twice; the template must write it once",
+            )
 
     def _check_no_control_tokens(self, messages: list[dict]) -> None:
         for index, message in enumerate(messages):
             found = self._special_text.search(message["content"] + message.get("reasoning_content", ""))
             if found:
                 raise Unrenderable(
-                    "control_token", f"messages[{index}] says {found.group()!r}, which this tokenizer takes for a control token"
+                    "control_token",
+                    f"messages[{index}] says {found.group()!r}, which this tokenizer takes for a control token",
                 )
 
     def _check_nothing_left_out(self, messages: list[dict], tools: list[dict] | None, prompt: str, answer: str) -> None:
@@ -255,7 +282,10 @@ class Chat:
         if not lost:
             raise Unrenderable("decoding", f"the tokens of the answer say {decoded[:60]!r}, not {answer[:60]!r}")
         if len(lost) > len(answer) / 2:
-            raise Unrenderable("not_encodable", f"the tokenizer has no tokens for most of the answer ({''.join(sorted(set(lost)))[:20]!r})")
+            raise Unrenderable(
+                "not_encodable",
+                f"the tokenizer has no tokens for most of the answer ({''.join(sorted(set(lost)))[:20]!r})",
+            )
 
     def _check_markers(self, messages: list[dict], tools: list[dict] | None, sequences: list[Sequence]) -> None:
         """Where the template marks what the assistant generates, that must be what the prefixes say."""
@@ -276,13 +306,18 @@ class Chat:
             if label != IGNORE and not mask[index]:
                 part = self.decode(whole.input_ids[max(index - 4, 0) : index + 1])
                 raise Unrenderable(
-                    "markers", f"the template's {{% generation %}} block leaves out {self.decode([label])!r} (after {part!r}), which ends or is part of the answer"
+                    "markers",
+                    f"the template's {{% generation %}} block leaves out {self.decode([label])!r} (after {part!r}), "
+                    "which is part of the answer or ends it",
                 )
         if len(sequences) > 1 or any(message.get("train") is False for message in messages):
             return  # answers that are not trained in this sequence are marked as well
         for index, label in enumerate(whole.labels):
             if mask[index] and label == IGNORE and self.decode([ids[index]]).strip():
-                raise Unrenderable("markers", f"the template's {{% generation %}} block holds {self.decode([ids[index]])!r}, which is no part of an answer")
+                raise Unrenderable(
+                    "markers",
+                    f"the template's {{% generation %}} block holds {self.decode([ids[index]])!r}, which is no part of an answer",
+                )
 
 
 def _visible(messages: list[dict]) -> list[dict]:
@@ -315,8 +350,8 @@ def _continuation(prompt: str, through: str) -> str:
         if at == len(through) or through[at] != char:
             raise Unrenderable(
                 "prompt_mismatch",
-                f"the template asks for the answer with ...{prompt[-24:]!r} and shows it as ...{through[max(at - 24, 0) : at + 24]!r}...: "
-                "the model would be asked in another way than it was trained",
+                f"the template asks for the answer with ...{prompt[-24:]!r} and shows it as "
+                f"...{through[max(at - 24, 0) : at + 24]!r}...: the model would be asked in another way than it was trained",
             )
         at += 1
     return through[at:].lstrip()
@@ -338,7 +373,9 @@ def stop_ids(folder: str, tokenizer) -> set[int]:
     return {id for id in ids if id is not None}
 
 
-def choose_template(folder: str, setting: str | None, shipped: str, trust_remote_code: bool = False) -> tuple[str | None, str]:
+def choose_template(
+    folder: str, setting: str | None, shipped: str, trust_remote_code: bool = False
+) -> tuple[str | None, str]:
     """(the template's text, where it is from) for `model.chat_template`. None if the model has none and none is named.
 
     `shipped` is the folder of the templates that come with Moult.
@@ -348,7 +385,10 @@ def choose_template(folder: str, setting: str | None, shipped: str, trust_remote
         path = named if named.exists() else Path(setting).expanduser()
         if not path.is_file():
             known = some(sorted(file.stem for file in Path(shipped).glob("*.jinja")))
-            raise MoultError(f"model.chat_template: {setting}: no such file", f"give a Jinja file, or one of the shipped: {known}")
+            raise MoultError(
+                f"model.chat_template: {setting}: no such file",
+                f"give a Jinja file, or one of the shipped: {known}",
+            )
         text = path.read_text(encoding="utf-8")
         origin = f"shipped: {setting}" if path == named else f"file: {path.name}"
     else:
@@ -368,4 +408,6 @@ def check_syntax(text: str, origin: str) -> None:
     try:
         _compile_jinja_template(text)
     except TemplateSyntaxError as error:
-        raise MoultError(f"chat template ({origin}), line {error.lineno}: {error.message}", "mend the template") from None
+        raise MoultError(
+            f"chat template ({origin}), line {error.lineno}: {error.message}", "mend the template"
+        ) from None

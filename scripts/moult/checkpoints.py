@@ -67,7 +67,9 @@ def differences(old: dict, new: dict) -> list[str]:
     for key in sorted(set(old) | set(new)):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            names += [f"{key}.{name}" for name in sorted(set(before) | set(after)) if before.get(name) != after.get(name)]
+            names += [
+                f"{key}.{name}" for name in sorted(set(before) | set(after)) if before.get(name) != after.get(name)
+            ]
         elif before != after:
             names.append(key)
     return names

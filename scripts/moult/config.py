@@ -49,7 +49,9 @@ def load_schema(folder: str) -> dict:
             if "x-refused" in field:
                 own[name] = {"not": {}, "x-refused": field["x-refused"]}
             elif "type" not in field and "enum" not in field:
-                own[name] = {key: library[name][key] for key in ("type", "enum", "items") if key in library[name]} | field
+                own[name] = {
+                    key: library[name][key] for key in ("type", "enum", "items") if key in library[name]
+                } | field
         schema["$defs"][section]["properties"] = {**library, **own}
     return schema
 
@@ -137,7 +139,9 @@ def _describe(error, schema: dict) -> list[str]:
         unknown = [key for key in value if key not in known]
         return [_unknown_key(f"{where}.{key}" if where else str(key), str(key), known, schema) for key in unknown]
     if "propertyNames" in error.absolute_schema_path:
-        return [f"{where}.{value}: not a name; use letters, digits, '.', '_' and '-' (at most 64), a letter or digit first"]
+        return [
+            f"{where}.{value}: not a name; use letters, digits, '.', '_' and '-' (at most 64), a letter or digit first"
+        ]
     if error.validator == "not" and "x-refused" in error.schema:
         return [f"{where}: not yours to set: {error.schema['x-refused']}"]
     if error.validator == "type":
@@ -177,7 +181,9 @@ def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
 
 def _not_finite(value, where: str = "") -> list[tuple[str, float]]:
     if isinstance(value, dict):
-        return [hit for key, item in value.items() for hit in _not_finite(item, f"{where}.{key}" if where else str(key))]
+        return [
+            hit for key, item in value.items() for hit in _not_finite(item, f"{where}.{key}" if where else str(key))
+        ]
     if isinstance(value, list):
         return [hit for index, item in enumerate(value) for hit in _not_finite(item, f"{where}.{index}")]
     return [(where, value)] if isinstance(value, float) and not math.isfinite(value) else []
@@ -266,7 +272,9 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
             )
     train = run["train"]
     if train["load_best_model_at_end"] and train["eval_strategy"] == "no":
-        problems.append("train.eval_strategy: 'no' leaves no best by validation loss; set load_best_model_at_end: false")
+        problems.append(
+            "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_model_at_end: false"
+        )
     if train["packing"] and dataset is not None and train.get("padding_free"):
         problems.append("train.padding_free: packing has it already; leave it out")
     return problems
@@ -336,7 +344,13 @@ def source_entries(source, dataset: dict) -> list[dict]:
 #
 # A rule passes its stage these keys and no others, as one canonical JSON: an edit elsewhere reruns nothing.
 
-_ENCODE = ("model.name", "model.revision", "model.chat_template", "model.chat_template_kwargs", "model.trust_remote_code")
+_ENCODE = (
+    "model.name",
+    "model.revision",
+    "model.chat_template",
+    "model.chat_template_kwargs",
+    "model.trust_remote_code",
+)
 _MEASURE = (*_ENCODE, "model.dtype", "model.attn_implementation")
 _MEASURE += tuple(f"eval.{key}" for key in ("perplexity", "max_rows", "prompts", "answer_rows", "max_new_tokens"))
 
@@ -364,8 +378,19 @@ def _pick(section: dict, *keys: str) -> dict:
 
 def _prepare(config: dict, name: str) -> dict:
     dataset = config["datasets"][name]
-    keys = ("split", "languages", "language_detector", "unknown_language", "broken", "sample_size", "val_size")
-    sources = {key: source_entries(dataset[old], dataset) if dataset[old] else [] for key, old in (("sources", "source"), ("val_sources", "val_source"))}
+    keys = (
+        "split",
+        "languages",
+        "language_detector",
+        "unknown_language",
+        "broken",
+        "sample_size",
+        "val_size",
+    )
+    sources = {
+        key: source_entries(dataset[old], dataset) if dataset[old] else []
+        for key, old in (("sources", "source"), ("val_sources", "val_source"))
+    }
     for entry in [*sources["sources"], *sources["val_sources"]]:
         if not is_local(entry["path"]):
             entry["path"] = fetched_dataset(config, dataset, entry["path"])
@@ -387,7 +412,14 @@ def _encode(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _plan(config: dict, run: dict, dataset: dict) -> dict:
-    train = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gpu", "packing")
+    train = (
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gpu",
+        "packing",
+    )
     return {
         "lora": run["lora"],
         "train": _pick(run["train"], *train, "packing_strategy", "save_total_limit"),
@@ -396,7 +428,9 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _finetune(config: dict, run: dict, dataset: dict) -> dict:
-    return _pick(run, "lora", "train", "seed") | _pick(run["model"], "dtype", "attn_implementation", "trust_remote_code")
+    return _pick(run, "lora", "train", "seed") | _pick(
+        run["model"], "dtype", "attn_implementation", "trust_remote_code"
+    )
 
 
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
@@ -420,7 +454,9 @@ def _score(config: dict, run: dict, dataset: dict) -> dict:
 
 
 _RUN_SETTINGS = {
-    "fetch_model": lambda config, run, dataset: _pick(run["model"], "revision", "trust_remote_code") | config["network"],
+    "fetch_model": lambda config, run, dataset: (
+        _pick(run["model"], "revision", "trust_remote_code") | config["network"]
+    ),
     "encode": _encode,
     "plan": _plan,
     "finetune": _finetune,

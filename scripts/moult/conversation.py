@@ -166,7 +166,10 @@ def _add_blocks(message: dict, blocks: list, where: str) -> None:
         elif kind in ("tool_call", "function_call"):
             message.setdefault("tool_calls", []).extend(_tool_calls(value, where))
         else:
-            raise BadRow("unknown_content", f"{where}.content holds a block of the type {kind!r}; known: text, reasoning, tool_call")
+            raise BadRow(
+                "unknown_content",
+                f"{where}.content holds a block of the type {kind!r}; known: text, reasoning, tool_call",
+            )
     message["content"] = "".join(texts)
 
 
@@ -181,7 +184,10 @@ def _add_weight(message: dict, item: dict, where: str) -> None:
         if message["role"] == "assistant" and not weight:
             message["train"] = False
         elif message["role"] != "assistant" and weight:
-            raise BadRow("unknown_weight", f"{where}.{field} asks to train a {message['role']} turn; only assistant turns are trained")
+            raise BadRow(
+                "unknown_weight",
+                f"{where}.{field} asks to train a {message['role']} turn; only assistant turns are trained",
+            )
 
 
 def _from_alpaca(cell: Callable) -> list[dict]:
@@ -273,7 +279,9 @@ def _check(messages: list[dict], roles: list[str]) -> None:
     if not trained:
         raise BadRow("nothing_trained", "every assistant turn has weight 0")
     for message in trained:
-        if not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()):
+        if not (
+            message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
+        ):
             raise BadRow("empty", "an assistant turn is empty")
     if not any(message["role"] == "user" and message["content"].strip() for message in messages):
         raise BadRow("empty", "no user turn says anything")

@@ -51,7 +51,9 @@ def load_model(folder: str, device: str, settings: dict):
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
-        raise MoultError(f"{folder}: the weights lack {some(names)}", "config.json and the weights do not belong together")
+        raise MoultError(
+            f"{folder}: the weights lack {some(names)}", "config.json and the weights do not belong together"
+        )
     return model.to(device)
 
 
@@ -62,7 +64,11 @@ def versions() -> dict[str, str]:
     from moult import __version__
 
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-    return {"moult": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "moult": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
 
 
 def hardware(device: str) -> dict:
@@ -71,5 +77,9 @@ def hardware(device: str) -> dict:
 
     found: dict = {"device": device, "machine": platform.machine(), "threads": torch.get_num_threads()}
     if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "gpus": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
     return found

@@ -29,9 +29,7 @@ def sha256_folder(folder: str | Path) -> dict[str, str]:
     """{relative path: sha256} of every file below `folder`."""
     folder = Path(folder)
     return {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 

@@ -17,7 +17,7 @@ MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 @dataclass
 class Likelihood:
-    """Of one sequence: summed negative log-likelihood in nats, trained tokens, and how many of them were the model's first choice."""
+    """Of one sequence: nll, summed, in nats; trained tokens; and how many of those were the model's first choice."""
 
     nll: float
     tokens: int

@@ -26,7 +26,8 @@ def needs_peft(settings: dict) -> list[str]:
         "trainable_token_indices": settings.get("trainable_token_indices"),
         "target_parameters": settings.get("target_parameters"),
         "layer_replication": settings.get("layer_replication"),
-        "init_lora_weights": isinstance(settings.get("init_lora_weights"), str) and settings["init_lora_weights"] not in ("gaussian", "orthogonal"),
+        "init_lora_weights": isinstance(settings.get("init_lora_weights"), str)
+        and settings["init_lora_weights"] not in ("gaussian", "orthogonal"),
         "use_qalora": settings.get("use_qalora"),
         "use_bdlora": settings.get("use_bdlora"),
         "kasa_config": settings.get("kasa_config"),

@@ -8,7 +8,21 @@ from moult.files import read_json, sha256_folder
 from moult.weights import read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded, never hashed.
-IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "*.ot", ".*", "*/.*", "*.md5")
+IGNORED = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.tflite",
+    "*.ot",
+    ".*",
+    "*/.*",
+    "*.md5",
+)
 
 
 def open_model(path: str) -> tuple[Path, dict]:

@@ -9,7 +9,13 @@ from moult.stage import progress
 
 
 def ordered_map(
-    function: Callable, items: Sequence, workers: int, what: str, setup: Callable = int, setup_args: tuple = (), chunk: int = 256
+    function: Callable,
+    items: Sequence,
+    workers: int,
+    what: str,
+    setup: Callable = int,
+    setup_args: tuple = (),
+    chunk: int = 256,
 ) -> list:
     """`[function(item) for item in items]`. `setup(*setup_args)` runs first, once in each process.
 

@@ -27,12 +27,15 @@ def expand(path: str, split: str = "train") -> list[Path]:
     if plain.is_dir():
         return _expand_folder(plain, split)
     if any(char in path for char in "*?["):
-        files = sorted(Path(hit) for hit in glob.glob(str(plain), recursive=True))
+        files = sorted(Path(hit) for hit in glob.glob(str(plain), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
         files = [file for file in files if file.is_file()]
         if files:
             return files
         raise MoultError(f"{path}: no file matches", "check the pattern; it is relative to the working directory")
-    raise MoultError(f"{path}: no such file or folder", "check datasets.<name>.source; it is relative to the working directory")
+    raise MoultError(
+        f"{path}: no such file or folder",
+        "check datasets.<name>.source; it is relative to the working directory",
+    )
 
 
 def _expand_folder(folder: Path, split: str) -> list[Path]:
@@ -74,11 +77,18 @@ def read_rows(file: Path, name: str) -> Iterator[tuple[str, dict]]:
     except (gzip.BadGzipFile, EOFError) as error:
         raise MoultError(f"{name}: not a whole gzip file ({error})", "download or compress it again") from None
     except OSError as error:
-        raise MoultError(f"{name}: cannot be read ({error.strerror or error})", "check the file and its permissions") from None
+        raise MoultError(
+            f"{name}: cannot be read ({error.strerror or error})", "check the file and its permissions"
+        ) from None
+
+
+def _read_bytes(file: Path) -> bytes:
+    data = file.read_bytes()
+    return gzip.decompress(data) if file.name.lower().endswith(".gz") else data
 
 
 def _read_text(file: Path, name: str) -> str:
-    data = gzip.open(file).read() if file.name.lower().endswith(".gz") else file.read_bytes()
+    data = _read_bytes(file)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -118,7 +128,8 @@ def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict]]:
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
             raise MoultError(
-                f"{name}: an object, where a list of rows belongs", "make it a list, or JSON Lines with the suffix .jsonl"
+                f"{name}: an object, where a list of rows belongs",
+                "make it a list, or JSON Lines with the suffix .jsonl",
             )
         value = value[lists[0]]
     if not isinstance(value, list):
@@ -160,7 +171,7 @@ def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]
 
     try:
         if file.name.lower().endswith(".gz"):
-            source = pyarrow.BufferReader(gzip.open(file).read())
+            source = pyarrow.BufferReader(_read_bytes(file))
         else:
             source = pyarrow.memory_map(str(file))
         if suffix == ".parquet":
@@ -174,7 +185,9 @@ def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]
                 yield f"{name}:{number}", row
     except pyarrow.ArrowException as error:
         kind = suffix.removeprefix(".").capitalize()
-        raise MoultError(f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again") from None
+        raise MoultError(
+            f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again"
+        ) from None
 
 
 def _arrow_batches(source):

@@ -53,7 +53,12 @@ def redact(text: str) -> str:
 
 @contextlib.contextmanager
 def stage(
-    name: str, log_path: str | None, settings: dict | None = None, *, quiet: bool = False, online: bool = False
+    name: str,
+    log_path: str | None,
+    settings: dict | None = None,
+    *,
+    quiet: bool = False,
+    online: bool = False,
 ) -> Iterator[logging.Logger]:
     """Run the block as stage `name`: log to `log_path`, turn errors into one message, and exit.
 
@@ -80,7 +85,11 @@ def stage(
             yield log
         except MoultError as error:
             log.debug("where it was raised:\n%s", _traceback_with_locals(error))
-            _fail(path, f"{name} {'unfinished' if error.exit_code == UNFINISHED else 'failed'}: {error.what}", error.fix)
+            _fail(
+                path,
+                f"{name} {'unfinished' if error.exit_code == UNFINISHED else 'failed'}: {error.what}",
+                error.fix,
+            )
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             log.error("%s interrupted; run the same command again to go on", name)
@@ -165,7 +174,9 @@ def _now() -> str:
 
 def _set_up_logging(file) -> None:
     to_file = logging.StreamHandler(file)
-    to_file.setFormatter(_Redacting("%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    to_file.setFormatter(
+        _Redacting("%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    )
     root = logging.getLogger()
     root.handlers = [to_file]
     root.setLevel(logging.DEBUG)
@@ -217,7 +228,9 @@ class progress:
         if _console is not None and _console.shows_bars:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=initial, desc=what, file=_console.stream, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=initial, desc=what, file=_console.stream, leave=False, dynamic_ncols=True
+            )
 
     @classmethod
     def over(cls, items: Iterable, what: str, total: int | None = None) -> Iterator:
@@ -251,7 +264,13 @@ class progress:
 def _traceback_with_locals(error: BaseException) -> str:
     """The traceback, each frame with its variables: short values only, secrets masked."""
     shorten = reprlib.Repr()  # its arguments came with Python 3.12
-    shorten.maxstring, shorten.maxother, shorten.maxlist, shorten.maxdict, shorten.maxlevel = 200, 200, 8, 12, 3
+    shorten.maxstring, shorten.maxother, shorten.maxlist, shorten.maxdict, shorten.maxlevel = (
+        200,
+        200,
+        8,
+        12,
+        3,
+    )
     lines = []
     for frame, line_number in traceback.walk_tb(error.__traceback__):
         code = frame.f_code

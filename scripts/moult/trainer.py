@@ -35,7 +35,17 @@ class Finetuner(SFTTrainer):
     """
 
     def __init__(
-        self, *args, state: Path, fingerprint: dict, val_rows: list[dict], pad_id: int, keep_best: bool, keep: int, stop, resume: Path | None, **kwargs
+        self,
+        *args,
+        state: Path,
+        fingerprint: dict,
+        val_rows: list[dict],
+        pad_id: int,
+        keep_best: bool,
+        keep: int,
+        stop,
+        resume: Path | None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.state_folder, self.fingerprint = state, fingerprint
@@ -105,8 +115,8 @@ class Finetuner(SFTTrainer):
         free = shutil.disk_usage(self.state_folder).free
         size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad) * 12
         return MoultError(
-            f"{self.state_folder}: the checkpoint of step {self.state.global_step} cannot be written: {str(error).splitlines()[0]} "
-            f"(it has about {size:,} bytes; {free:,} are free)",
+            f"{self.state_folder}: the checkpoint of step {self.state.global_step} cannot be written: "
+            f"{str(error).splitlines()[0]} (it has about {size:,} bytes; {free:,} are free)",
             "free space or mend the folder's permissions, and run the same command again: earlier checkpoints are untouched",
         )
 
@@ -207,14 +217,19 @@ def check_finite(logs: dict, step: int) -> None:
                 "lower train.learning_rate or train.max_grad_norm; with float16, set model.dtype: bfloat16",
             )
     if logs.get("loss") == 0.0:
-        raise MoultError(f"step {step:,}: the loss is exactly 0, so nothing is trained", "look at tokens/preview.html: is anything marked?")
+        raise MoultError(
+            f"step {step:,}: the loss is exactly 0, so nothing is trained",
+            "look at tokens/preview.html: is anything marked?",
+        )
 
 
 def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
     """One forward and backward pass of the longest batch, before the first step: what does not fit shows in the first
     minute. With `auto`, gradient checkpointing is switched on if it does not fit without."""
     rows = trainer.train_dataset
-    longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))[: trainer.args.per_device_train_batch_size]
+    longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))[
+        : trainer.args.per_device_train_batch_size
+    ]
     batch = trainer.data_collator([rows[index] for index in longest])
     shape = f"{len(longest)} sequences of up to {len(rows[longest[0]]['input_ids']):,} tokens"
     for attempt in ("plain", "checkpointed"):
@@ -230,9 +245,10 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
             return
         if checkpointing != "auto":
             break
+    even = "" if checkpointing is False else ", even with gradient checkpointing"
     raise MoultError(
-        f"the longest batch ({shape}) does not fit into the GPU's memory{'' if checkpointing is False else ' even with gradient checkpointing'}",
-        "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or datasets.<name>.max_length",
+        f"the longest batch ({shape}) does not fit into the GPU's memory{even}",
+        "lower train.per_device_train_batch_size (raise gradient_accumulation_steps by as much) or datasets.<name>.max_length",
     )
 
 
@@ -260,4 +276,3 @@ def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
         fits = flag.item() > 0
     return fits, value
-

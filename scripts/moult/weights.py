@@ -68,7 +68,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a model, in the order of their names. Raises MoultError where there are none, or not all."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise MoultError(f"{folder}: no such folder", "check model.name; a relative path is relative to the working directory")
+        raise MoultError(
+            f"{folder}: no such folder",
+            "check model.name; a relative path is relative to the working directory",
+        )
     if not (folder / "config.json").is_file():
         raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
     index = folder / "model.safetensors.index.json"
@@ -76,7 +79,10 @@ def weight_files(folder: str | Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise MoultError(f"{folder}: files of the index are missing: {some(missing)}", "download or copy the model again")
+            raise MoultError(
+                f"{folder}: files of the index are missing: {some(missing)}",
+                "download or copy the model again",
+            )
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
