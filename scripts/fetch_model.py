@@ -15,7 +15,9 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default="{}", help="JSON of what this stage reads of the config: revision, trust_remote_code, tls")
+    parser.add_argument(
+        "--settings", default="{}", help="JSON of what this stage reads of the config: revision, trust_remote_code, tls"
+    )
     parser.add_argument("--name", required=True, help="the model's name in the config")
     parser.add_argument("--folder", help="local folder to look at; without it the model is downloaded")
     parser.add_argument("--out", help="folder to download to")
@@ -40,7 +42,12 @@ def fetch(settings: dict, args, log) -> None:
         commit = download(settings, args, log)
         manifest = describe(Path(args.out), args.name, settings["trust_remote_code"], commit, local=False)
     write_json(args.manifest, manifest)
-    log.info("%s: %s files%s", args.name, len(manifest["files"]), f", commit {manifest['commit']}" if manifest["commit"] else "")
+    log.info(
+        "%s: %s files%s",
+        args.name,
+        len(manifest["files"]),
+        f", commit {manifest['commit']}" if manifest["commit"] else "",
+    )
 
 
 def download(settings: dict, args, log) -> str:

@@ -10,10 +10,12 @@ by weight. Weights come last: a row repeated before the split would land on both
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from moult.errors import MoultError, some
 
@@ -136,7 +138,7 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
         # Ids must be distinct, so files of the same name go by their path.
         name = name if names[name] == 1 else file["path"]
         source = sources[file["source"]]
-        for place, raw in read_rows_of(file, name, read_rows):
+        for place, raw in itertools.islice(read_rows(Path(file["path"]), name), settings["max_rows"]):
             ledger.read += 1
             file["rows"] += 1
             row = to_row(place, raw, source, file, ledger)
@@ -148,12 +150,6 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
             "the files are empty; check datasets.<name>.source",
         )
     return rows, files
-
-
-def read_rows_of(file: dict, name: str, read_rows):
-    from pathlib import Path
-
-    return read_rows(Path(file["path"]), name)
 
 
 def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:

@@ -71,6 +71,8 @@ def resolve(config: dict, schema: dict) -> dict:
     _fill(config, schema, schema)
     for name in [name for name, dataset in config["datasets"].items() if dataset is None]:
         del config["datasets"][name]
+    over_datasets = config["override"].get("dataset", {})
+    config["datasets"] = {name: merged(dataset, over_datasets) for name, dataset in config["datasets"].items()}
     config["runs"], problems = _resolve_runs(config, schema, removed)
     problems += _name_problems(config)
     for name, run in config["runs"].items():
@@ -190,13 +192,13 @@ def _not_finite(value, where: str = "") -> list[tuple[str, float]]:
 
 
 def _fill(value: dict, schema: dict, root: dict) -> None:
-    """Set what is missing to its default, below `value` and in all its sections but `runs`."""
+    """Set what is missing to its default, below `value` and in all its sections but those that are laid over others."""
     schema = _deref(schema, root)
     for key, below in schema.get("properties", {}).items():
         below = _deref(below, root)
         if key not in value and "default" in below:
             value[key] = copy.deepcopy(below["default"])
-        if key != "runs" and isinstance(value.get(key), dict):
+        if key not in ("runs", "override") and isinstance(value.get(key), dict):
             _fill(value[key], below, root)
     other = schema.get("additionalProperties")
     if isinstance(other, dict):
@@ -223,6 +225,7 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
     _fill(no_model, {"$ref": "#/$defs/model"}, schema)
     overrides = {name: {} for name in config["datasets"]}
     overrides |= {name: run for name, run in config["runs"].items() if run is not None}
+    over_runs = {key: value for key, value in config["override"].items() if key != "dataset"}
     runs, problems = {}, []
     for name, override in overrides.items():
         dataset = override.get("dataset", name)
@@ -237,7 +240,7 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
         base = shared
         if "name" in override.get("model", {}):
             base = {**shared, "model": no_model}
-        runs[name] = merged(base, {**override, "dataset": dataset})
+        runs[name] = merged(merged(base, {**override, "dataset": dataset}), over_runs)
     return runs, problems
 
 
@@ -380,6 +383,7 @@ def _prepare(config: dict, name: str) -> dict:
     dataset = config["datasets"][name]
     keys = (
         "split",
+        "max_rows",
         "languages",
         "language_detector",
         "unknown_language",

@@ -1,0 +1,46 @@
+# make demo   set up, tune the demo, print base against tuned
+# make test   set up, run the tests
+# make lint   formatting and lint, as CI runs them
+# make schema write what is derived from config/schema.yaml and the libraries
+#
+# The environment is .venv; PYTHON names the interpreter that makes it. Elsewhere, PATH decides.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := envs/workflow.txt envs/train.txt
+CORES ?= 1
+
+.PHONY: demo test lint schema env
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/workflow.stamp
+	$(BIN)/snakemake --cores $(CORES) results/demo/metrics.json
+	@$(BIN)/python scripts/show_metrics.py results/demo/metrics.json
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+schema: $(VENV)/workflow.stamp
+	$(BIN)/python scripts/config_docs.py
+
+env: $(VENV)/workflow.stamp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Moult needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing (Debian: apt install python3-venv)"; exit 1; }
+
+$(VENV)/workflow.stamp: $(REQUIREMENTS) envs/constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -c envs/constraints.txt $(addprefix -r ,$(REQUIREMENTS))
+	@touch $@
+
+$(VENV)/dev.stamp: envs/dev.txt $(VENV)/workflow.stamp
+	$(BIN)/python -m pip install --quiet -c envs/constraints.txt -r envs/dev.txt
+	@touch $@
