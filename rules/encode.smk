@@ -35,5 +35,5 @@ rule encode:
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
-            --train {input.train:q} --val {input.val:q} --out {params.folder:q} --threads {threads} --log {log:q}
+            --train {input.train:q} --val {input.val:q} --out {params.folder:q} --threads {threads} --log-file {log:q}
         """

@@ -33,7 +33,7 @@ rule evaluate_base:
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log {log:q}
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log-file {log:q}
         """
 
 
@@ -69,5 +69,5 @@ rule evaluate_tuned:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
-            --merge-check {output.merge_check:q} --threads {threads} --log {log:q}
+            --merge-check {output.merge_check:q} --threads {threads} --log-file {log:q}
         """

@@ -34,5 +34,5 @@ rule merge:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
             --tokens {params.tokens:q} --adapter {input.adapter:q} --merged {output.merged:q} --summary {output.summary:q} \
-            --threads {threads} --log {log:q}
+            --threads {threads} --log-file {log:q}
         """

@@ -28,5 +28,5 @@ rule plan:
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --out {output:q} --log {log:q}
+            --out {output:q} --log-file {log:q}
         """

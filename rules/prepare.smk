@@ -28,5 +28,5 @@ rule prepare:
     shell:
         """
         python {input.code[0]:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
-            --metadata {output.metadata:q} --threads {threads} --log {log:q}
+            --metadata {output.metadata:q} --threads {threads} --log-file {log:q}
         """

@@ -38,5 +38,5 @@ rule score:
         """
         python {input.code[0]:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
-            --metrics {output.metrics:q} --samples {output.samples:q} --log {log:q}
+            --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

@@ -13,6 +13,7 @@ import argparse
 import html
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from moult.errors import MoultError, some
@@ -31,13 +32,13 @@ def main() -> None:
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--threads", type=int, default=1, help="processes")
-    parser.add_argument("--log", help="log file (default: logs/encode.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/encode.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("encode", args.log, settings) as log:
+    with stage("encode", args.log_file, settings) as log:
         encode(settings, args, log)
 
 
@@ -61,14 +62,15 @@ def encode(settings: dict, args, log) -> None:
 
     report = {"schema_version": 1, "template": {"origin": origin, "sha256": sha256_text(template or "")}}
     out = Path(args.out)
+    made: dict[str, list[dict]] = {}
     sequences: dict[str, list[dict]] = {}
     for part in ("train", "val"):
-        made, report[part] = encode_rows(part, rows[part], chat_settings, settings, args.threads)
-        sequences[part], report[part]["length"] = limit_length(part, made, settings)
+        made[part], report[part] = encode_rows(part, rows[part], chat_settings, settings, args.threads)
+        sequences[part], report[part]["length"] = limit_length(part, made[part], settings)
         report[part] |= count_tokens(sequences[part])
         check_vocabulary(part, sequences[part], vocabulary)
         warn_of_lost_characters(part, report[part], log)
-    stop = check_stop_tokens(sequences["train"], chat)
+    stop = check_stop_tokens(made["train"], sequences["train"], chat)
     report |= {
         "pad_token_id": chat.pad_id,
         "stop": stop,
@@ -145,7 +147,8 @@ def encode_row(row: dict) -> dict:
     """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered."""
     from moult.chat import IGNORE, Unrenderable
 
-    said = row["text"] if "text" in row else "".join(message["content"] for message in row["messages"])
+    said = [row] if "text" in row else row["messages"]
+    said = "".join(part.get(key, "") for part in said for key in ("text", "content", "reasoning_content"))
     try:
         sequences = _chat.encode(row)
     except Unrenderable as refusal:
@@ -275,19 +278,15 @@ def warn_of_lost_characters(part: str, report: dict, log) -> None:
         )
 
 
-def check_stop_tokens(sequences: list[dict], chat) -> dict:
+def check_stop_tokens(made: list[dict], sequences: list[dict], chat) -> dict:
     """Which tokens end the trained turns, and whether generation already stops at them.
 
-    `added` are those it does not: the template ends turns with a special token that generation_config.json does not
-    name (a base model with a chat template, usually). merge and finetune write them into the generation config.
+    Turns show how they end as they were `made`; `sequences` are those that are left, some of them cut.
+    `added` are those where generation does not stop: the template ends turns with a special token that
+    generation_config does not name (a base model with a chat template, usually). merge and finetune write them into it.
     """
-    from moult.chat import IGNORE
-
-    ends: Counter = Counter()
-    for sequence in sequences:
-        labels = [*sequence["labels"], IGNORE]
-        ends.update(labels[i] for i in range(len(labels) - 1) if labels[i] != IGNORE and labels[i + 1] == IGNORE)
-    trained = sorted(token for token in ends if token in chat.stop_ids or token in chat.special_ids)
+    trained = sorted(token for token in turn_ends(made) if token in chat.stop_ids or token in chat.special_ids)
+    ends = turn_ends(sequences)
     learnt = sum(ends[token] for token in trained)
     # Only truncation leaves a turn without its end.
     if learnt < ends.total() / 2:
@@ -303,6 +302,17 @@ def check_stop_tokens(sequences: list[dict], chat) -> dict:
         "added": [token for token in trained if token not in chat.stop_ids],
         "generation_stop_ids": sorted(chat.stop_ids | set(trained)),
     }
+
+
+def turn_ends(sequences: list[dict]) -> Counter:
+    """How often each token is the last of what is trained in one piece."""
+    from moult.chat import IGNORE
+
+    ends: Counter = Counter()
+    for sequence in sequences:
+        labels = [*sequence["labels"], IGNORE]
+        ends.update(label for label, after in pairwise(labels) if label != IGNORE and after == IGNORE)
+    return ends
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -338,14 +348,30 @@ def preview(sequences: list[dict], chat, origin: str) -> str:
     articles = []
     for sequence in sequences[::step][:PREVIEWED]:
         tokens = []
-        for token, label in zip(sequence["input_ids"], sequence["labels"], strict=True):
-            text = html.escape(chat.decode([token])).replace("\n", "↵\n")
+        ids = sequence["input_ids"]
+        for token, label, text in zip(ids, sequence["labels"], pieces(ids, chat), strict=True):
+            text = html.escape(text).replace("\n", "↵\n")
             kind = "trained" if label != IGNORE else "context"
             tokens.append(f'<span class="{kind}" title="{token}">{text}</span>')
         trained = sum(label != IGNORE for label in sequence["labels"])
         title = f"{html.escape(sequence['id'])}: {trained} of {len(sequence['labels'])} tokens trained"
         articles.append(f"<h2>{title}</h2>\n<pre>{''.join(tokens)}</pre>")
     return PAGE.format(origin=html.escape(origin), articles="\n".join(articles))
+
+
+def pieces(ids: list[int], chat) -> list[str]:
+    """What each token adds to the text: alone it may lack its space, or hold a part of a character only.
+
+    A character in several tokens stands at the last of them.
+    """
+    texts, shown, start = [], 0, 0  # ids[start:shown] is text that was given out, there for what follows to lean on
+    for end in range(1, len(ids) + 1):
+        before, text = chat.decode(ids[start:shown]), chat.decode(ids[start:end])
+        whole = not text.endswith("\ufffd") or end == len(ids)
+        texts.append(text[len(before) :] if whole else "")
+        if whole:
+            start, shown = shown, end
+    return texts
 
 
 PAGE = """<!doctype html>
@@ -356,6 +382,7 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
 pre {{ white-space: pre-wrap; padding: 1rem; border: 1px solid #8884; border-radius: 6px; }}
 .context {{ opacity: .65; }}
 .trained {{ background: #2a93; border-bottom: 2px solid #2a9; }}
+span:empty {{ padding-left: .2em; }}
 span:hover {{ outline: 1px solid currentColor; }}
 </style></head><body>
 <h1>What is trained</h1>

@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
     parser.add_argument("--merge-check", help="JSON to write: merged model against base plus adapter")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log", help="log file (default: logs/evaluate_model.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/evaluate_model.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("evaluate", args.log, settings) as log:
+    with stage("evaluate", args.log_file, settings) as log:
         evaluate(settings, args, log)
 
 

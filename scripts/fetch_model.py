@@ -1,34 +1,43 @@
 """Get a base model from the hub, or look at a local one, and write down exactly what it is.
 
-    python scripts/fetch_model.py --name Qwen/Qwen3-0.6B --out results/models/Qwen--Qwen3-0.6B --manifest results/models/Qwen--Qwen3-0.6B.json
-    python scripts/fetch_model.py --name config/demo/base --folder config/demo/base --manifest results/models/config--demo--base.json
+    python scripts/fetch_model.py --name Qwen/Qwen3-0.6B --out results/models/Qwen--Qwen3-0.6B \\
+        --manifest results/models/Qwen--Qwen3-0.6B.json
+    python scripts/fetch_model.py --name config/demo/base --folder config/demo/base \\
+        --manifest results/models/config--demo--base.json
 
 First stage; the rules fetch_model (hub, needs the network) and inspect_model (a local folder, used in place) call it.
 The revision is resolved to a commit, which the manifest records with the hash of every file. Only safetensors weights
-are taken. HF_TOKEN is read from the environment and written nowhere.
+are taken, and of those only the ones that the model consists of. What has been downloaded when it is cut off stays in
+`<out>.partial`, and the next run goes on from there. HF_TOKEN is read from the environment and written nowhere.
 """
 
 import argparse
 import json
+import shutil
+import signal
+import threading
 from pathlib import Path
+
+from moult.errors import MoultError, some
+
+MB = 1_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", default="{}", help="JSON of what this stage reads of the config: revision, trust_remote_code, tls"
-    )
+    parser.add_argument("--settings", default="{}", help="JSON of what this stage reads: revision, trust_remote_code")
     parser.add_argument("--name", required=True, help="the model's name in the config")
     parser.add_argument("--folder", help="local folder to look at; without it the model is downloaded")
     parser.add_argument("--out", help="folder to download to")
     parser.add_argument("--manifest", required=True, help="JSON to write: files and hashes, commit")
-    parser.add_argument("--log", help="log file (default: logs/fetch_model.log)")
+    parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
+    parser.add_argument("--log-file", help="log file (default: logs/fetch_model.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
-    settings = {"revision": None, "trust_remote_code": False, "tls": "verify"} | json.loads(args.settings)
-    with stage("fetch_model", args.log, settings, online=args.folder is None) as log:
+    settings = {"revision": None, "trust_remote_code": False} | json.loads(args.settings)
+    with stage("fetch_model", args.log_file, settings, online=args.folder is None) as log:
         fetch(settings, args, log)
 
 
@@ -39,32 +48,147 @@ def fetch(settings: dict, args, log) -> None:
     if args.folder:
         manifest = describe(Path(args.folder), args.name, settings["trust_remote_code"])
     else:
-        commit = download(settings, args, log)
-        manifest = describe(Path(args.out), args.name, settings["trust_remote_code"], commit, local=False)
+        manifest = download(settings, args, log)
     write_json(args.manifest, manifest)
-    log.info(
-        "%s: %s files%s",
-        args.name,
-        len(manifest["files"]),
-        f", commit {manifest['commit']}" if manifest["commit"] else "",
+    commit = f", commit {manifest['commit']}" if manifest["commit"] else ""
+    log.info("%s: %s files%s", args.name, len(manifest["files"]), commit)
+
+
+def download(settings: dict, args, log) -> dict:
+    """Download the snapshot to --out, whole or not at all. Returns its manifest."""
+    from moult.models import describe
+    from moult.network import hub_errors, set_up_hub
+
+    set_up_hub(args.tls)
+    from huggingface_hub import HfApi, constants
+
+    with hub_errors("model.name", args.name, settings["revision"]):
+        info = HfApi().model_info(
+            args.name, revision=settings["revision"], files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        check_weights(args.name, [file.rfilename for file in info.siblings])
+        partial = partial_folder(args.out, info.sha)
+        download_files(args.name, info, partial, log)
+    manifest = describe(partial, args.name, settings["trust_remote_code"], info.sha, local=False)
+    check_whole(info, manifest, partial)
+    put(partial, Path(args.out))
+    return manifest
+
+
+def check_weights(name: str, files: list[str]) -> None:
+    """That there are safetensors weights, before anything is downloaded."""
+    if "model.safetensors" in files or "model.safetensors.index.json" in files:
+        return
+    if "adapter_config.json" in files:
+        raise MoultError(f"{name} is an adapter, no model", "set model.name to the base model that it was made for")
+    others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))]
+    raise MoultError(
+        f"{name} has no safetensors weights, only: {some(others) or 'no weights at all'}",
+        "choose a repository with model.safetensors, or a revision: the hub's own conversion is often refs/pr/1",
     )
 
 
-def download(settings: dict, args, log) -> str:
-    """Download the snapshot to --out, whole or not at all. Returns the commit."""
-    from huggingface_hub import HfApi, snapshot_download
+def partial_folder(out: str, commit: str) -> Path:
+    """Where the download of `commit` goes on. One of another commit is removed: the two must not mix."""
+    partial = Path(f"{out}.partial") / commit
+    for other in partial.parent.glob("*"):
+        if other != partial:
+            shutil.rmtree(other)
+    for cut_off in partial.glob(".cache/**/*.incomplete"):  # huggingface_hub 2 goes on from whole files only
+        cut_off.unlink()
+    return partial
+
+
+def download_files(name: str, info, partial: Path, log) -> None:
+    """First the small files: the index among them says which weights the model consists of."""
+    from huggingface_hub import snapshot_download
+
+    from moult.files import read_json
+    from moult.models import IGNORED
+    from moult.stage import progress
+
+    snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
+    index = partial / "model.safetensors.index.json"
+    weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    size = sum(file.size or 0 for file in info.siblings if file.rfilename in weights)
+    there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    free = shutil.disk_usage(partial).free
+    if size - there > free:
+        raise MoultError(
+            f"{name} needs {(size - there) / 1e9:.1f} GB more, and the disk of {partial.parent.parent} has {free / 1e9:.1f} GB",
+            "make room, or set paths.results to a folder on a larger disk",
+        )
+    log.info("%s: downloading commit %s, %.2f GB of weights", name, info.sha, size / 1e9)
+    with progress(size // MB, "MB of weights", initial=there // MB) as bar:
+        bars = one_bar(bar, there)
+        snapshot_download(name, revision=info.sha, local_dir=partial, allow_patterns=weights, tqdm_class=bars)
+
+
+def one_bar(bar, received: int) -> type:
+    """A class for huggingface_hub to make its three bars of: none is shown, the one that counts bytes moves ours."""
+    from huggingface_hub.utils import tqdm
+
+    stop = stop_event()
+
+    class Silent(tqdm):
+        def __init__(self, *args, name: str | None = None, **kwargs):
+            self.counts = name == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal received
+            if stop.is_set():
+                raise InterruptedError
+            if self.counts:
+                received += int(n or 0)
+                bar.update(received // MB - bar.done)
+
+    return Silent
+
+
+def stop_event() -> threading.Event:
+    """Set by SIGINT and SIGTERM on their way: huggingface_hub would first let its threads end their files, gigabytes."""
+    stop = threading.Event()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def pass_on(number: int, frame) -> None:
+        stop.set()
+        handlers[number](number, frame)
+
+    for number, handler in handlers.items():
+        if callable(handler):  # and not ignored
+            signal.signal(number, pass_on)
+    return stop
+
+
+def check_whole(info, manifest: dict, partial: Path) -> None:
+    """That the files are, byte for byte, those that the hub has, and that none has been left out."""
+    from fnmatch import fnmatchcase
 
     from moult.models import IGNORED
-    from moult.network import hub_errors, set_up_hub
 
-    set_up_hub(settings["tls"])
-    partial = Path(f"{args.out}.partial")  # kept after a failure: the download goes on from there
-    with hub_errors("model.name", args.name, settings["revision"]):
-        info = HfApi().model_info(args.name, revision=settings["revision"])
-        log.info("%s: downloading commit %s", args.name, info.sha)
-        snapshot_download(args.name, revision=info.sha, local_dir=partial, ignore_patterns=list(IGNORED))
-    partial.replace(args.out)
-    return info.sha
+    for file in info.siblings:
+        path = partial / file.rfilename
+        spare = path.suffix == ".safetensors" and not path.exists()
+        if spare or any(fnmatchcase(file.rfilename, pattern) for pattern in IGNORED):
+            continue
+        whole = path.is_file() and file.size in (None, path.stat().st_size)
+        if not whole or (file.lfs and file.lfs.sha256 != manifest["files"].get(file.rfilename)):
+            path.unlink(missing_ok=True)
+            raise MoultError(f"{file.rfilename} has arrived damaged", "run again: the other files are kept")
+
+
+def put(partial: Path, out: Path) -> None:
+    """Give the whole snapshot its name."""
+    from moult.files import fsync
+
+    shutil.rmtree(partial / ".cache")  # huggingface_hub's notes on what it has downloaded
+    for path in partial.rglob("*"):
+        fsync(path)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+    partial.parent.rmdir()
 
 
 if __name__ == "__main__":

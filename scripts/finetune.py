@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--training-log", required=True, help="training log to write (.jsonl)")
     parser.add_argument("--resume-from", help="a checkpoint to go on from, instead of the newest in --state")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log", help="log file (default: logs/finetune.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/finetune.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    log_path = args.log or "logs/finetune.log"
+    log_path = args.log_file or "logs/finetune.log"
     with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
         from moult.checkpoints import claim, locked
 
@@ -103,7 +103,11 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
 
     device = pick_device(args.threads, settings["train"]["gpu"])
     total = read_json(args.plan)["steps"]["total"]
-    resume = given_checkpoint(args.resume_from, fingerprint) if args.resume_from else newest_whole(state, fingerprint)
+    keep_best = settings["train"]["load_best_model_at_end"]
+    if args.resume_from:
+        resume = given_checkpoint(args.resume_from, state, fingerprint, keep_best)
+    else:
+        resume = newest_whole(state, fingerprint, keep_best)
     if resume and step_of(resume) >= total:
         # transformers would train one step more.
         log.info("%s is the last step: nothing to train", resume)
@@ -152,15 +156,15 @@ def pick_device(threads: int, gpus: int) -> str:
     return device
 
 
-def given_checkpoint(path: str, fingerprint: dict) -> Path:
+def given_checkpoint(path: str, state: Path, fingerprint: dict, keep_best: bool) -> Path:
     """The checkpoint of --resume-from. Raises MoultError if it is not whole or of another run, and says what differs."""
-    from moult.checkpoints import differences, fault_of
+    from moult.checkpoints import adopt, differences, fault_of
     from moult.files import read_json
 
     folder = Path(path)
-    fault = fault_of(folder, fingerprint)
+    fault = fault_of(folder, fingerprint, keep_best)
     if fault is None:
-        return folder
+        return adopt(folder, state, keep_best)
     theirs = folder.parent / "fingerprint.json"
     differs = some(differences(read_json(theirs), fingerprint)) if theirs.exists() else ""
     raise MoultError(

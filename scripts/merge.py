@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument("--merged", required=True, help="model folder to write")
     parser.add_argument("--summary", required=True, help="small JSON beside it to write: hashes, how it was merged")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log", help="log file (default: logs/merge.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/merge.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("merge", args.log, settings) as log:
+    with stage("merge", args.log_file, settings) as log:
         merge(settings, args, log)
 
 

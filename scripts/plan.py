@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--out", required=True, help="plan.json to write")
-    parser.add_argument("--log", help="log file (default: logs/plan.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/plan.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("plan", args.log, settings) as log:
+    with stage("plan", args.log_file, settings) as log:
         plan(settings, args, log)
 
 

@@ -39,10 +39,12 @@ class Ledger:
     read: int = 0
     dropped: Counter = field(default_factory=Counter)
     turns_cut: int = 0
+    columns: set[str] = field(default_factory=set)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str, message: str = "") -> None:
         self.dropped[reason] += 1
+        message = message.encode(errors="backslashreplace").decode()  # it may quote what is no text
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 5:
             examples.append(f"{place}: {message}" if message else place)
@@ -55,13 +57,13 @@ def main() -> None:
     parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
     parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
     parser.add_argument("--threads", type=int, default=1, help="processes for language detection")
-    parser.add_argument("--log", help="log file (default: logs/prepare.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/prepare.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("prepare", args.log, settings) as log:
+    with stage("prepare", args.log_file, settings) as log:
         prepare(settings, args, log)
 
 
@@ -72,6 +74,7 @@ def prepare(settings: dict, args, log) -> None:
     rows, files = read(settings["sources"], settings, ledger)
     log.info("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
     stop_at_broken_rows(ledger, settings["broken"])
+    check_columns(settings, ledger)
     rows = without_duplicates(rows, ledger)
     val_rows, val_ledger, val_files = None, None, []
     if settings["val_sources"]:
@@ -92,6 +95,10 @@ def prepare(settings: dict, args, log) -> None:
     overlap = check_overlap(train_rows, val_rows)
     weights = [source["weight"] for source in settings["sources"]]
     train_lines, weighting = weighted(train_rows, weights, settings["seed"])
+    if not train_lines:
+        raise MoultError(
+            f"the weights leave none of {len(train_rows):,} training rows", "raise datasets.<name>.source weight"
+        )
 
     write_jsonl(args.train, train_lines)
     write_jsonl(args.val, (line(row) for row in val_rows))
@@ -140,6 +147,7 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
         source = sources[file["source"]]
         for place, raw in itertools.islice(read_rows(Path(file["path"]), name), settings["max_rows"]):
             ledger.read += 1
+            ledger.columns |= raw.keys()
             file["rows"] += 1
             row = to_row(place, raw, source, file, ledger)
             if row is not None:
@@ -154,32 +162,31 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
 
 def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:
     """The row in the one shape, or None, counted in the ledger, if it cannot be a training row."""
-    from moult.conversation import BadRow, find_format, normalise
+    from moult.conversation import BadRow, content_of, find_format, normalise
     from moult.files import canonical, sha256_text
 
     columns = source["columns"]
-    # A missing value and a missing column are the same to Parquet and CSV, which have each column in each row.
-    present = {column for column, value in raw.items() if value is not None}
     try:
-        format_name = find_format(columns, present, source["format"])
+        format_name = find_format(raw, columns, source["format"])
         row, cut = normalise(raw, columns, format_name)
+        content = content_of(row)
     except BadRow as bad:
         ledger.drop(bad.reason, place, str(bad))
         return None
     ledger.turns_cut += cut
     file["format"] = format_name if file["format"] in (None, format_name) else "mixed"
-    content = canonical(row)
     group = raw.get(columns.get("group", "group"))
-    if group is None:
-        group = prompt_of(row)
+    # pandas writes NaN for a missing number. A number and the same digits as text are one group.
+    group = prompt_of(row) if group is None or group != group else ascii(str(group))
     return Row(place, file["source"], content, sha256_text(content), sha256_text(canonical(group)))
 
 
 def prompt_of(row: dict):
-    """What makes rows belong together where no group is given: everything before the first answer."""
+    """What makes rows belong together where no group is given: everything before the first answer to the user."""
     if "text" in row:
         return row["text"]
-    first = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
+    roles = [message["role"] for message in row["messages"]]
+    first = roles.index("assistant", roles.index("user"))
     return [message["content"] for message in row["messages"][:first]]
 
 
@@ -190,6 +197,17 @@ def stop_at_broken_rows(ledger: Ledger, policy: str) -> None:
         raise MoultError(
             f"{sum(broken.values()):,} of {ledger.read:,} rows cannot be training rows:\n    {examples}",
             "mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
+        )
+
+
+def check_columns(settings: dict, ledger: Ledger) -> None:
+    """A mapped column that no row has is a typo: a wrong `group` would let copies of a text into both parts."""
+    mapped = {pair for source in settings["sources"] for pair in source["columns"].items() if pair[1] is not None}
+    absent = sorted(f"{column}: {real}" for column, real in mapped if real not in ledger.columns)
+    if absent and settings["max_rows"] is None:
+        raise MoultError(
+            f"no row has the mapped columns {{{some(absent)}}}; the columns are {some(sorted(ledger.columns), 12)}",
+            "mend datasets.<name>.columns",
         )
 
 

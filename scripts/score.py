@@ -29,13 +29,13 @@ def main() -> None:
     parser.add_argument("--merge", required=True, help="merge's merge.json")
     parser.add_argument("--metrics", required=True, help="metrics.json to write")
     parser.add_argument("--samples", required=True, help="samples.jsonl to write")
-    parser.add_argument("--log", help="log file (default: logs/score.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/score.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
     settings = json.loads(args.settings)
-    with stage("score", args.log, settings) as log:
+    with stage("score", args.log_file, settings) as log:
         score(settings, args, log)
 
 
@@ -254,15 +254,16 @@ def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
 
 def verdict(likelihood: dict | None, answers: dict) -> dict:
     """helped: something is better and nothing worse; hurt: the reverse; else inconclusive. What counts is an interval of
-    the paired difference that leaves out 0."""
+    the paired difference that leaves out 0. Whether answers stop is told, and does not count: a model that answers at
+    more length stops less often within max_new_tokens."""
     evidence = {}  # what: (difference, whether more is better, unit)
     if likelihood:
         evidence["validation loss"] = (likelihood["difference"]["nll_per_token"], -1, "nats per token")
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
         if "passed" in answers.get(part, {}):
             evidence[name] = (answers[part]["passed"]["difference"], 1, "of the questions")
-    if "all" in answers:
-        evidence["answers that stop"] = (answers["all"]["stopped"]["difference"], 1, "of the questions")
+    if not evidence:
+        raise MoultError("nothing was measured", "set eval.perplexity, or give eval.prompts something to expect")
     found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     reasons = []
     for name, (difference, sign, unit) in evidence.items():
@@ -271,6 +272,9 @@ def verdict(likelihood: dict | None, answers: dict) -> dict:
         found[kind].append(name)
         shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
+    if "all" in answers:
+        stopped = answers["all"]["stopped"]
+        reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
     word = "inconclusive"
     if found["better"] and not found["worse"]:
         word = "helped"
@@ -279,7 +283,7 @@ def verdict(likelihood: dict | None, answers: dict) -> dict:
     return {
         "verdict": word,
         **found,
-        "reasons": reasons or ["nothing was measured: set eval.perplexity or eval.prompts"],
+        "reasons": reasons,
     }
 
 

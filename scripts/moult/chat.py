@@ -9,6 +9,7 @@ have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/tran
 import json
 import logging
 import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -72,7 +73,7 @@ class Chat:
         template_kwargs: variables for the template, such as {"enable_thinking": False}.
 
     Attributes: `tokenizer`; `stop_ids`, the tokens that end generation by the model's own settings; `pad_id`, a token
-    that is none of those.
+    that is none of those, and that the template does not write.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Chat:
             key=len,
             reverse=True,
         )
-        self._writable: dict[str, bool] = {}
+        self._written: set[str] = set()  # characters that were tried: the tokenizer has tokens for these,
+        self._lost: set[str] = set()  # and none for these
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self.has_generation_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
         if template is not None:
@@ -101,10 +103,11 @@ class Chat:
 
     def _pad_id(self) -> int:
         own = self.tokenizer.pad_token_id
-        if own is not None and own not in self.stop_ids:
-            return own
-        # Labels and attention masks are ours, so any token will do that is no stop token.
-        return next(id for id in [*sorted(self.special_ids), *range(len(self.tokenizer))] if id not in self.stop_ids)
+        # Labels and attention masks are ours, so any token will do that ends no turn.
+        candidates = [*([] if own is None else [own]), *sorted(self.special_ids), *range(len(self.tokenizer))]
+        return next(
+            id for id in candidates if id not in self.stop_ids and self.decode([id]) not in (self.template or "")
+        )
 
     # --- rendering ---
 
@@ -153,15 +156,18 @@ class Chat:
 
     def _encode_text(self, text: str) -> list[Sequence]:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        if eos is None:
+            raise Unrenderable("no_stop_token", "the tokenizer names no EOS: the model could never learn to stop")
+        self._check_encodable(text)
         # Text that brings its own BOS must not get another.
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-        if ids[-1] != eos:
+        if ids[-1:] != [eos]:
             ids = [*ids, eos]
         self._check_bos(ids)
-        return [Sequence(ids, list(ids), -1)]
+        return [Sequence(ids, [IGNORE, *ids[1:]], -1)]  # nothing predicts the first token
 
     def _encode_conversation(self, messages: list[dict], tools: list[dict] | None) -> list[Sequence]:
-        self._check_no_control_tokens(messages)
+        self._check_no_control_tokens(messages, tools)
         sequences: list[Sequence] = []
         trained = [
             i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)
@@ -176,12 +182,14 @@ class Chat:
                 home.labels[start : len(ids)] = ids[start:]
         for sequence in sequences:
             self._check_bos(sequence.input_ids)
-        if self.has_generation_markers:
-            self._check_markers(messages, tools, sequences)
         return sequences[::-1]
 
     def _turn(self, messages: list[dict], index: int, tools: list[dict] | None) -> tuple[list[int], int]:
         """The tokens up to the end of assistant turn `index`, and where the turn begins."""
+        if index == 0:
+            raise Unrenderable(
+                "no_prompt", "it begins with an assistant turn, which nothing asks for (give that turn weight 0)"
+            )
         prompt = self.render(messages[:index], tools, prompt=True)
         through = self.render(messages[: index + 1], tools, prompt=False)
         answer = _continuation(prompt, through)
@@ -193,7 +201,11 @@ class Chat:
             ids = self._stitched(prompt_ids, answer, self.decode(ids))
         start = len(prompt_ids)
         ids = ids[: self._end_of_turn(ids, start, answer) + 1]
-        self._check_encodable(answer, self.decode(ids[start:]))
+        message = messages[index]
+        self._check_encodable(message["content"] + message.get("reasoning_content", ""))
+        self._check_decoding(answer, self.decode(ids[start:]))
+        if self.has_generation_markers:
+            self._check_markers(messages[: index + 1], tools, answer, self.decode(ids[-1:]))
         return ids, start
 
     def _stitched(self, prompt_ids: list[int], answer: str, whole: str) -> list[int]:
@@ -209,13 +221,19 @@ class Chat:
         )
 
     def _end_of_turn(self, ids: list[int], start: int, answer: str) -> int:
-        """Index of the token that ends the turn: the first special token after the last one that says something."""
+        """Index of the token that ends the turn, among those after the last one that says something.
+
+        Usually the first special one. Several in a row (`<|tool_call_end|><|im_end|>`) belong together: of them the
+        first that ends generation, or else the last. What follows after a space (Phi's `<|endoftext|>`) ends the whole.
+        """
+        ends = self.special_ids | self.stop_ids
         last = len(ids) - 1
-        while last >= start and (ids[last] in self.special_ids or not self.decode([ids[last]]).strip()):
+        while last >= start and (ids[last] in ends or not self.decode([ids[last]]).strip()):
             last -= 1
-        for index in range(last + 1, len(ids)):
-            if ids[index] in self.special_ids or ids[index] in self.stop_ids:
-                return index
+        after = [index for index in range(last + 1, len(ids)) if ids[index] in ends]
+        row = [index for place, index in enumerate(after) if index == after[0] + place]
+        if row:
+            return next((index for index in row if ids[index] in self.stop_ids), row[-1])
         raise Unrenderable(
             "no_stop_token",
             f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the model "
@@ -226,19 +244,20 @@ class Chat:
 
     def _check_bos(self, ids: list[int]) -> None:
         bos = self.tokenizer.bos_token_id
-        if bos is not None and bos not in self.stop_ids and ids[:2] == [bos, bos]:
+        if bos is not None and ids[:2] == [bos, bos]:
             raise Unrenderable(
                 "double_bos",
                 f"it begins with {self.tokenizer.bos_token!r} twice; the template must write it once",
             )
 
-    def _check_no_control_tokens(self, messages: list[dict]) -> None:
-        for index, message in enumerate(messages):
-            found = self._special_text.search(message["content"] + message.get("reasoning_content", ""))
+    def _check_no_control_tokens(self, messages: list[dict], tools: list[dict] | None) -> None:
+        parts = [(f"messages[{index}]", message) for index, message in enumerate(messages)] + [("tools", tools)]
+        for where, part in parts:
+            found = next(filter(None, map(self._special_text.search, _texts(part))), None)
             if found:
                 raise Unrenderable(
                     "control_token",
-                    f"messages[{index}] says {found.group()!r}, which this tokenizer takes for a control token",
+                    f"{where} says {found.group()!r}, which this tokenizer takes for a control token",
                 )
 
     def _check_nothing_left_out(self, messages: list[dict], tools: list[dict] | None, prompt: str, answer: str) -> None:
@@ -250,6 +269,8 @@ class Chat:
         for message in messages[:-1]:
             if message["role"] != "assistant" and not _shows(shown_prompt, message["content"]):
                 raise Unrenderable("template_drops", f"the template leaves out what the {message['role']} turn says")
+        if tools and prompt == self.render(messages[:-1], None, prompt=True):
+            raise Unrenderable("template_drops", "the template leaves out the tools")
         for tool in tools or []:
             if tool["function"].get("name", "") not in prompt:
                 raise Unrenderable("template_drops", f"the template leaves out the tool {tool['function'].get('name')}")
@@ -259,64 +280,69 @@ class Chat:
                 raise Unrenderable("template_drops", f"the template leaves out the assistant's {part}")
         for call in last.get("tool_calls", []):
             arguments = call["function"]["arguments"]
-            names = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else [])]
-            if not all(_dense(name) in shown_answer for name in names):
+            said = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else [str(arguments)])]
+            if not all(_shows(shown_answer, text) for text in said):
                 raise Unrenderable("template_drops", f"the template leaves out the call of {call['function']['name']}")
 
     def lost_characters(self, text: str) -> str:
         """The characters of `text` that the tokenizer has no tokens for and silently leaves out."""
-        return "".join(char for char in text if not (char.isspace() or self._writes(char)))
+        for char in set(text) - self._written - self._lost:
+            decoded = self.decode(self.ids(f"a{char}"), special=False)
+            (self._written if char.isspace() or _nfd(char) in _nfd(decoded) else self._lost).add(char)
+        return "".join(char for char in text if char in self._lost) if self._lost else ""
 
-    def _writes(self, char: str) -> bool:
-        if char not in self._writable:
-            self._writable[char] = char in self.decode(self.ids(f"a{char}"))
-        return self._writable[char]
-
-    def _check_encodable(self, answer: str, decoded: str) -> None:
-        """The trained tokens say what the assistant says. What the tokenizer cannot write is counted by the caller."""
-        answer = _dense(answer)
-        decoded = _dense(decoded)
-        if answer.startswith(decoded):  # behind the stop token the template may add more
-            return
-        lost = self.lost_characters(answer)
-        if not lost:
-            raise Unrenderable("decoding", f"the tokens of the answer say {decoded[:60]!r}, not {answer[:60]!r}")
-        if len(lost) > len(answer) / 2:
+    def _check_encodable(self, said: str) -> None:
+        """Most of what is trained can be written. What cannot is counted by the caller."""
+        said = _dense(said)
+        lost = self.lost_characters(said)
+        if len(lost) > len(said) / 2:
             raise Unrenderable(
                 "not_encodable",
-                f"the tokenizer has no tokens for most of the answer ({''.join(sorted(set(lost)))[:20]!r})",
+                f"the tokenizer has no tokens for most of what is said ({''.join(sorted(set(lost)))[:20]!r})",
             )
 
-    def _check_markers(self, messages: list[dict], tools: list[dict] | None, sequences: list[Sequence]) -> None:
-        """Where the template marks what the assistant generates, that must be what the prefixes say."""
-        encoded = self.tokenizer.apply_chat_template(
-            _visible(messages),
+    def _check_decoding(self, answer: str, decoded: str) -> None:
+        """The trained tokens say what the assistant says, but for what the tokenizer cannot write."""
+        answer, decoded = _dense(answer), _dense(decoded)
+        if answer.startswith(decoded):  # behind the stop token the template may add more
+            return
+        lost = set(self.lost_characters(answer))
+        written = _nfd("".join(char for char in answer if char not in lost))
+        decoded = _nfd(decoded.replace(self.tokenizer.unk_token or "\0", ""))
+        if not written.startswith(decoded):
+            raise Unrenderable("decoding", f"the tokens of the answer say {decoded[:60]!r}, not {answer[:60]!r}")
+
+    def _check_markers(self, messages: list[dict], tools: list[dict] | None, answer: str, stop: str) -> None:
+        """What the template marks as generated is the turn that the prefixes say, to the token that ends it.
+
+        A block may also hold the words that ask for the answer (SmolLM3), but nothing that others say.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        [through], [blocks] = render_jinja_template(
+            [_visible(messages)],
             tools=tools,
             chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
             return_assistant_tokens_mask=True,
-            **self.template_kwargs,
+            **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
         )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        whole = next((s for s in sequences if ids[: len(s.input_ids)] == s.input_ids), None)
-        if whole is None:  # tokenized with a seam: there are no positions to compare
-            return
-        for index, label in enumerate(whole.labels):
-            if label != IGNORE and not mask[index]:
-                part = self.decode(whole.input_ids[max(index - 4, 0) : index + 1])
+        marked = {at for begin, end in blocks for at in range(begin, end) if not through[at].isspace()}
+        begin = len(through) - len(answer)
+        end = begin + answer.rindex(stop) + len(stop)
+        for at in range(begin, end):
+            if at not in marked and not through[at].isspace():
                 raise Unrenderable(
                     "markers",
-                    f"the template's {{% generation %}} block leaves out {self.decode([label])!r} (after {part!r}), "
+                    f"the template's {{% generation %}} block leaves out {through[at : at + 16]!r}, "
                     "which is part of the answer or ends it",
                 )
-        if len(sequences) > 1 or any(message.get("train") is False for message in messages):
-            return  # answers that are not trained in this sequence are marked as well
-        for index, label in enumerate(whole.labels):
-            if mask[index] and label == IGNORE and self.decode([ids[index]]).strip():
+        if not any(message["role"] == "assistant" for message in messages[:-1]):
+            asked = self.render(messages[:-1], tools, prompt=False)
+            if marked and through.startswith(asked) and min(marked) < len(asked):
                 raise Unrenderable(
                     "markers",
-                    f"the template's {{% generation %}} block holds {self.decode([ids[index]])!r}, which is no part of an answer",
+                    f"the template's {{% generation %}} block holds {through[min(marked) :][:16]!r}, "
+                    "which is no part of an answer",
                 )
 
 
@@ -324,8 +350,21 @@ def _visible(messages: list[dict]) -> list[dict]:
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
-def _dense(text) -> str:
-    return "".join(str(text).split())
+def _texts(value) -> list[str]:
+    """Every string in a message or a tool definition."""
+    if isinstance(value, dict | list):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return [text for item in items for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
+
+
+def _nfd(text: str) -> str:
+    """One spelling of characters that have several: many tokenizers compose them (Qwen: NFC)."""
+    return unicodedata.normalize("NFD", text)
 
 
 def _shows(shown: str, text: str) -> bool:
@@ -366,9 +405,11 @@ def _freeze_date(template: str) -> None:
 
 
 def stop_ids(folder: str, tokenizer) -> set[int]:
-    """The tokens that end generation: the tokenizer's EOS and those of generation_config.json."""
-    path = Path(folder) / "generation_config.json"
-    own = read_json(path).get("eos_token_id") if path.exists() else None
+    """The tokens that end generation: the tokenizer's EOS and those of the generation config."""
+    # Without a generation config transformers and vLLM make one of the model's.
+    paths = [Path(folder) / name for name in ("generation_config.json", "config.json")]
+    path = next((path for path in paths if path.exists()), None)
+    own = read_json(path).get("eos_token_id") if path else None
     ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     return {id for id in ids if id is not None}
 

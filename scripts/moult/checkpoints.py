@@ -101,8 +101,23 @@ def seal(staged: Path, state: Path, fingerprint: dict) -> Path:
     return final
 
 
-def fault_of(folder: Path, fingerprint: dict) -> str | None:
-    """Why a checkpoint cannot be used, or None if it is whole and of this run."""
+def fault_of(folder: Path, fingerprint: dict, with_best: bool) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is whole and of this run; `with_best`: and so is the best before it."""
+    fault = _own_fault(folder, fingerprint)
+    best = best_before(folder) if with_best and fault is None else None
+    if best is not None:
+        theirs = _own_fault(best, fingerprint)
+        return theirs and f"the best one before it, {best.name}, cannot be used: {theirs}"
+    return fault
+
+
+def best_before(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss up to `folder`, if it is another one."""
+    step = read_json(folder / "trainer_state.json")["best_global_step"]
+    return folder.with_name(f"checkpoint-{step}") if step and step != step_of(folder) else None
+
+
+def _own_fault(folder: Path, fingerprint: dict) -> str | None:
     if not (folder / MANIFEST).exists():
         return "it has no manifest"
     try:
@@ -125,10 +140,10 @@ def fault_of(folder: Path, fingerprint: dict) -> str | None:
     return None
 
 
-def newest_whole(state: Path, fingerprint: dict) -> Path | None:
+def newest_whole(state: Path, fingerprint: dict, with_best: bool) -> Path | None:
     """The newest checkpoint that can be resumed from. Others that are newer are named in the log, and set aside."""
     for folder in reversed(checkpoint_folders(state)):
-        fault = fault_of(folder, fingerprint)
+        fault = fault_of(folder, fingerprint, with_best)
         if fault is None:
             return folder
         log.warning("%s cannot be resumed from: %s; trying the one before", folder, fault)
@@ -136,6 +151,19 @@ def newest_whole(state: Path, fingerprint: dict) -> Path | None:
         shutil.rmtree(broken, ignore_errors=True)
         folder.rename(broken)
     return None
+
+
+def adopt(folder: Path, state: Path, with_best: bool) -> Path:
+    """Copy a checkpoint from elsewhere, and the best one before it, into `state`. Returns the copy."""
+    best = best_before(folder) if with_best else None
+    for source in filter(None, (best, folder)):
+        if source.parent.resolve() != state.resolve():
+            staged = state / "staging" / source.name
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(source, staged)
+            shutil.rmtree(state / source.name, ignore_errors=True)
+            staged.rename(state / source.name)
+    return state / folder.name
 
 
 def prune(state: Path, keep: int, best: int | None) -> None:

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,8 +64,7 @@ def resolve(config: dict, schema: dict) -> dict:
     """
     known = set(schema["properties"])
     config = _coerce(copy.deepcopy(dict(config)), schema, schema)
-    problems = _schema_problems(config, schema)
-    problems += [f"{key}: {value} is not a number" for key, value in _not_finite(config)]
+    problems = _not_json(config) or _schema_problems(config, schema)
     if problems:
         raise ConfigError(problems)
     removed = {name for name, dataset in config.get("datasets", {}).items() if dataset is None}
@@ -78,7 +78,7 @@ def resolve(config: dict, schema: dict) -> dict:
     for name, run in config["runs"].items():
         problems += _run_problems(name, run, config["datasets"].get(run["dataset"]))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))  # the runs share most of their settings
     return {key: value for key, value in config.items() if key in known}
 
 
@@ -101,6 +101,7 @@ def _coerce(value, schema: dict, root: dict):
     """
     schema = _deref(schema, root)
     if isinstance(value, dict):
+        schema = _deref(schema.get("then", schema), root)  # a source is a text, or an object of these properties
         other = schema.get("additionalProperties")
         properties = schema.get("properties", {})
         for key in value:
@@ -112,10 +113,11 @@ def _coerce(value, schema: dict, root: dict):
     types = schema.get("type", [])
     types = {types} if isinstance(types, str) else set(types)
     choices = schema.get("enum", [])
-    if value is False and "x-yaml-false" in schema:
-        return schema["x-yaml-false"]
+    if value is False and ("x-yaml-false" in schema or ("no" in choices and False not in choices)):
+        return schema.get("x-yaml-false", "no")
     if isinstance(value, str) and value not in choices:
-        if value in ("true", "false") and ("boolean" in types or value == "true" in choices or True in choices):
+        # Where text is allowed, 'true' is text: an answer may have to contain it.
+        if value in ("true", "false") and ((types & {"boolean", "string"}) == {"boolean"} or True in choices):
             return value == "true"
         if types & {"integer", "number"} and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
             number = float(value)
@@ -149,7 +151,11 @@ def _describe(error, schema: dict) -> list[str]:
     if error.validator == "type":
         wanted = error.schema["type"]
         wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        hint = " (quote it: YAML takes `no` for false)" if value is False and "string" in wanted else ""
+        hint = ""
+        if "string" in wanted and "integer" not in wanted and isinstance(value, bool | int | float):
+            hint = " (quote it: YAML takes `no` for false)" if value is False else " (quote it)"
+        elif value is None and wanted == "object":
+            hint = " (an empty section; leave it out)"
         return [f"{where}: expected {wanted}, got {value!r}{hint}"]
     if error.validator == "enum":
         choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in error.schema["enum"]]
@@ -181,14 +187,25 @@ def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
     return f"{where}: unknown key; known here: {some(sorted(known), 12)}"
 
 
-def _not_finite(value, where: str = "") -> list[tuple[str, float]]:
+def _not_json(value, where: str = "") -> list[str]:
+    """What YAML can say and JSON cannot: NaN and infinity, dates, keys that are no text."""
     if isinstance(value, dict):
-        return [
-            hit for key, item in value.items() for hit in _not_finite(item, f"{where}.{key}" if where else str(key))
+        keys = [f"{where}.{key}".lstrip(".") for key in value]
+        problems = [
+            f"{path}: the key {key!r} is not text; quote it"
+            for key, path in zip(value, keys, strict=True)
+            if not isinstance(key, str)
+        ]
+        return problems + [
+            hit for item, path in zip(value.values(), keys, strict=True) for hit in _not_json(item, path)
         ]
     if isinstance(value, list):
-        return [hit for index, item in enumerate(value) for hit in _not_finite(item, f"{where}.{index}")]
-    return [(where, value)] if isinstance(value, float) and not math.isfinite(value) else []
+        return [hit for index, item in enumerate(value) for hit in _not_json(item, f"{where}.{index}")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{where}: {value} is not a finite number"]
+    if not isinstance(value, str | int | float | None):
+        return [f"{where}: {value} is a {type(value).__name__} to YAML; quote it"]
+    return []
 
 
 def _fill(value: dict, schema: dict, root: dict) -> None:
@@ -230,6 +247,11 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
     for name, override in overrides.items():
         dataset = override.get("dataset", name)
         if dataset in removed:
+            continue
+        if name in config["datasets"] and dataset != name:
+            problems.append(
+                f"runs.{name}.dataset: {name} is a dataset, and the run of that name is its own; rename the run"
+            )
             continue
         if dataset not in config["datasets"]:
             key = f"runs.{name}.dataset"
@@ -273,6 +295,9 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
                 f"eval.prompts.{prompt['id']}.expect: true and match compare with a row's own answer, "
                 "and a prompt has none; give the text"
             )
+    pattern = run["eval"].get("row_expect", {}).get("match")
+    if pattern is not None and not re.compile(pattern).groups:
+        problems.append("eval.row_expect.match: has no group; put the part that is compared in ( )")
     train = run["train"]
     if train["load_best_model_at_end"] and train["eval_strategy"] == "no":
         problems.append(
@@ -281,23 +306,6 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
     if train["packing"] and dataset is not None and train.get("padding_free"):
         problems.append("train.padding_free: packing has it already; leave it out")
     return problems
-
-
-def same_as(config: dict, run: str, keys: tuple[str, ...]) -> str:
-    """The first run that has the same dataset and the same `keys` as `run`: what depends on no more is made once.
-
-    A key is a section ("eval") or, with a dot, one setting of it ("model.name").
-    """
-
-    def identity(settings: dict) -> str:
-        values = {}
-        for key in keys:
-            section, _, field = key.partition(".")
-            values[key] = settings[section][field] if field else settings[section]
-        return canonical([settings["dataset"], values])
-
-    wanted = identity(config["runs"][run])
-    return next(name for name, settings in config["runs"].items() if identity(settings) == wanted)
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -336,36 +344,42 @@ def source_entries(source, dataset: dict) -> list[dict]:
         {
             "path": entry["path"] if isinstance(entry, dict) else entry,
             "weight": entry.get("weight", 1) if isinstance(entry, dict) else 1,
-            "columns": entry.get("columns") or dataset["columns"] if isinstance(entry, dict) else dataset["columns"],
+            "columns": entry.get("columns", dataset["columns"]) if isinstance(entry, dict) else dataset["columns"],
             "format": entry.get("format", dataset["format"]) if isinstance(entry, dict) else dataset["format"],
         }
         for entry in entries
     ]
 
 
-# --- what each stage reads --------------------------------------------------------------------------------------------
-#
-# A rule passes its stage these keys and no others, as one canonical JSON: an edit elsewhere reruns nothing.
-
-_ENCODE = (
-    "model.name",
-    "model.revision",
-    "model.chat_template",
-    "model.chat_template_kwargs",
-    "model.trust_remote_code",
-)
-_MEASURE = (*_ENCODE, "model.dtype", "model.attn_implementation")
-_MEASURE += tuple(f"eval.{key}" for key in ("perplexity", "max_rows", "prompts", "answer_rows", "max_new_tokens"))
+# --- what runs share --------------------------------------------------------------------------------------------------
 
 
 def encoded_as(config: dict, run: str) -> str:
     """The run whose tokens `run` uses: the first with the same dataset, model and template."""
-    return same_as(config, run, _ENCODE)
+    return _first_like(config, run, _tokens_depend_on)
 
 
 def measured_as(config: dict, run: str) -> str:
-    """The run whose measurement of the base `run` uses: the first that also asks the same."""
-    return same_as(config, run, _MEASURE)
+    """The run whose measurement of the base `run` uses: the first with the same tokens that also asks the same."""
+    return _first_like(config, run, lambda run: [_tokens_depend_on(run), _evaluate(config, run, {})])
+
+
+def _tokens_depend_on(run: dict) -> dict:
+    return _pick(run["model"], "name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
+
+
+def _first_like(config: dict, run: str, depends_on: Callable) -> str:
+    wanted = config["runs"][run]
+    return next(
+        name
+        for name, settings in config["runs"].items()
+        if settings["dataset"] == wanted["dataset"] and canonical(depends_on(settings)) == canonical(depends_on(wanted))
+    )
+
+
+# --- what each stage reads --------------------------------------------------------------------------------------------
+#
+# A rule passes its stage these keys and no others, as one canonical JSON: an edit elsewhere reruns nothing.
 
 
 def stage_settings(config: dict, stage: str, name: str) -> dict:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 
 from moult.errors import some
+from moult.files import canonical
 
 ROLES = {
     "system": "system",
@@ -48,16 +49,26 @@ class BadRow(Exception):
         self.reason = reason
 
 
-def find_format(columns: dict, present: set[str], wanted: str) -> str:
-    """The format of a row with the columns `present`, under the mapping `columns`. Raises BadRow if there is none."""
-    candidates = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
+def find_format(row: dict, columns: dict, wanted: str) -> str:
+    """The format of a row under the mapping `columns`. Raises BadRow if there is none.
+
+    A column that is mapped decides: its format and no other. And a row whose answer is null is no row of another format.
+    """
+    # A missing value and a missing column are the same to Parquet and CSV, which have each column in each row.
+    present = {column for column, value in row.items() if value is not None}
+    mapped_formats = {name: needed for name, needed in FORMATS.items() if any(column in columns for column in needed)}
+    candidates = mapped_formats or FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
     for name, needed in candidates.items():
-        if all(columns.get(column, column) in present for column in needed):
+        absent = [column for column in needed if columns.get(column, column) not in present]
+        if not absent:
             return name
+        if len(absent) < len(needed) and any(columns.get(column, column) in row for column in absent):
+            candidates = {name: needed}
+            break
     shapes = "; ".join(" + ".join(needed) for needed in candidates.values())
-    mapped = {column: real for column, real in columns.items() if real not in present}
-    absent = f"; mapped columns that are not there: {some(mapped.values())}" if mapped else ""
-    raise BadRow("missing_column", f"has the columns {some(sorted(present), 12)}, and needs {shapes}{absent}")
+    mapped = [real for real in columns.values() if real is not None and real not in present]
+    hint = f"; mapped columns that are not there: {some(mapped)}" if mapped else ""
+    raise BadRow("missing_column", f"has the columns {some(sorted(present), 12)}, and needs {shapes}{hint}")
 
 
 def normalise(row: dict, columns: dict, format_name: str) -> tuple[dict, int]:
@@ -75,8 +86,8 @@ def normalise(row: dict, columns: dict, format_name: str) -> tuple[dict, int]:
             raise BadRow("empty", "the text is empty")
         return {"text": text}, 0
     messages = {
-        "messages": _from_messages,
-        "sharegpt": _from_messages,
+        "messages": lambda cell: _from_messages(cell("messages")),
+        "sharegpt": lambda cell: _from_messages(cell("conversations")),
         "alpaca": _from_alpaca,
         "prompt_completion": _from_prompt_completion,
     }[format_name](cell)
@@ -89,6 +100,18 @@ def normalise(row: dict, columns: dict, format_name: str) -> tuple[dict, int]:
     if tools:
         result["tools"] = tools
     return result, len(messages) - (last + 1)
+
+
+def content_of(row: dict) -> str:
+    """A normalised row as canonical JSON. Raises BadRow for what JSON cannot hold, deep inside tools and arguments."""
+    try:
+        content = canonical(row)
+        content.encode()
+    except UnicodeEncodeError:
+        raise BadRow("not_unicode", "holds half of a surrogate pair, which is no character") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow("bad_json", f"tools or arguments hold what JSON cannot: {error}") from None
+    return content
 
 
 def _text(value, where: str) -> str:
@@ -110,13 +133,19 @@ def _json(value, where: str):
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise BadRow("bad_json", f"{where} is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad_json", f"{where} is not JSON: {error}") from None
+
+
+def _first(item: dict, *fields: str):
+    """The first of the fields that is there; null is not there."""
+    return next((item[field] for field in fields if item.get(field) is not None), None)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _from_messages(cell: Callable) -> list[dict]:
-    value = cell("messages") if cell("messages") is not None else cell("conversations")
+def _from_messages(value) -> list[dict]:
     value = _json(value, "messages")
     if not isinstance(value, list):
         raise BadRow("wrong_type", f"messages is {_kind(value)}, and must be a list")
@@ -126,11 +155,11 @@ def _from_messages(cell: Callable) -> list[dict]:
 def _message(item, where: str) -> dict:
     if not isinstance(item, dict):
         raise BadRow("wrong_type", f"{where} is {_kind(item)}, and must be an object with role and content")
-    raw_role = item.get("role", item.get("from"))
+    raw_role = _first(item, "role", "from")
     role = ROLES.get(str(raw_role).lower()) if raw_role is not None else None
     if role is None:
         raise BadRow("unknown_role", f"{where} has the role {raw_role!r}; known: {some(ROLES, 20)}")
-    content = item.get("content", item.get("value"))
+    content = _first(item, "content", "value")
     message: dict = {"role": role, "content": ""}
     if isinstance(content, list):
         _add_blocks(message, content, where)
@@ -158,7 +187,7 @@ def _add_blocks(message: dict, blocks: list, where: str) -> None:
     texts = []
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None
-        value = (block.get("text", block.get("value", block.get(str(kind))))) if kind else None
+        value = _first(block, "text", "value", str(kind)) if kind else None
         if kind == "text":
             texts.append(_text(value, f"{where}.content"))
         elif kind in ("reasoning", "thinking"):
@@ -192,7 +221,7 @@ def _add_weight(message: dict, item: dict, where: str) -> None:
 
 def _from_alpaca(cell: Callable) -> list[dict]:
     messages = []
-    for index, turn in enumerate(_json(cell("history"), "history") or []):
+    for index, turn in enumerate(_json(cell("history") or [], "history") or []):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise BadRow("wrong_type", f"history[{index}] is {_kind(turn)}, and must be [user, assistant]")
         messages += [
@@ -201,7 +230,7 @@ def _from_alpaca(cell: Callable) -> list[dict]:
         ]
     instruction = _text(cell("instruction"), "instruction")
     given = _text(cell("input"), "input") if cell("input") is not None else ""
-    question = f"{instruction}\n{given}" if given.strip() else instruction
+    question = "\n".join(part for part in (instruction, given) if part.strip())
     answer = _text(cell("output"), "output")
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -228,7 +257,7 @@ def _tools(value) -> list[dict]:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("wrong_type", f"tools is {_kind(value)}, and must be a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+    return [tool if tool.get("function") else {"type": "function", "function": tool} for tool in value]
 
 
 def _tool_calls(value, where: str) -> list[dict]:
@@ -236,16 +265,17 @@ def _tool_calls(value, where: str) -> list[dict]:
     value = _json(value, f"{where}.tool_calls")
     calls = []
     for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("wrong_type", f"{where} holds a tool call without a name: {_kind(call)}")
-        arguments = function.get("arguments", function.get("parameters", {}))
+        arguments = _first(function, "arguments", "parameters")
         if isinstance(arguments, str):
             try:
                 parsed = json.loads(arguments)
                 arguments = parsed if isinstance(parsed, dict) else arguments
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 pass  # free text is allowed
+        arguments = {} if arguments is None else arguments
         entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append({"id": str(call["id"]), **entry} if call.get("id") else entry)
     return calls

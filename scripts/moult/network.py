@@ -1,1 +1,264 @@
-"""How Moult reaches the hub: TLS, tokens, and errors in plain words. In one place."""
+"""How Moult reaches the hub: TLS, tokens, and errors in plain words. In one place.
+
+Only the fetch stages and check_connectivity use it. Nothing but the standard library is imported at the top, because
+huggingface_hub reads its environment variables when it is imported: call `set_up_hub` first.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from moult.errors import MoultError, some
+
+log = logging.getLogger("moult")
+
+# Seconds. The hub's client waits without end by default: a firewall that drops packets would hang the stage.
+CONNECT_TIMEOUT = 10
+READ_TIMEOUT = 30
+
+_CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for `url`."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme) or getproxies().get("all")
+
+
+def token() -> tuple[str | None, str]:
+    """(token, where it comes from), looked for where huggingface_hub does, and in HUGGINGFACE_HUB_TOKEN."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        if os.environ.get(name, "").strip():
+            return os.environ[name].strip(), name
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{cache}/huggingface")
+    path = Path(os.path.expandvars(os.environ.get("HF_TOKEN_PATH", f"{home}/token"))).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip() or None, str(path)
+    except OSError:
+        return None, ""
+
+
+def ca_file(tls: str) -> str | None:
+    """The file of CA certificates to check against, or None for the system's. Raises MoultError if it is none.
+
+    With `verify`, SSL_CERT_FILE counts, and for those who set it for other tools REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE.
+    """
+    if tls == "off":
+        return None
+    source, path = "network.tls", tls
+    if tls == "verify":
+        named = {name: os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)}
+        source, path = next(((name, path) for name, path in named.items() if not Path(path).is_dir()), (None, None))
+        if path is None:
+            return None
+    try:
+        ssl.create_default_context(cafile=Path(path).expanduser())
+    except FileNotFoundError:
+        raise MoultError(
+            f"{source}: {path} does not exist", "give verify, off, or the path of a CA file (PEM)"
+        ) from None
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror if isinstance(error, PermissionError) else "it holds no certificate in PEM format"
+        raise MoultError(
+            f"{source}: {path} cannot be used: {reason}", "a CA file has lines -----BEGIN CERTIFICATE-----"
+        ) from None
+    return str(Path(path).expanduser())
+
+
+def set_up_hub(tls: str) -> None:
+    """Make huggingface_hub, and datasets which goes through it, check certificates as `tls` says, and never hang.
+
+    `tls` is network.tls of the config: verify, off, or a CA file. To be called before huggingface_hub is imported.
+    """
+    if os.environ.get("HUGGINGFACE_HUB_TOKEN"):
+        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if tls != "verify":
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # hf_xet has a TLS of its own, which knows nothing of these settings
+    if tls == "off":
+        log.warning(
+            "network.tls is off: NO CERTIFICATE IS CHECKED. Anyone on the way can read the token and change what is downloaded"
+        )
+    for name in ("httpx2", "httpcore2"):  # they log every header, and addresses that carry a signature
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if ca := ca_file(tls):
+        os.environ["SSL_CERT_FILE"] = ca  # the client's own variable; OpenSSL and hf_xet know it too
+
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import httpx
+
+    def client():
+        return httpx.Client(verify=tls != "off", follow_redirects=True, event_hooks={"request": [_wait_at_most]})
+
+    set_client_factory(client)
+
+
+def _wait_at_most(request) -> None:
+    # In a hook, because some calls of huggingface_hub pass `timeout=None`, which overrides the client's own.
+    timeout = request.extensions.setdefault("timeout", {})
+    timeout["connect"] = min(timeout.get("connect") or CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+    for action in ("read", "write"):
+        timeout[action] = timeout.get(action) or READ_TIMEOUT
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hub_errors(key: str, name: str, revision: str | None = None, repo_type: str = "model") -> Iterator[None]:
+    """Turn what huggingface_hub, its client and the system raise in the block into a MoultError.
+
+    `key` is the config key that named `name`, a repository of `repo_type`.
+    """
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise MoultError(*_offline(key, name, repo_type))
+    try:
+        yield
+    except MoultError:
+        raise
+    except Exception as error:
+        explained = _explain(list(_chain(error)), key, name, revision, repo_type)
+        if explained is None:
+            raise
+        raise MoultError(*explained) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what led to it: libraries wrap the error that says most."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _explain(chain: list[BaseException], key: str, name: str, revision: str | None, repo_type: str):
+    """(what, fix), or None for what is no matter of the hub."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+
+    if _first(chain, HFValidationError):
+        return f"{key}: {name} is neither a path on this machine nor a name that the hub could have", f"check {key}"
+    if _first(chain, OfflineModeIsEnabled):
+        return _offline(key, name, repo_type)
+    error = _first(chain, HfHubHTTPError)
+    if error is None:
+        return _explain_connection(chain, key, repo_type)
+    what, fix = refusal(error.response.status_code, error.response.headers, key, name, revision, repo_type)
+    if isinstance(error, RevisionNotFoundError):
+        what += f"; there are: {_revisions(name, repo_type)}"
+    return what, fix
+
+
+def _offline(key: str, name: str, repo_type: str) -> tuple[str, str]:
+    return (
+        f"{name} would have to come from the hub, and HF_HUB_OFFLINE forbids that",
+        f"unset HF_HUB_OFFLINE for this step, or {_local_copy(key, repo_type)}",
+    )
+
+
+def refusal(status: int, headers, key: str, name: str, revision: str | None, repo_type: str) -> tuple[str, str]:
+    """(what, fix) for an HTTP status of the hub that is none of success. `key` named the repository in the config."""
+    page = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
+    code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
+    if code == "RevisionNotFound":
+        return f"{name} has no revision {revision}", f"set {key.rsplit('.', 1)[0]}.revision to one that it has"
+    if code == "EntryNotFound":
+        return f"{name} lacks a file that its listing names", "try again; if that stays, take another revision"
+    if code == "GatedRepo":
+        return (
+            f"{name} is gated: its owners decide who may download it",
+            f"accept its terms on {page}, and set HF_TOKEN to a token of that account with access to gated repositories",
+        )
+    if status == 401 and message.startswith("Invalid credentials"):
+        return (
+            f"the hub does not accept the token from {token()[1]}: it is mistyped, expired or revoked",
+            f"make a new one on {endpoint()}/settings/tokens; what is public needs none",
+        )
+    if status in (401, 404):
+        return (
+            f"the hub has no {repo_type} {name}, or does not show it "
+            + ("to the account of your token" if token()[0] else "without a token"),
+            f"check {key}; for a private one set HF_TOKEN; if a local copy was meant, there is none at ./{name}",
+        )
+    if status == 403:
+        return f"the hub refuses access to {name} (403)", f"look at {page} with the account of your token"
+    if status == 407:
+        return f"the proxy {proxy_of(endpoint())} wants a login (407)", "HTTPS_PROXY=http://user:password@host:port"
+    if status == 429:
+        return "the hub says that too many requests came from here (429)", "wait some minutes, or set HF_TOKEN"
+    return f"the hub answers {status} for {name}", "if that stays, look at https://status.huggingface.co"
+
+
+def _explain_connection(chain, key: str, repo_type: str) -> tuple[str, str] | None:
+    """What has gone wrong on the way to the hub, or on this machine."""
+    from huggingface_hub.errors import FileMetadataError
+    from huggingface_hub.utils import httpx
+
+    host, proxy = urlsplit(endpoint()).netloc, proxy_of(endpoint())
+    way = f"{host} through the proxy {proxy}" if proxy else host
+    elsewhere = f"run this step on a machine with network, or {_local_copy(key, repo_type)}"
+    check = "`snakemake --cores 1 check_connectivity` looks closer"
+    text = " ".join(map(str, chain))
+    if any(getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for error in chain) or "os error 28" in text:
+        return "the disk is full", "make room in the results folder (and in HF_HOME, if it is set), then run again"
+    if _first(chain, httpx.ProxyError):
+        return (
+            f"the proxy {proxy} refuses: {_first(chain, httpx.ProxyError)}",
+            f"check HTTPS_PROXY and NO_PROXY; {check}",
+        )
+    if error := _first(chain, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate that {host} shows is not trusted: {error.verify_message}",
+            "a proxy that opens TLS? Give its CA certificate: network.tls: /path/to/ca.pem; " + check,
+        )
+    if error := _first(chain, ssl.SSLError):
+        return f"no TLS with {way}: {error.reason or error}", check
+    if _first(chain, socket.gaierror):
+        return f"no network: the name of {way} cannot be resolved", elsewhere
+    if _first(chain, httpx.TimeoutException) or _first(chain, TimeoutError):
+        return f"no answer from {way} in time", f"try again; {elsewhere}; {check}"
+    if _first(chain, httpx.RemoteProtocolError):
+        return f"{way} closed the connection again and again", "run again: whole files are kept"
+    if error := _first(chain, httpx.NetworkError):
+        return f"no connection to {way}: {error}", f"{elsewhere}; {check}"
+    if _first(chain, FileMetadataError) or _first(chain, json.JSONDecodeError):
+        return f"what answers at {way} is not the hub", f"is it a login page of the network? check HF_ENDPOINT; {check}"
+    if "Consistency check failed" in text:
+        return "a file arrived with the wrong length", "run again: whole files are kept"
+    if error := _first(chain, PermissionError):
+        return f"{error.filename}: permission denied", "check who owns that folder (HF_HOME names the hub's own)"
+    return None
+
+
+def _first(chain: list[BaseException], kind: type):
+    return next((error for error in chain if isinstance(error, kind)), None)
+
+
+def _local_copy(key: str, repo_type: str) -> str:
+    return "put a copy into the folder paths.models" if repo_type == "model" else f"give the path of a copy as {key}"
+
+
+def _revisions(name: str, repo_type: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(name, repo_type=repo_type)
+    except Exception as error:  # the error that is being explained counts
+        log.debug("no list of revisions: %s", error)
+        return "unknown"
+    return some([ref.name for ref in (*refs.branches, *refs.tags)])

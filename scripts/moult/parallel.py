@@ -4,7 +4,9 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
+from moult.errors import MoultError
 from moult.stage import progress
 
 
@@ -33,10 +35,16 @@ def ordered_map(
             return results
         # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(min(workers, len(chunks)), context, setup, setup_args) as pool:
-            for part in pool.map(_apply, [function] * len(chunks), chunks):
-                results += part
-                bar.update(len(part))
+        try:
+            with ProcessPoolExecutor(min(workers, len(chunks)), context, setup, setup_args) as pool:
+                for part in pool.map(_apply, [function] * len(chunks), chunks):
+                    results += part
+                    bar.update(len(part))
+        except BrokenProcessPool:
+            raise MoultError(
+                f"{what}: a worker process was killed, most often for want of memory",
+                "give the rule more memory (mem_mb) or fewer threads",
+            ) from None
     return results
 
 

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,17 +41,34 @@ def expand(path: str, split: str = "train") -> list[Path]:
 
 def _expand_folder(folder: Path, split: str) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _saved(folder / "dataset_dict.json", "splits")
         if split not in splits:
             raise MoultError(f"{folder}: has no split {split}", f"set datasets.<name>.split to one of {some(splits)}")
         folder = folder / split
-    if (folder / "state.json").exists():  # written by datasets.save_to_disk
-        parts = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        return [folder / part["filename"] for part in parts]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if (folder / "state.json").exists():
+        return [folder / part["filename"] for part in _saved(folder / "state.json", "_data_files")]
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and _suffix(file) in SUFFIXES
+        # Editors and download tools keep copies in hidden folders.
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     if not files:
         raise MoultError(f"{folder}: holds no data files", f"supported: {', '.join(SUFFIXES)}, each also with .gz")
     return files
+
+
+def _saved(file: Path, key: str) -> list:
+    """A list in a file that datasets.save_to_disk wrote."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError):
+        raise MoultError(
+            f"{file}: not what datasets.save_to_disk writes",
+            "save the dataset again; if it is another file, name the data files instead of the folder",
+        ) from None
 
 
 def _suffix(file: Path) -> str:
@@ -74,11 +92,12 @@ def read_rows(file: Path, name: str) -> Iterator[tuple[str, dict]]:
             yield from _read_csv(file, name, "\t" if suffix == ".tsv" else ",")
         else:
             raise MoultError(f"{name}: unknown kind of file", f"supported: {', '.join(SUFFIXES)}, each also with .gz")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise MoultError(f"{name}: not a whole gzip file ({error})", "download or compress it again") from None
     except OSError as error:
         raise MoultError(
-            f"{name}: cannot be read ({error.strerror or error})", "check the file and its permissions"
+            f"{name}: cannot be read ({error.strerror or str(error).splitlines()[0]})",
+            "check the file and its permissions",
         ) from None
 
 
@@ -92,6 +111,7 @@ def _read_text(file: Path, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        data = error.object  # without the byte order mark
         line = data.count(b"\n", 0, error.start) + 1
         raise MoultError(
             f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
@@ -110,6 +130,8 @@ def _parse_json(text: str, name: str, first_line: int = 1):
         raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "mend that line") from None
     except RecursionError:
         raise MoultError(f"{name}:{first_line}: nested too deeply to read", "remove or flatten that row") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise MoultError(f"{name}:{first_line}: {error}", "write it as text") from None
 
 
 def _read_json_lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -122,6 +144,9 @@ def _read_json_lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
 def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict]]:
     text = _read_text(file, name)
     if not text.strip():
+        return
+    if text.lstrip().startswith("{") and _holds_lines(text):
+        yield from _read_json_lines(file, name)
         return
     value = _parse_json(text, name)
     if isinstance(value, dict):
@@ -138,6 +163,15 @@ def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict]]:
         yield _checked(row, f"{name}:{number}")
 
 
+def _holds_lines(text: str) -> bool:
+    """Whether a .json file is JSON Lines, as many are: its first line is an object, and more follows."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
 def _checked(row, place: str) -> tuple[str, dict]:
     if not isinstance(row, dict):
         raise MoultError(f"{place}: {type(row).__name__}, where an object with columns belongs", "mend that row")
@@ -151,6 +185,9 @@ def _read_csv(file: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict
         header = next(reader, None)
         if header is None:
             return
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise MoultError(f"{name}:1: the header has {some(twice)} twice", "give each column a name of its own")
         line = reader.line_num + 1
         for cells in reader:
             if cells:
@@ -182,12 +219,24 @@ def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield f"{name}:{number}", row
+                yield f"{name}:{number}", {column: _without_nulls(value) for column, value in row.items()}
     except pyarrow.ArrowException as error:
         kind = suffix.removeprefix(".").capitalize()
         raise MoultError(
             f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again"
         ) from None
+
+
+def _without_nulls(value):
+    """The value without fields that are null: Arrow gives each object in a column the fields of all the others.
+
+    A tool's parameters would otherwise list those of every other tool.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _arrow_batches(source):

@@ -37,8 +37,10 @@ log = logging.getLogger("moult")
 _CHATTY = ("httpcore", "httpx", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba", "matplotlib")
 
 _SECRET_NAME = re.compile(r"token$|secret|passw|api_?key|authorization|credential", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s@]+(?=@)")
 _MASK = "***"
+
+TERMINATED = 128 + signal.SIGTERM
 
 _console: "_Console | None" = None
 
@@ -70,7 +72,13 @@ def stage(
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it does not go together with fork
     path = Path(log_path or f"logs/{name}.log")
-    file = _open_log(path)
+    try:
+        file = _open_log(path)
+    except OSError as error:
+        raise SystemExit(
+            f"{name} failed: {path}: the log cannot be written ({error.strerror})\n"
+            "what to do: mend the folder's permissions, or free space"
+        ) from None
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
         stream = stack.enter_context(_capture_output(file))
@@ -94,6 +102,10 @@ def stage(
         except KeyboardInterrupt:
             log.error("%s interrupted; run the same command again to go on", name)
             raise SystemExit(130) from None
+        except SystemExit as stop:
+            if stop.code == TERMINATED:
+                log.error("%s terminated; run the same command again to go on", name)
+            raise
         except Exception as error:
             log.debug("%s", _traceback_with_locals(error))
             first_line = (str(error).strip() or "no message").splitlines()[0]
@@ -112,8 +124,9 @@ def _fail(path: Path, what: str, fix: str) -> None:
 
 
 def _exit_on_signal(number: int, frame: types.FrameType | None) -> None:
-    # Raising lets `atomic_folder` and the like clean up, which dying from the signal would not.
-    raise SystemExit(128 + number)
+    # Raising lets `atomic_folder` and the like clean up, which dying from the signal, or from a second one, would not.
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(TERMINATED)
 
 
 def _open_log(path: Path):
@@ -149,7 +162,7 @@ def _capture_output(file):
     def pump() -> None:
         with os.fdopen(read_end, encoding="utf-8", errors="backslashreplace", newline=None) as lines:
             for line in lines:
-                if line.strip():
+                if line.strip() and not file.closed:
                     file.write(f"{_now()} OUTPUT  {redact(line.rstrip())}\n")
 
     thread = threading.Thread(target=pump, daemon=True)
@@ -165,7 +178,8 @@ def _capture_output(file):
         os.close(saved_err)
         # A child that outlives the stage holds the pipe open: do not wait for it.
         thread.join(timeout=2)
-        console.close()
+        with contextlib.suppress(OSError):  # a terminal that went away takes what is still buffered with it
+            console.close()
 
 
 def _now() -> str:
@@ -197,16 +211,16 @@ class _Console(logging.Handler):
     def __init__(self, stream, name: str, quiet: bool):
         super().__init__(logging.CRITICAL + 1 if quiet else logging.INFO)
         self.stream = stream
-        self.shows_bars = stream.isatty() and not quiet
+        # A terminal that does not tell its width gets lines: tqdm shows nothing on it.
+        self.shows_bars = not quiet and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
         self.setFormatter(_Redacting(f"%(asctime)s {name:<14} %(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        try:
+        # If the terminal went away, the work goes on, and the log has the line.
+        with contextlib.suppress(OSError, ValueError):
             tqdm.write(self.format(record), file=self.stream)
-        except (OSError, ValueError):  # the terminal went away: the work goes on
-            self.handleError(record)
 
 
 class progress:

@@ -1,0 +1,300 @@
+"""Say in plain words what is wrong between this machine and the hub, and what to do about it.
+
+    snakemake --cores 1 check_connectivity
+    python scripts/check_connectivity.py --settings '{"models": [{"name": "Qwen/Qwen3-0.6B", "revision": null}]}' --tls off
+
+Goes the way of the fetch stages step by step: endpoint, proxy, DNS, TCP, TLS, HTTP; then the token, and each model and
+dataset of the config, of which the first byte of a file is downloaded, because the hub sends downloads to other servers,
+which a firewall may not let through. One line for each, OK or FAIL with what to do; exit code 1 if one has failed.
+"""
+
+import argparse
+import json
+import os
+import socket
+import ssl
+from base64 import b64encode
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from moult.errors import MoultError
+from moult.network import CONNECT_TIMEOUT, READ_TIMEOUT, ca_file, endpoint, proxy_of, refusal, token
+
+NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", default="{}", help="JSON: models and datasets, lists of {name, revision}")
+    parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
+    parser.add_argument("--log-file", help="log file (default: logs/check_connectivity.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    settings = {"models": [], "datasets": []} | json.loads(args.settings)
+    with stage("check_connectivity", args.log_file, settings, online=True) as log:
+        failed = check(settings, args.tls, log)
+        if failed:
+            raise MoultError(f"failed: {', '.join(failed)}", "see the lines with FAIL")
+
+
+def check(settings: dict, tls: str, log) -> list[str]:
+    """Report on every step; returns the names of those that have failed."""
+    failed = []
+
+    def attempt(name: str, step, *arguments) -> bool:
+        try:
+            log.info("OK    %s: %s", name, step(*arguments))
+        except MoultError as error:
+            failed.append(name)
+            log.error("FAIL  %s: %s -> %s", name, error.what, error.fix)
+        return name not in failed
+
+    # Each of these needs the one before it.
+    way = [
+        ("endpoint", check_endpoint),
+        ("proxy", check_proxy),
+        ("DNS", check_dns),
+        ("TCP", check_tcp),
+        ("TLS", check_tls, tls),
+        ("HTTP", check_http, tls),
+    ]
+    for step in way:
+        if not attempt(*step):
+            return failed
+    attempt("token", check_token, tls)
+    for repo_type in ("model", "dataset"):
+        for entry in settings[f"{repo_type}s"]:
+            attempt(f"{repo_type} {entry['name']}", check_repository, repo_type, entry["name"], entry["revision"], tls)
+    return failed
+
+
+# --- the way to the hub -----------------------------------------------------------------------------------------------
+
+
+def check_endpoint() -> str:
+    url = urlsplit(endpoint())
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise MoultError(f"HF_ENDPOINT is {endpoint()}, which is no address", "https://host, or unset it")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise MoultError("HF_HUB_OFFLINE forbids the hub", "unset it for the fetch rules")
+    return f"{endpoint()}{' (HF_ENDPOINT)' if 'HF_ENDPOINT' in os.environ else ''}"
+
+
+def check_proxy() -> str:
+    proxy = proxy_of(endpoint())
+    if proxy is None:
+        return "none"
+    if urlsplit(proxy).scheme not in ("http", "https") or not urlsplit(proxy).hostname:
+        raise MoultError(f"{proxy} is no HTTP proxy", "HTTPS_PROXY=http://host:port; SOCKS is not supported")
+    return f"{proxy} (from the environment: HTTPS_PROXY, NO_PROXY)"
+
+
+def first_hop() -> tuple[str, int]:
+    """Host and port to connect to: the proxy's, or the hub's."""
+    url = urlsplit(proxy_of(endpoint()) or endpoint())
+    return url.hostname, url.port or (443 if url.scheme == "https" else 80)
+
+
+def check_dns() -> str:
+    host, port = first_hop()
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise MoultError(
+            f"{host} cannot be resolved ({error.strerror})",
+            "no network or no DNS here: use a machine with network, or set HTTPS_PROXY if the way out is a proxy",
+        ) from None
+    return f"{host} is {', '.join(sorted(addresses))}"
+
+
+def check_tcp() -> str:
+    with connect():
+        pass
+    host, port = first_hop()
+    return f"{host}:{port} answers" + (", and lets us through to the hub" if proxy_of(endpoint()) else "")
+
+
+def connect() -> socket.socket:
+    """A TCP connection to the hub, through the proxy if there is one and the hub is to be reached by TLS."""
+    host, port = first_hop()
+    proxy = proxy_of(endpoint())
+    try:
+        connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
+        if proxy and urlsplit(proxy).scheme == "https":
+            connection = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        blocked = (
+            "is it running, and is that its port?" if proxy else "a firewall? set HTTPS_PROXY if the way out is a proxy"
+        )
+        raise MoultError(f"no connection to {host}:{port} ({reason})", blocked) from None
+    if proxy and urlsplit(endpoint()).scheme == "https":
+        ask_proxy(connection, proxy)
+    return connection
+
+
+def ask_proxy(connection: socket.socket, proxy: str) -> None:
+    """HTTP CONNECT, as httpx and requests do it."""
+    url, target = urlsplit(proxy), urlsplit(endpoint())
+    where = f"{target.hostname}:{target.port or 443}"
+    login = ""
+    if url.username:
+        secret = b64encode(f"{unquote(url.username)}:{unquote(url.password or '')}".encode()).decode()
+        login = f"Proxy-Authorization: Basic {secret}\r\n"
+    connection.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{login}\r\n".encode())
+    answer = connection.recv(65536).decode("latin-1").split("\r\n")[0]
+    status = answer.split(" ", 2)[1:2]
+    if status == ["407"]:
+        raise MoultError("the proxy wants a login (407)", "HTTPS_PROXY=http://user:password@host:port")
+    if status != ["200"]:
+        raise MoultError(f"the proxy refuses {where} ({answer or 'it hangs up'})", "ask its administrators to allow it")
+
+
+def check_tls(tls: str) -> str:
+    if urlsplit(endpoint()).scheme == "http":
+        return "none: the address is http://"
+    host = urlsplit(endpoint()).hostname
+    ca = ca_file(tls)
+    try:
+        with connect() as connection, context(tls).wrap_socket(connection, server_hostname=host) as secured:
+            issuer = name_of(secured.getpeercert().get("issuer", ())) if tls != "off" else None
+    except ssl.SSLCertVerificationError as error:
+        raise MoultError(*explain_certificate(error, host, ca)) from None
+    except OSError as error:
+        raise MoultError(f"no TLS with {host} ({error.strerror or error})", "is it an http:// address?") from None
+    if tls == "off":
+        return "NOT CHECKED (network.tls: off): anyone on the way can read the token and change what is downloaded"
+    return f"issued by {issuer}, trusted by {ca or 'the system'}"
+
+
+def context(tls: str) -> ssl.SSLContext:
+    if tls != "off":
+        return ssl.create_default_context(cafile=ca_file(tls))
+    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unchecked.check_hostname = False
+    unchecked.verify_mode = ssl.CERT_NONE
+    return unchecked
+
+
+def explain_certificate(error: ssl.SSLCertVerificationError, host: str, ca: str | None) -> tuple[str, str]:
+    certificate = presented_certificate(host)
+    issuer = name_of(certificate.get("issuer", ()))
+    if error.verify_message == "certificate has expired":
+        return (
+            f"it has expired ({certificate.get('notAfter', 'when, it does not say')})",
+            "is this machine's clock right?",
+        )
+    if error.verify_message == "certificate is not yet valid":
+        return "it is not valid yet", "is this machine's clock right?"
+    if "mismatch" in error.verify_message or "not valid for" in error.verify_message:
+        names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
+        return (
+            f"it is for {names or 'another host'}, not for {host}",
+            "check HF_ENDPOINT; is it a login page of the network?",
+        )
+    return (
+        f"it is issued by {issuer}, which {ca or 'this system'} does not trust ({error.verify_message})",
+        "a proxy that opens TLS? Ask for its CA certificate, then set network.tls: /path/to/ca.pem",
+    )
+
+
+def presented_certificate(host: str) -> dict:
+    """What the server shows, decoded. Python decodes only what it trusts, so it is told to trust just that."""
+    try:
+        with connect() as connection, context("off").wrap_socket(connection, server_hostname=host) as secured:
+            der = secured.getpeercert(binary_form=True)
+        only = ssl.create_default_context(cadata=der)
+        only.check_hostname = False
+        only.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+        with connect() as connection, only.wrap_socket(connection, server_hostname=host) as secured:
+            return secured.getpeercert()
+    except OSError:
+        return {}
+
+
+def name_of(issuer: tuple) -> str:
+    """'Corp Proxy CA (Corp)' of (((\"organizationName\", \"Corp\"),), ((\"commonName\", \"Corp Proxy CA\"),))."""
+    fields = dict(pair for part in issuer for pair in part)
+    common, organization = fields.get("commonName"), fields.get("organizationName")
+    return f"{common} ({organization})" if common and organization else common or organization or "someone unnamed"
+
+
+# --- what the hub says ------------------------------------------------------------------------------------------------
+
+
+def check_http(tls: str) -> str:
+    answer = get(f"{endpoint()}/api/models?limit=1", tls)
+    if answer.status_code != 200:
+        raise MoultError(
+            *refusal(answer.status_code, answer.headers, "HF_ENDPOINT", "the list of models", None, "model")
+        )
+    try:
+        answer.json()
+    except ValueError:
+        raise MoultError(
+            "what answers is not the hub", "is it a login page of the network? check HF_ENDPOINT"
+        ) from None
+    return "answers"
+
+
+def get(url: str, tls: str, **headers: str):
+    """The answer at the end of the redirects. The token goes to the hub alone."""
+    import requests
+
+    paths = ssl.get_default_verify_paths()
+    verify = tls != "off" and (ca_file(tls) or paths.cafile or paths.capath or True)
+    with requests.Session() as session:
+        session.auth = lambda request: request  # or requests would take a password from ~/.netrc
+        for _ in range(10):
+            host = urlsplit(url).netloc
+            login = (
+                {"Authorization": f"Bearer {token()[0]}"} if token()[0] and host == urlsplit(endpoint()).netloc else {}
+            )
+            how = {"timeout": (CONNECT_TIMEOUT, READ_TIMEOUT), "allow_redirects": False, "stream": True}
+            try:
+                answer = session.get(url, headers={**headers, **login}, verify=verify, **how)
+            except requests.RequestException as error:
+                raise MoultError(
+                    f"no connection to {host} ({type(error).__name__})",
+                    "downloads come from other servers than the hub's own: a firewall or proxy must let them through, too",
+                ) from error
+            if not answer.is_redirect:
+                return answer
+            url = urljoin(url, answer.headers["Location"])
+    raise MoultError(f"{host} sends us round in circles", "check HF_ENDPOINT")
+
+
+def check_token(tls: str) -> str:
+    if token()[0] is None:
+        return "none is set; gated and private repositories need one: HF_TOKEN"
+    answer = get(f"{endpoint()}/api/whoami-v2", tls)
+    if answer.status_code != 200:
+        raise MoultError(*refusal(answer.status_code, answer.headers, "HF_TOKEN", "whoami", None, "model"))
+    return f"that from {token()[1]} is valid, it belongs to {answer.json().get('name')}"
+
+
+def check_repository(repo_type: str, name: str, revision: str | None, tls: str) -> str:
+    key = "model.name" if repo_type == "model" else "datasets.<name>.source"
+
+    def must_be_there(answer) -> None:
+        if answer.status_code not in (200, 206):
+            raise MoultError(*refusal(answer.status_code, answer.headers, key, name, revision, repo_type))
+
+    at = f"/revision/{quote(revision, safe='')}" if revision else ""
+    answer = get(f"{endpoint()}/api/{repo_type}s/{name}{at}", tls)
+    must_be_there(answer)
+    info = answer.json()
+    files = [file["rfilename"] for file in info["siblings"]]
+    large = [file for file in files if file.endswith((".safetensors", ".parquet", ".jsonl", ".json", ".csv"))]
+    if not files:
+        return "there, and empty"
+    url = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}/resolve/{info['sha']}/"
+    url += quote((sorted(large, key=lambda file: not file.endswith(".safetensors")) or files)[0])
+    answer = get(url, tls, Range="bytes=0-0")
+    must_be_there(answer)
+    return f"can be downloaded, from {urlsplit(answer.url).netloc}"
+
+
+if __name__ == "__main__":
+    main()

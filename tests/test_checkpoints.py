@@ -1,0 +1,131 @@
+"""checkpoints: one that is not whole is never taken for one that is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moult import checkpoints
+from moult.errors import MoultError
+
+FINGERPRINT = {"settings": {"lr": 1, "r": 2}, "tokens": {"train": "a"}}
+
+
+def make(state: Path, step: int, best: int | None = None, fingerprint: dict = FINGERPRINT) -> Path:
+    staged = state / "staging" / f"checkpoint-{step}"
+    staged.mkdir(parents=True)
+    (staged / "weights").write_bytes(bytes(range(100)))
+    (staged / "optimizer").write_bytes(b"o" * 1000)
+    (staged / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    return checkpoints.seal(staged, state, fingerprint)
+
+
+def cut_off(folder):
+    (folder / "optimizer").write_bytes(b"o" * 900)
+
+
+def corrupt(folder):
+    (folder / "weights").write_bytes(bytes(range(1, 101)))
+
+
+def lose_a_file(folder):
+    (folder / "weights").unlink()
+
+
+def lose_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def cut_the_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, "optimizer has 900 bytes of 1,000"),
+        (corrupt, "weights changed since it was written"),
+        (lose_a_file, "weights is missing"),
+        (lose_the_manifest, "it has no manifest"),
+        (cut_the_manifest, "not JSON"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(damage, message, tmp_path, caplog):
+    for step in (3, 9, 12):
+        make(tmp_path, step)
+    damage(tmp_path / "checkpoint-12")
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, True) == tmp_path / "checkpoint-9"
+    assert "checkpoint-12 cannot be resumed from" in caplog.text and message in caplog.text
+    assert (tmp_path / "broken-checkpoint-12").exists()
+
+
+def test_a_checkpoint_whose_best_is_damaged_is_not_used_if_the_best_is_wanted(tmp_path, caplog):
+    make(tmp_path, 3)
+    make(tmp_path, 6, best=6)
+    make(tmp_path, 9, best=6)
+    corrupt(tmp_path / "checkpoint-6")
+    assert checkpoints.fault_of(tmp_path / "checkpoint-9", FINGERPRINT, with_best=False) is None
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, with_best=True) == tmp_path / "checkpoint-3"
+    assert "the best one before it, checkpoint-6, cannot be used: weights changed" in caplog.text
+
+
+def test_none_is_whole(tmp_path):
+    lose_a_file(make(tmp_path, 3))
+    (tmp_path / "checkpoint-5").mkdir()
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, True) is None
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+    make(tmp_path, 3, fingerprint={**FINGERPRINT, "settings": {"lr": 2, "r": 2}})
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, True) is None
+
+
+def test_another_fingerprint_moves_everything_aside(tmp_path, caplog):
+    checkpoints.claim(tmp_path, FINGERPRINT)
+    make(tmp_path, 3)
+    (tmp_path / "training_log.jsonl").write_text("{}\n")
+    checkpoints.claim(tmp_path, FINGERPRINT)
+    assert (tmp_path / "checkpoint-3").exists()
+    checkpoints.claim(tmp_path, {**FINGERPRINT, "settings": {"lr": 2, "r": 2}})
+    assert "settings.lr" in caplog.text and "old-1" in caplog.text
+    assert {path.name for path in (tmp_path / "old-1").iterdir()} == {
+        "checkpoint-3",
+        "fingerprint.json",
+        "training_log.jsonl",
+    }
+    assert checkpoints.checkpoint_folders(tmp_path) == []
+
+
+def test_differences_are_named():
+    assert checkpoints.differences(FINGERPRINT, FINGERPRINT) == []
+    other = {"settings": {"lr": 2, "r": 2}, "tokens": {"train": "b"}, "more": 1}
+    assert checkpoints.differences(FINGERPRINT, other) == ["more", "settings.lr", "tokens.train"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in (2, 4, 10, 12):
+        make(tmp_path, step)
+    checkpoints.prune(tmp_path, keep=2, best=4)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [4, 10, 12]
+    checkpoints.prune(tmp_path, keep=1, best=None)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [12]
+
+
+def test_the_lock_is_free_when_its_holder_is_killed(tmp_path):
+    code = "import sys, time; from pathlib import Path; from moult.checkpoints import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(MoultError, match=f"process {holder.pid}"), checkpoints.locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with checkpoints.locked(tmp_path):
+        pass

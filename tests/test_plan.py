@@ -1,0 +1,191 @@
+"""plan: everything that can be known of a run before a GPU is spent on it."""
+
+from argparse import Namespace
+
+import plan
+import pytest
+import torch
+from test_merge import LORA, TRAIN, Log
+from tiny import make_model, make_tokens
+
+from moult.errors import MoultError
+from moult.files import read_json
+
+
+def make(base, tmp_path, lora=None, train=None, dtype="bfloat16"):
+    settings = {
+        "lora": {**LORA, **(lora or {})},
+        "train": {**TRAIN, **(train or {})},
+        "dtype": dtype,
+        "trust_remote_code": False,
+    }
+    tokens = tmp_path / "tokens"
+    if not tokens.exists():
+        make_tokens(tokens)
+    log = Log()
+    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), out=str(tmp_path / "plan.json")), log)
+    return read_json(tmp_path / "plan.json"), log
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_counts_are_those_of_the_real_model(kind, tmp_path):
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoModelForCausalLM
+
+    from moult.lora import lora_config
+
+    base = make_model(tmp_path / "base", kind=kind)
+    result, _ = make(base, tmp_path)
+    real = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(LORA))
+    trainable, everything = real.get_nb_trainable_parameters()
+    assert result["parameters"]["trainable"] == trainable
+    assert result["parameters"]["base"] == everything - trainable
+    layers = {name for name, module in real.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert set(result["targets"]) == layers
+    assert all(target["tensor"] for target in result["targets"].values())
+
+
+def test_no_weight_is_read(tmp_path):
+    base = make_model(tmp_path / "base")
+    file = base / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = int.from_bytes(data[:8], "little") + 8
+    file.write_bytes(bytes(data[:header]) + b"\xff" * (len(data) - header))  # NaN wherever it is looked at
+    result, _ = make(base, tmp_path)
+    assert result["parameters"]["base"] > 0
+
+
+def test_scaling_and_rank_of_each_layer(tmp_path):
+    base = make_model(tmp_path / "base")
+    lora = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}, "use_rslora": True}
+    targets = make(base, tmp_path, lora)[0]["targets"]
+    layer = "model.layers.0.self_attn"
+    assert (targets[f"{layer}.q_proj"]["r"], targets[f"{layer}.q_proj"]["scaling"]) == (2, 8 / 2**0.5)
+    assert targets[f"{layer}.v_proj"]["scaling"] == 32 / 2
+    assert targets[f"{layer}.k_proj"]["scaling"] == 8 / 2
+
+
+@pytest.mark.parametrize(
+    ("lora", "model", "message", "fix"),
+    [
+        ({"target_modules": ["nope"]}, {}, "nope", "q_proj"),
+        ({"target_modules": ["q_proj", "gate"]}, {}, "nothing is named gate", "gate_proj"),
+        ({"target_modules": "no_such.*"}, {}, "no_such", "q_proj"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            {"tie_word_embeddings": True},
+            "share one weight",
+            "leave them out",
+        ),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            {"tie_word_embeddings": True},
+            "share one weight",
+            "leave them out",
+        ),
+        ({"target_modules": ["q_proj", "lm_head"]}, {}, "lm_head cannot be tuned", "leave lm_head out"),
+        ({"modules_to_save": ["embed_tokens"]}, {"tie_word_embeddings": True}, "is tied", "ensure_weight_tying"),
+        ({"r": 0}, {}, "r", ""),
+    ],
+)
+def test_targets_that_cannot_come_out_right_are_refused(lora, model, message, fix, tmp_path):
+    base = make_model(tmp_path / "base", **model)
+    with pytest.raises(MoultError) as error:
+        make(base, tmp_path, lora)
+    assert message in error.value.what
+    assert fix in error.value.fix
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({}, 8),  # 16 rows in batches of 2
+        ({"gradient_accumulation_steps": 3}, 3),
+        ({"per_device_train_batch_size": 5}, 4),
+        ({"num_train_epochs": 2.5}, 20),
+        ({"gpu": 4}, 2),
+        ({"max_steps": 7}, 7),
+        ({"packing": True}, 8),  # 16 rows of 20 to 24 tokens in sequences of 24: none fit together
+    ],
+)
+def test_steps(train, steps, tmp_path):
+    base = make_model(tmp_path / "base")
+    assert make(base, tmp_path, train=train)[0]["steps"]["total"] == steps
+
+
+def test_packing_needs_fewer_steps(tmp_path):
+    base = make_model(tmp_path / "base")
+    make_tokens(tmp_path / "tokens", rows=40, length=12)  # 400 tokens, in sequences of 48
+    report = tmp_path / "tokens" / "report.json"
+    report.write_text(report.read_text().replace('"max_length": 12', '"max_length": 48'))
+    packed = make(base, tmp_path, train={"packing": True})[0]["steps"]
+    assert packed["sequences"] == 9 and packed["total"] == 5
+
+
+@pytest.mark.parametrize(
+    ("lora", "merge", "refused"),
+    [
+        ({}, "streamed", []),
+        ({"use_rslora": True}, "streamed", []),
+        ({"use_dora": True}, "peft", ["use_dora"]),
+        ({"modules_to_save": ["lm_head"]}, "peft", ["modules_to_save"]),
+        ({"init_lora_weights": "pissa"}, "peft", ["init_lora_weights"]),
+        ({"rank_pattern": {"q_proj": 2}}, "streamed", ["rank_pattern"]),
+        ({"r": 600}, "streamed", ["rank over 512"]),
+    ],
+)
+def test_how_it_is_merged_and_whether_vllm_serves_the_adapter(lora, merge, refused, tmp_path):
+    base = make_model(tmp_path / "base")
+    result, _ = make(base, tmp_path, lora)
+    assert result["merge"]["how"] == merge
+    assert result["serve"]["reasons"] == refused
+    assert result["serve"]["as"] == ("merged" if refused else "adapter or merged")
+    assert result["serve"]["max_lora_rank"] == lora.get("r", 4)
+
+
+def test_memory_grows_with_what_it_is_made_of(tmp_path):
+    base = make_model(tmp_path / "base")
+    small = make(base, tmp_path)[0]["memory"]
+    wide = make(base, tmp_path, train={"per_device_train_batch_size": 4})[0]["memory"]
+    full = make(base, tmp_path, dtype="float32")[0]["memory"]
+    assert wide["activations"] == 2 * small["activations"] and wide["weights"] == small["weights"]
+    assert full["weights"] > 1.9 * small["weights"] - 4 * 10_000
+    assert small["total_with_gradient_checkpointing"] < small["total"]
+    parts = ("weights", "optimizer", "logits", "activations")
+    assert small["total"] == sum(small[part] for part in parts)
+
+
+def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
+    base = make_model(tmp_path / "base")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    _, log = make(base, tmp_path)
+    assert any("free" in line and "this run writes" in line for line in log.lines)
+
+
+def test_a_config_that_is_no_model(tmp_path):
+    base = make_model(tmp_path / "base")
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "no_such_model"'))
+    with pytest.raises(MoultError, match="transformers cannot build this model"):
+        make(base, tmp_path)
+
+
+def test_parameters_of_a_model_of_useful_size(tmp_path):
+    """Qwen2.5-0.5B's published shape and its published number of parameters."""
+    from transformers import AutoConfig
+
+    shape = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    AutoConfig.for_model("qwen2", **shape).save_pretrained(tmp_path / "base")
+    model = plan.empty_model(tmp_path / "base", False)
+    assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 494_032_768
