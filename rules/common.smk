@@ -49,29 +49,26 @@ except MoultError as error:
 # --- code: tracked by content, not by time ---
 
 
-@lru_cache
-def stage_files(script):
-    """A stage's script and the modules of the library that it imports, directly or through others."""
-    found = [f"scripts/{script}.py", "scripts/moult/__init__.py"]
-    for path in found:
-        text = Path(own_file(path)).read_text(encoding="utf-8")
-        for module in re.findall(r"^\s*from moult\.(\w+) import", text, re.MULTILINE):
-            if f"scripts/moult/{module}.py" not in found:
-                found.append(f"scripts/moult/{module}.py")
-    return [own_file(path) for path in found]
-
-
-def code(script, *data):
-    """Input: the files of a stage, the script first, then files of the workflow that it reads. Their times do not count."""
-    return [ancient(path) for path in [*stage_files(script), *map(own_file, data)]]
+def code(script):
+    """Input: a stage's script. Its time does not count: what it and its library hold is in `code_hash`."""
+    return ancient(own_file(f"scripts/{script}.py"))
 
 
 @lru_cache
 def code_hash(script, *data):
-    """Param: what those files hold, so that an edit reruns the stage and a checkout does not."""
-    return sha256_text(
-        "".join(Path(path).read_text(encoding="utf-8") for path in [*stage_files(script), *map(own_file, data)])
-    )[:16]
+    """Param: the contents of a stage's script, of the modules that it imports, directly or through others, and of
+    `data`, files of the workflow that it reads. An edit reruns the stage, a checkout does not."""
+    found = [f"scripts/{script}.py", "scripts/moult/__init__.py", *data]
+    texts = []
+    for path in found:
+        texts.append(Path(own_file(path)).read_text(encoding="utf-8"))
+        for module in re.findall(r"^\s*from moult\.(\w+) import", texts[-1], re.MULTILINE):
+            if f"scripts/moult/{module}.py" not in found:
+                found.append(f"scripts/moult/{module}.py")
+    return sha256_text("".join(texts))[:16]
+
+
+shipped_templates = Path(own_file("config/chat_templates/chatml.jinja")).parent
 
 
 # --- config ---
@@ -134,8 +131,8 @@ def dataset_files(wildcards):
         if is_local(entry["path"]):
             try:
                 files += map(str, expand_source(entry["path"], dataset["split"]))
-            except MoultError as error:
-                raise WorkflowError(f"datasets.{wildcards.ds}.source: {error}") from None
+            except MoultError:
+                files.append(entry["path"])  # Snakemake, or prepare, says what is wrong with it
         else:
             files.append(f"<results>/datasets/{dataset_slug(dataset, entry['path'])}.parquet")
     return files

@@ -8,7 +8,7 @@ Writes: results/<run>/tokens/: train.parquet, val.parquet, chat_template.jinja, 
 rule encode:
     """Tokenize and label, once; the trainer uses it as it is."""
     input:
-        code=code("encode", "config/chat_templates/chatml.jinja"),
+        code=code("encode"),
         train=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/train.jsonl",
         val=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/val.jsonl",
         model=base_model,
@@ -30,10 +30,10 @@ rule encode:
     params:
         settings=settings("encode"),
         code=code_hash("encode", "config/chat_templates/chatml.jinja"),
-        templates=lambda wildcards, input: Path(input.code[-1]).parent,
+        templates=lambda wildcards, input: shipped_templates,
         folder=lambda wildcards, output: Path(output.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
+        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
             --train {input.train:q} --val {input.val:q} --out {params.folder:q} --threads {threads} --log-file {log:q}
         """

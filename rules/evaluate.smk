@@ -32,7 +32,7 @@ rule evaluate_base:
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log-file {log:q}
         """
 
@@ -67,7 +67,7 @@ rule evaluate_tuned:
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
+        python {input.code:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
             --merge-check {output.merge_check:q} --threads {threads} --log-file {log:q}
         """

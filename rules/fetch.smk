@@ -22,7 +22,9 @@ hub_datasets = {
     for entry in source_entries(source, dataset)
     if not is_local(entry["path"])
 }
-fetch_scripts = {script: code(script)[0] for script in ("fetch_model", "fetch_dataset", "check_connectivity")}
+fetch_scripts = {script: code(script) for script in ("fetch_model", "fetch_dataset", "check_connectivity")}
+for script in fetch_scripts:
+    code_hash(script)  # not for its hash: it brings the modules that the script imports to where the jobs find them
 
 
 rule fetch_model:
@@ -70,7 +72,7 @@ rule inspect_model:
         code=code_hash("fetch_model"),
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --name {params.name:q} \
+        python {input.code:q} --settings {params.settings:q} --name {params.name:q} \
             --folder {params.folder:q} --manifest {output.manifest:q} --log-file {log:q}
         """
 

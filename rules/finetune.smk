@@ -37,7 +37,7 @@ rule finetune:
         launch=launcher,
     shell:
         """
-        {params.launch} {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        {params.launch} {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --plan {input.plan:q} --state {params.state:q} --adapter {output.adapter:q} --summary {output.summary:q} \
             --training-log {output.training_log:q} --threads {threads} --log-file {log:q}
         """

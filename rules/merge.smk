@@ -32,7 +32,7 @@ rule merge:
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
+        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
             --tokens {params.tokens:q} --adapter {input.adapter:q} --merged {output.merged:q} --summary {output.summary:q} \
             --threads {threads} --log-file {log:q}
         """

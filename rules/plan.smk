@@ -27,6 +27,6 @@ rule plan:
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --out {output:q} --log-file {log:q}
         """

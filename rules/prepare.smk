@@ -27,6 +27,6 @@ rule prepare:
         code=code_hash("prepare"),
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
+        python {input.code:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
             --metadata {output.metadata:q} --threads {threads} --log-file {log:q}
         """

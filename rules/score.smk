@@ -8,7 +8,7 @@ Writes: results/<run>/metrics.json, samples.jsonl
 rule score:
     """Intervals and a verdict."""
     input:
-        code=code("score", "scripts/moult/metrics.schema.json"),
+        code=code("score"),
         base=measured_base("likelihood.jsonl"),
         base_answers=measured_base("answers.jsonl"),
         tuned="<results>/{run}/tuned/likelihood.jsonl",
@@ -36,7 +36,7 @@ rule score:
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code[0]:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
+        python {input.code:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

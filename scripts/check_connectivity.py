@@ -17,7 +17,7 @@ from base64 import b64encode
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from moult.errors import MoultError
-from moult.network import CONNECT_TIMEOUT, READ_TIMEOUT, ca_file, endpoint, proxy_of, refusal, token
+from moult.network import CONNECT_TIMEOUT, PROXY_LOGIN, READ_TIMEOUT, ca_file, endpoint, proxy_of, refusal, token
 
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
 
@@ -103,7 +103,7 @@ def check_dns() -> str:
     except OSError as error:
         raise MoultError(
             f"{host} cannot be resolved ({error.strerror})",
-            "no network or no DNS here: use a machine with network, or set HTTPS_PROXY if the way out is a proxy",
+            "no network or no DNS here: use a machine with network, or set HTTPS_PROXY if there is a proxy",
         ) from None
     return f"{host} is {', '.join(sorted(addresses))}"
 
@@ -125,10 +125,12 @@ def connect() -> socket.socket:
             connection = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
-        blocked = (
-            "is it running, and is that its port?" if proxy else "a firewall? set HTTPS_PROXY if the way out is a proxy"
+        fix = (
+            "is the proxy running, and is that its port?"
+            if proxy
+            else "a firewall? set HTTPS_PROXY if there is a proxy"
         )
-        raise MoultError(f"no connection to {host}:{port} ({reason})", blocked) from None
+        raise MoultError(f"no connection to {host}:{port} ({reason})", fix) from None
     if proxy and urlsplit(endpoint()).scheme == "https":
         ask_proxy(connection, proxy)
     return connection
@@ -146,7 +148,7 @@ def ask_proxy(connection: socket.socket, proxy: str) -> None:
     answer = connection.recv(65536).decode("latin-1").split("\r\n")[0]
     status = answer.split(" ", 2)[1:2]
     if status == ["407"]:
-        raise MoultError("the proxy wants a login (407)", "HTTPS_PROXY=http://user:password@host:port")
+        raise MoultError("the proxy wants a login (407)", PROXY_LOGIN)
     if status != ["200"]:
         raise MoultError(f"the proxy refuses {where} ({answer or 'it hangs up'})", "ask its administrators to allow it")
 
@@ -179,22 +181,16 @@ def context(tls: str) -> ssl.SSLContext:
 
 def explain_certificate(error: ssl.SSLCertVerificationError, host: str, ca: str | None) -> tuple[str, str]:
     certificate = presented_certificate(host)
-    issuer = name_of(certificate.get("issuer", ()))
-    if error.verify_message == "certificate has expired":
-        return (
-            f"it has expired ({certificate.get('notAfter', 'when, it does not say')})",
-            "is this machine's clock right?",
-        )
-    if error.verify_message == "certificate is not yet valid":
+    why = error.verify_message
+    if why == "certificate has expired":
+        return f"it has expired ({certificate.get('notAfter', 'date unknown')})", "is this machine's clock right?"
+    if why == "certificate is not yet valid":
         return "it is not valid yet", "is this machine's clock right?"
-    if "mismatch" in error.verify_message or "not valid for" in error.verify_message:
-        names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
-        return (
-            f"it is for {names or 'another host'}, not for {host}",
-            "check HF_ENDPOINT; is it a login page of the network?",
-        )
+    if "mismatch" in why or "not valid for" in why:
+        names = ", ".join(value for _, value in certificate.get("subjectAltName", ())) or "another host"
+        return f"it is for {names}, not for {host}", "check HF_ENDPOINT; is it a login page of the network?"
     return (
-        f"it is issued by {issuer}, which {ca or 'this system'} does not trust ({error.verify_message})",
+        f"it is issued by {name_of(certificate.get('issuer', ()))}, which {ca or 'this system'} does not trust ({why})",
         "a proxy that opens TLS? Ask for its CA certificate, then set network.tls: /path/to/ca.pem",
     )
 
@@ -224,76 +220,77 @@ def name_of(issuer: tuple) -> str:
 
 
 def check_http(tls: str) -> str:
-    answer = get(f"{endpoint()}/api/models?limit=1", tls)
-    if answer.status_code != 200:
-        raise MoultError(
-            *refusal(answer.status_code, answer.headers, "HF_ENDPOINT", "the list of models", None, "model")
-        )
+    answer = get(f"{endpoint()}/api/models?limit=1", tls, secret=None)  # a bad token is the next step's matter
+    if answer.status_code not in (200, 401):
+        raise refused(answer, "HF_ENDPOINT", "the list of models")
     try:
         answer.json()
     except ValueError:
-        raise MoultError(
-            "what answers is not the hub", "is it a login page of the network? check HF_ENDPOINT"
-        ) from None
-    return "answers"
+        fix = "is it a login page of the network? check HF_ENDPOINT"
+        raise MoultError("what answers is not the hub", fix) from None
+    return "the hub answers"
 
 
-def get(url: str, tls: str, **headers: str):
+def refused(answer, key: str, name: str, revision: str | None = None, repo_type: str = "model") -> MoultError:
+    return MoultError(*refusal(answer.status_code, answer.headers, key, name, revision, repo_type))
+
+
+def get(url: str, tls: str, secret: str | None, **headers: str):
     """The answer at the end of the redirects. The token goes to the hub alone."""
     import requests
 
     paths = ssl.get_default_verify_paths()
     verify = tls != "off" and (ca_file(tls) or paths.cafile or paths.capath or True)
+    how = {"verify": verify, "timeout": (CONNECT_TIMEOUT, READ_TIMEOUT), "allow_redirects": False, "stream": True}
     with requests.Session() as session:
         session.auth = lambda request: request  # or requests would take a password from ~/.netrc
         for _ in range(10):
-            host = urlsplit(url).netloc
-            login = (
-                {"Authorization": f"Bearer {token()[0]}"} if token()[0] and host == urlsplit(endpoint()).netloc else {}
-            )
-            how = {"timeout": (CONNECT_TIMEOUT, READ_TIMEOUT), "allow_redirects": False, "stream": True}
+            at_hub = urlsplit(url).netloc == urlsplit(endpoint()).netloc
+            login = {"Authorization": f"Bearer {secret}"} if secret and at_hub else {}
             try:
-                answer = session.get(url, headers={**headers, **login}, verify=verify, **how)
+                answer = session.get(url, headers={**headers, **login}, **how)
             except requests.RequestException as error:
-                raise MoultError(
-                    f"no connection to {host} ({type(error).__name__})",
-                    "downloads come from other servers than the hub's own: a firewall or proxy must let them through, too",
-                ) from error
+                what = f"no connection to {urlsplit(url).netloc} ({type(error).__name__})"
+                other = (
+                    "downloads come from other servers than the hub's own: a firewall or proxy must allow these, too"
+                )
+                raise MoultError(what, "try again" if at_hub else other) from error
             if not answer.is_redirect:
                 return answer
             url = urljoin(url, answer.headers["Location"])
-    raise MoultError(f"{host} sends us round in circles", "check HF_ENDPOINT")
+    raise MoultError(f"{urlsplit(url).netloc} sends us round in circles", "check HF_ENDPOINT")
 
 
 def check_token(tls: str) -> str:
-    if token()[0] is None:
+    secret, source = token()
+    if secret is None:
         return "none is set; gated and private repositories need one: HF_TOKEN"
-    answer = get(f"{endpoint()}/api/whoami-v2", tls)
+    answer = get(f"{endpoint()}/api/whoami-v2", tls, secret)
     if answer.status_code != 200:
-        raise MoultError(*refusal(answer.status_code, answer.headers, "HF_TOKEN", "whoami", None, "model"))
-    return f"that from {token()[1]} is valid, it belongs to {answer.json().get('name')}"
+        raise refused(answer, "HF_TOKEN", "whoami")
+    return f"that from {source} is valid, it belongs to {answer.json().get('name')}"
 
 
 def check_repository(repo_type: str, name: str, revision: str | None, tls: str) -> str:
+    """Ask what the repository holds, then for the first byte of one of its files: weights or rows, if there are any."""
     key = "model.name" if repo_type == "model" else "datasets.<name>.source"
-
-    def must_be_there(answer) -> None:
-        if answer.status_code not in (200, 206):
-            raise MoultError(*refusal(answer.status_code, answer.headers, key, name, revision, repo_type))
-
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
-    answer = get(f"{endpoint()}/api/{repo_type}s/{name}{at}", tls)
-    must_be_there(answer)
-    info = answer.json()
-    files = [file["rfilename"] for file in info["siblings"]]
-    large = [file for file in files if file.endswith((".safetensors", ".parquet", ".jsonl", ".json", ".csv"))]
-    if not files:
-        return "there, and empty"
-    url = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}/resolve/{info['sha']}/"
-    url += quote((sorted(large, key=lambda file: not file.endswith(".safetensors")) or files)[0])
-    answer = get(url, tls, Range="bytes=0-0")
-    must_be_there(answer)
+    answer = get(f"{endpoint()}/api/{repo_type}s/{name}{at}", tls, token()[0])
+    if answer.status_code == 200:
+        info = answer.json()
+        files = sorted((file["rfilename"] for file in info["siblings"]), key=importance)
+        if not files:
+            return "there, and empty"
+        folder = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}/resolve/{info['sha']}"
+        answer = get(f"{folder}/{quote(files[0])}", tls, token()[0], Range="bytes=0-0")
+    if answer.status_code not in (200, 206):
+        raise refused(answer, key, name, revision, repo_type)
     return f"can be downloaded, from {urlsplit(answer.url).netloc}"
+
+
+def importance(file: str) -> int:
+    kinds = (".safetensors", ".parquet", ".jsonl", ".json", ".csv")
+    return next((place for place, kind in enumerate(kinds) if file.endswith(kind)), len(kinds))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 
+KEY = "datasets.<name>.source"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +47,7 @@ def fetch(settings: dict, args, log) -> None:
     set_up_hub(args.tls)
     from huggingface_hub import HfApi, constants
 
-    with hub_errors("datasets.<name>.source", settings["id"], settings["revision"], "dataset"):
+    with hub_errors(KEY, settings["id"], settings["revision"], "dataset"):
         info = HfApi().dataset_info(
             settings["id"], revision=settings["revision"], timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
@@ -83,13 +85,21 @@ def load(settings: dict, commit: str, cache: Path):
     """The rows of the split, as a datasets.Dataset in `cache`."""
     from datasets import get_dataset_config_names, load_dataset_builder
     from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationCastError, DatasetGenerationError
+    from datasets.exceptions import (
+        DataFilesNotFoundError,
+        DatasetGenerationError,
+        DatasetNotFoundError,
+    )
+
+    from moult.network import refusal
 
     name, subset, split = settings["id"], settings["subset"], settings["split"]
     try:
         builder = load_dataset_builder(name, subset, revision=commit, cache_dir=str(cache))
     except (DataFilesNotFoundError, EmptyDatasetError):
         raise MoultError(f"{name} holds no data files that can be read", "look at its page on the hub") from None
+    except DatasetNotFoundError:  # although the hub has just described it; datasets hides the error behind this one
+        raise MoultError(*refusal(403, {"X-Error-Code": "GatedRepo"}, KEY, name, None, "dataset")) from None
     except ValueError as error:
         if "onfig" not in str(error):  # "BuilderConfig 'x' not found", "Config name is missing"
             raise
@@ -100,8 +110,9 @@ def load(settings: dict, commit: str, cache: Path):
     try:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
-        told = error if isinstance(error, DatasetGenerationCastError) else error.__cause__ or error
-        cause = " ".join(str(told).split())[:300]
+        if isinstance(error.__cause__, OSError):  # a full disk
+            raise
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise MoultError(
             f"{name}: its files do not make one table: {cause}",
             "set datasets.<name>.subset, or download the files that you need and give their path as source",

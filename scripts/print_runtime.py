@@ -22,11 +22,11 @@ from pathlib import Path
 
 WORKFLOW = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "snakemake torch transformers trl peft accelerate datasets tokenizers safetensors huggingface_hub pyarrow "
-    "langdetect py3langid"
-).split()
+    *("snakemake", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
+    *("huggingface_hub", "pyarrow", "langdetect", "py3langid"),
+)
 # What makes training or loading faster, or changes it, if it is there.
-BACKENDS = "flash_attn kernels bitsandbytes liger_kernel deepspeed tensorboard wandb vllm".split()
+BACKENDS = ("flash_attn", "kernels", "bitsandbytes", "liger_kernel", "deepspeed", "tensorboard", "wandb", "vllm")
 
 
 def main() -> None:

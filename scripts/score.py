@@ -2,7 +2,8 @@
 
     python scripts/score.py --settings '{"eval": {...}, "seed": 0}' --run demo --base results/demo/base \\
         --tuned results/demo/tuned --prepared results/prepared/demo/metadata.json --tokens results/demo/tokens \\
-        --adapter results/demo/adapter.json --merge results/demo/merge.json --metrics results/demo/metrics.json --samples results/demo/samples.jsonl
+        --adapter results/demo/adapter.json --merge results/demo/merge.json --metrics results/demo/metrics.json \\
+        --samples results/demo/samples.jsonl
 
 Last stage; no GPU and no model. Both sides were measured on the same token ids, which is checked here first. The schema
 of metrics.json is moult/metrics.schema.json; README.md has it as a table.

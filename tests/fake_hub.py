@@ -54,7 +54,7 @@ class FakeHub:
     status: int | None = None  # answer everything with this
     slow: dict[str, float] = field(default_factory=dict)  # file: seconds that it takes to send
     mute: float = 0.0  # seconds before each answer
-    elsewhere: bool = False  # send the files from another host, as the real hub does
+    elsewhere: bool | str = False  # send the files from another host, as the real hub does, or from this one
     page: bytes = b""  # answer everything with this, as a network's login page does
 
     def __enter__(self) -> "FakeHub":
@@ -187,7 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag(file, data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if self.hub.elsewhere and not on_other_host:
             linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
-            location = f"http://localhost:{self.hub.port}/elsewhere{self.path}"
+            other = f"http://localhost:{self.hub.port}" if self.hub.elsewhere is True else self.hub.elsewhere
+            location = f"{other}/elsewhere{self.path}"
             return self.answer({}, 302, {**headers, **linked, "Location": location})
         if self.command == "GET":
             data = self.hub.wrong.get(file, data)

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import finetune
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_plan import make as make_plan
 from tiny import change_tensors, make_model, make_tokens
 
+import finetune
 from moult.files import read_json, read_jsonl
 
 SETTINGS = {
@@ -204,7 +204,7 @@ def kill_at(run: Run, step: int, number: int) -> int:
     """Start the stage, send `number` when the training log of the state has reached `step`, and return its exit code."""
     log = run.folder / "state" / "training_log.jsonl"
     # Steps of a tiny model pass in milliseconds: a slow one makes the instant sure.
-    slow = f"import time; from moult import trainer; f = trainer.Watch.on_step_end\n"
+    slow = "import time; from moult import trainer; f = trainer.Watch.on_step_end\n"
     slow += "def g(self, a, s, c, **k):\n    time.sleep(0.15); return f(self, a, s, c, **k)\ntrainer.Watch.on_step_end = g\n"
     slow += f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({finetune.__file__!r}, run_name='__main__')"
     command = run.command()

@@ -6,13 +6,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import merge
-import plan
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
 
+import merge
+import plan
 from moult.errors import MoultError
 from moult.files import read_json
 from moult.weights import read_header, read_tensors
@@ -265,7 +265,7 @@ def test_a_base_that_has_changed_since_the_plan_is_refused(tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", LORA)
     make_plan(base, tmp_path, LORA)
     other = make_model(tmp_path / "other", intermediate_size=128)
-    with pytest.raises(MoultError, match="run plan again|of another base"):
+    with pytest.raises(MoultError, match=r"run plan again|of another base"):
         run_merge(other, adapter, tmp_path)
 
 

@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 
-import plan
 import pytest
 import torch
 from test_merge import LORA, TRAIN, Log
 from tiny import make_model, make_tokens
 
+import plan
 from moult.errors import MoultError
 from moult.files import read_json
 

@@ -163,6 +163,8 @@ class Chat:
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
+        if len(ids) < 2:
+            raise Unrenderable("not_encodable", "the text makes no token that could be trained")
         self._check_bos(ids)
         return [Sequence(ids, [IGNORE, *ids[1:]], -1)]  # nothing predicts the first token
 
@@ -276,7 +278,8 @@ class Chat:
                 raise Unrenderable("template_drops", f"the template leaves out the tool {tool['function'].get('name')}")
         last = messages[-1]
         for part in ("reasoning_content", "content"):
-            if not _shows(shown_answer, last.get(part, "")):
+            text = last.get(part, "")
+            if not _shows(shown_answer, text) and not _continues(shown_prompt, shown_answer, text):
                 raise Unrenderable("template_drops", f"the template leaves out the assistant's {part}")
         for call in last.get("tool_calls", []):
             arguments = call["function"]["arguments"]
@@ -307,10 +310,12 @@ class Chat:
         if answer.startswith(decoded):  # behind the stop token the template may add more
             return
         lost = set(self.lost_characters(answer))
-        written = _nfd("".join(char for char in answer if char not in lost))
-        decoded = _nfd(decoded.replace(self.tokenizer.unk_token or "\0", ""))
-        if not written.startswith(decoded):
+        if not self._without(lost, answer).startswith(self._without(lost, decoded)):
             raise Unrenderable("decoding", f"the tokens of the answer say {decoded[:60]!r}, not {answer[:60]!r}")
+
+    def _without(self, lost: set[str], text: str) -> str:
+        text = text.replace(self.tokenizer.unk_token or "\0", "")
+        return _nfd("".join(char for char in text if char not in lost))
 
     def _check_markers(self, messages: list[dict], tools: list[dict] | None, answer: str, stop: str) -> None:
         """What the template marks as generated is the turn that the prefixes say, to the token that ends it.
@@ -328,7 +333,7 @@ class Chat:
         )
         marked = {at for begin, end in blocks for at in range(begin, end) if not through[at].isspace()}
         begin = len(through) - len(answer)
-        end = begin + answer.rindex(stop) + len(stop)
+        end = begin + max(answer.rfind(stop), 0) + len(stop)
         for at in range(begin, end):
             if at not in marked and not through[at].isspace():
                 raise Unrenderable(
@@ -371,6 +376,12 @@ def _shows(shown: str, text: str) -> bool:
     """Whether `text` is in what is shown, whitespace aside, as it is or as a JSON string."""
     dense = _dense(text)
     return dense in shown or _dense(json.dumps(text.strip(), ensure_ascii=False)[1:-1]) in shown
+
+
+def _continues(prompt: str, answer: str, text: str) -> bool:
+    """Whether the prompt ends with the beginning of `text`, usually `<think>`, and the answer with the rest follows."""
+    text = _dense(text)
+    return any(prompt.endswith(text[:size]) and answer.startswith(text[size:]) for size in range(1, min(len(text), 64)))
 
 
 def _continuation(prompt: str, through: str) -> str:

@@ -24,6 +24,8 @@ log = logging.getLogger("moult")
 CONNECT_TIMEOUT = 10
 READ_TIMEOUT = 30
 
+PROXY_LOGIN = "write user:password@ in front of the host in HTTPS_PROXY"
+
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
@@ -36,7 +38,8 @@ def proxy_of(url: str) -> str | None:
     parts = urlsplit(url)
     if proxy_bypass(parts.netloc):
         return None
-    return getproxies().get(parts.scheme) or getproxies().get("all")
+    proxy = getproxies().get(parts.scheme) or getproxies().get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def token() -> tuple[str | None, str]:
@@ -70,7 +73,7 @@ def ca_file(tls: str) -> str | None:
         ssl.create_default_context(cafile=Path(path).expanduser())
     except FileNotFoundError:
         raise MoultError(
-            f"{source}: {path} does not exist", "give verify, off, or the path of a CA file (PEM)"
+            f"{source}: {path} does not exist", f"{source} may name a file of CA certificates (PEM)"
         ) from None
     except (OSError, ssl.SSLError) as error:
         reason = error.strerror if isinstance(error, PermissionError) else "it holds no certificate in PEM format"
@@ -85,8 +88,9 @@ def set_up_hub(tls: str) -> None:
 
     `tls` is network.tls of the config: verify, off, or a CA file. To be called before huggingface_hub is imported.
     """
-    if os.environ.get("HUGGINGFACE_HUB_TOKEN"):
-        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_HUB_TOKEN"])
+    secret, source = token()
+    if source == "HUGGINGFACE_HUB_TOKEN":  # the one name that huggingface_hub does not know
+        os.environ["HF_TOKEN"] = secret
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if tls != "verify":
         os.environ["HF_HUB_DISABLE_XET"] = "1"  # hf_xet has a TLS of its own, which knows nothing of these settings
@@ -141,10 +145,12 @@ def hub_errors(key: str, name: str, revision: str | None = None, repo_type: str 
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what led to it: libraries wrap the error that says most."""
-    while error is not None:
+    """`error` and what led to it, which says most: libraries wrap it, and the client hides it (`from None`)."""
+    seen = []
+    while error is not None and error not in seen:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def _explain(chain: list[BaseException], key: str, name: str, revision: str | None, repo_type: str):
@@ -198,7 +204,7 @@ def refusal(status: int, headers, key: str, name: str, revision: str | None, rep
     if status == 403:
         return f"the hub refuses access to {name} (403)", f"look at {page} with the account of your token"
     if status == 407:
-        return f"the proxy {proxy_of(endpoint())} wants a login (407)", "HTTPS_PROXY=http://user:password@host:port"
+        return f"the proxy {proxy_of(endpoint())} wants a login (407)", PROXY_LOGIN
     if status == 429:
         return "the hub says that too many requests came from here (429)", "wait some minutes, or set HF_TOKEN"
     return f"the hub answers {status} for {name}", "if that stays, look at https://status.huggingface.co"
@@ -230,13 +236,13 @@ def _explain_connection(chain, key: str, repo_type: str) -> tuple[str, str] | No
         return f"no TLS with {way}: {error.reason or error}", check
     if _first(chain, socket.gaierror):
         return f"no network: the name of {way} cannot be resolved", elsewhere
-    if _first(chain, httpx.TimeoutException) or _first(chain, TimeoutError):
+    if _first(chain, (httpx.TimeoutException, TimeoutError)):
         return f"no answer from {way} in time", f"try again; {elsewhere}; {check}"
     if _first(chain, httpx.RemoteProtocolError):
         return f"{way} closed the connection again and again", "run again: whole files are kept"
-    if error := _first(chain, httpx.NetworkError):
+    if error := _first(chain, (httpx.NetworkError, ConnectionError)):
         return f"no connection to {way}: {error}", f"{elsewhere}; {check}"
-    if _first(chain, FileMetadataError) or _first(chain, json.JSONDecodeError):
+    if _first(chain, (FileMetadataError, json.JSONDecodeError)):
         return f"what answers at {way} is not the hub", f"is it a login page of the network? check HF_ENDPOINT; {check}"
     if "Consistency check failed" in text:
         return "a file arrived with the wrong length", "run again: whole files are kept"
@@ -245,7 +251,7 @@ def _explain_connection(chain, key: str, repo_type: str) -> tuple[str, str] | No
     return None
 
 
-def _first(chain: list[BaseException], kind: type):
+def _first(chain: list[BaseException], kind: type | tuple[type, ...]):
     return next((error for error in chain if isinstance(error, kind)), None)
 
 

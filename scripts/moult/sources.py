@@ -22,6 +22,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 def expand(path: str, split: str = "train") -> list[Path]:
     """The data files that a path, a folder or a glob stands for, sorted. An Arrow folder stands for its `split`."""
+    files = _expand(path, split)
+    for file in files:
+        if "{" in str(file) or "}" in str(file):
+            raise MoultError(f"{file}: Snakemake takes {{ and }} in a name for a wildcard", "rename the file or folder")
+    return files
+
+
+def _expand(path: str, split: str) -> list[Path]:
     plain = Path(path).expanduser()
     if plain.is_file():
         return [plain]

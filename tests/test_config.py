@@ -1,0 +1,403 @@
+"""The config: what is refused and with which words, how runs come about, what each stage reads of it, who shares what."""
+
+import json
+import subprocess
+import sys
+from functools import reduce
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from moult.config import (
+    ConfigError,
+    encoded_as,
+    is_local,
+    load_schema,
+    local_model,
+    measured_as,
+    merged,
+    resolve,
+    slug,
+    stage_settings,
+)
+from moult.files import canonical
+
+SCHEMA = load_schema(str(ROOT / "config"))
+BASE = """
+model: {name: org/base, chat_template: chatml}
+datasets:
+  a: {source: a.jsonl}
+  b: {source: [b.jsonl, {path: c.jsonl, weight: 2}]}
+"""
+
+
+def config(*texts: str) -> dict:
+    """BASE with the texts laid over it as --configfile does, resolved."""
+    return resolve(reduce(merged, map(yaml.safe_load, texts), yaml.safe_load(BASE)), SCHEMA)
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        config(text)
+    assert "config/README.md lists all keys" in str(error.value)
+    assert all(f"\n  - {problem}" in str(error.value) for problem in error.value.problems)
+    return error.value.problems
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    # unknown keys: the probable one, or the section that has it
+    ("train: {learning_rat: 1}", "train.learning_rat: unknown key; did you mean learning_rate?"),
+    ("modle: {}", "modle: unknown key; did you mean model?"),
+    ("datasets: {a: {columns: {promt: q}}}", "datasets.a.columns.promt: unknown key; did you mean prompt?"),
+    ("runs: {a: {datset: a}}", "runs.a.datset: unknown key; did you mean dataset?"),
+    ("train: {r: 3}", "train.r: unknown key here; it belongs in lora"),
+    ("lora: {learning_rate: 1}", "lora.learning_rate: unknown key here; it belongs in train"),
+    ("languages: [en]", "languages: unknown key here; it belongs in datasets.<name>"),
+    ("runs: {a: {max_new_tokens: 9}}", "runs.a.max_new_tokens: unknown key here; it belongs in eval"),
+    ("paths: {zzz: 1}", "paths.zzz: unknown key; known here: models, results"),
+    # fields that a stage controls itself, with the reason
+    ("train: {output_dir: x}", "train.output_dir: not yours to set: checkpoints go to results/<run>/trainer_state"),
+    ("train: {seed: 4}", "train.seed: not yours to set: it is the top-level seed"),
+    ("lora: {task_type: SEQ_CLS}", "lora.task_type: not yours to set: it is always CAUSAL_LM"),
+    # types, limits, choices
+    ("lora: {r: 2.5}", "lora.r: expected integer, got 2.5"),
+    ("seed: true", "seed: expected integer, got True"),
+    ("seed: 4294967296", "seed: must be <= 4294967295, got 4294967296"),
+    ("train: {learning_rate: -1}", "train.learning_rate: must be > 0, got -1"),
+    ("lora: {lora_dropout: 1}", "lora.lora_dropout: must be < 1, got 1"),
+    ("train: {max_steps: five}", "train.max_steps: expected integer, got 'five'"),
+    ("lora: {use_dora: 1}", "lora.use_dora: expected boolean, got 1"),
+    ("model: {dtype: bf16}", "model.dtype: 'bf16' is none of bfloat16, float16, float32; did you mean bfloat16?"),
+    ("train: {eval_strategy: never}", "train.eval_strategy: 'never' is none of no, steps, epoch"),
+    ("datasets: {a: {sample_size: all}}", "datasets.a.sample_size: 'all' does not match '^full$' …"),
+    ("datasets: {a: {val_size: 2.5}}", "datasets.a.val_size: 2.5 is not a multiple of 1 (A number of rows is …"),
+    ("datasets: {a: {languages: en}}", "datasets.a.languages: expected array, got 'en'"),
+    ("datasets: {a: {languages: [EN]}}", "datasets.a.languages.0: 'EN' does not match '^[a-z]{2,3}$' (An ISO 639-1 …"),
+    ("datasets: {c: {}}", "datasets.c.source: missing"),
+    ("datasets: {a: {source: null}}", "datasets.a.source: expected string or array or object, got None"),
+    ("datasets: {a: {source: []}}", "datasets.a.source: [] should be non-empty …"),
+    ("datasets: {a: {source: {weight: 1}}}", "datasets.a.source.path: missing"),
+    ("datasets: {a: {source: [{path: x, weight: 0}]}}", "datasets.a.source.0.weight: must be > 0, got 0"),
+    ("model: {name: null}", "model.name: missing (run a needs it); a hub id or a local folder"),
+    # what YAML makes of words, numbers and nothing
+    ("train:", "train: expected object, got None (an empty section; leave it out)"),
+    ("datasets: {a: {languages: [no]}}", "datasets.a.languages.0: expected string, got False (quote it: YAML …"),
+    ("model: {revision: 1234567}", "model.revision: expected string or null, got 1234567 (quote it)"),
+    ("model: {revision: 2024-01-01}", "model.revision: 2024-01-01 is a date to YAML; quote it"),
+    ("model: {chat_template_kwargs: {day: 2024-01-01}}", "model.chat_template_kwargs.day: 2024-01-01 is a date …"),
+    ("model: {chat_template_kwargs: {1: x}}", "model.chat_template_kwargs.1: the key 1 is not text; quote it"),
+    ("datasets: {2024: {source: x}}", "datasets.2024: the key 2024 is not text; quote it"),
+    ("train: {learning_rate: .nan}", "train.learning_rate: nan is not a finite number"),
+    ("datasets: {a: {val_size: .inf}}", "datasets.a.val_size: inf is not a finite number"),
+    ("train: {learning_rate: 1e999}", "train.learning_rate: inf is not a finite number"),
+    # names become folders
+    (
+        "datasets: {../x: {source: x}}",
+        "datasets.../x: not a name; use letters, digits, '.', '_' and '-' (at most 64), …",
+    ),
+    ("runs: {a/b: {dataset: a}}", "runs.a/b: not a name; …"),
+    ("runs: {.a: {dataset: a}}", "runs..a: not a name; …"),
+    ("runs: {-rf: {dataset: a}}", "runs.-rf: not a name; …"),
+    ('runs: {"a\\n": {dataset: a}}', "runs.a\n: not a name; …"),
+    (f"runs: {{{'x' * 65}: {{dataset: a}}}}", f"runs.{'x' * 65}: not a name; …"),
+    ("runs: {Models: {dataset: a}}", "runs.Models: reserved name (results/models holds something else)"),
+    ("datasets: {prepared: {source: x}}", "runs.prepared: reserved name (results/prepared holds something else)"),
+    ("runs: {A: {dataset: a}}", "runs.A: there is also a; some file systems take the two for one folder"),
+    ("eval: {prompts: [{id: ../x, prompt: q}]}", "eval.prompts.0.id: '../x' does not match …"),
+    # runs
+    ("runs: {v: {dataset: aa}}", "runs.v.dataset: no dataset is named aa; did you mean a?"),
+    ("runs: {v: {}}", "runs.v.dataset: no dataset is named v; there are: a, b"),
+    ("runs: {a: {dataset: b}}", "runs.a.dataset: a is a dataset, and the run of that name is its own; rename the run"),
+    # eval, and settings that exclude each other
+    ("eval: {prompts: [{id: p, prompt: x}, {id: p, prompt: y}]}", "eval.prompts: the id p is there twice"),
+    ("eval: {prompts: [{id: p}]}", "eval.prompts.p: give either prompt or messages"),
+    ("eval: {prompts: [{id: p, prompt: x, messages: [{}]}]}", "eval.prompts.p: give either prompt or messages"),
+    ("eval: {prompts: [{id: p, prompt: x, expect: {exact: true}}]}", "eval.prompts.p.expect: true and match compare …"),
+    ("eval: {prompts: [{id: p, prompt: x, expect: {match: (a)}}]}", "eval.prompts.p.expect: true and match compare …"),
+    ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is not a 'regex' …"),
+    ("eval: {row_expect: {match: abc}}", "eval.row_expect.match: has no group; put the part that is compared in ( )"),
+    ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
+    ("train: {eval_strategy: no}", "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_…"),
+    ("train: {packing: true, padding_free: true}", "train.padding_free: packing has it already; leave it out"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), REFUSED, ids=[text for text, _ in REFUSED])
+def test_refused(text, problem):
+    found = problems(text)
+    start, more, _ = problem.partition("…")
+    assert [line[: len(start)] if more else line for line in found[:1]] == [start]
+    # Every run has the same model: only there one mistake is as many problems.
+    assert len(found) == (2 if "model.name" in problem else 1)
+
+
+def test_all_problems_are_said_at_once():
+    found = problems("seed: -1\ntrain: {learning_rat: 1, seed: 2}\nlora: {r: 0}\ndatasets: {a: {split: 5}}")
+    assert [problem.partition(":")[0] for problem in found] == [
+        "datasets.a.split",
+        "lora.r",
+        "seed",
+        "train.learning_rat",
+        "train.seed",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {learning_rat: 1}", "train.learning_rat: unknown key; did you mean learning_rate?"),
+        ("runs: {demo: {model: {chat_template_kwargs: {day: 2024-01-01}}}}", "2024-01-01 is a date to YAML; quote it"),
+        ("datasets: {new: {source: nowhere.jsonl}}", "nowhere.jsonl: no such file or folder"),
+        ("datasets: {new: {source: 'no*where.jsonl'}}", "no*where.jsonl: no file matches"),
+    ],
+)
+def test_snakemake_stops_with_the_message(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    target = "results/prepared/new/train.jsonl"
+    command = [sys.executable, "-m", "snakemake", "-n", f"--configfile={tmp_path}/mine.yaml", target]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback (most recent call last)" not in result.stdout + result.stderr
+
+
+# --- accepted ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_yaml_and_the_command_line_make_of_values_is_undone():
+    resolved = config("""
+train: {learning_rate: 1e-4, warmup_steps: '5', packing: 'true', eval_strategy: no, logging_strategy: off,
+        save_strategy: no, load_best_model_at_end: 'false', gradient_checkpointing: 'false', max_steps: '7'}
+lora: {r: 2.0, lora_alpha: '8'}
+network: {tls: off}
+datasets: {a: {sample_size: '100', val_size: 3.0, source: {path: x, weight: 1e-1}}}
+eval: {prompts: [{id: p, prompt: q, expect: {contains: 'true'}}]}
+""")
+    train = resolved["train"]
+    assert train["learning_rate"] == 1e-4
+    assert (train["warmup_steps"], train["max_steps"]) == (5, 7)
+    assert (train["eval_strategy"], train["logging_strategy"], train["save_strategy"]) == ("no", "no", "no")
+    assert [train[key] for key in ("packing", "load_best_model_at_end", "gradient_checkpointing")] == [
+        True,
+        False,
+        False,
+    ]
+    assert (resolved["lora"]["r"], resolved["lora"]["lora_alpha"]) == (2, 8)
+    assert isinstance(resolved["lora"]["r"], int)
+    assert resolved["network"]["tls"] == "off"
+    assert resolved["datasets"]["a"]["sample_size"] == 100
+    assert stage_settings(resolved, "prepare", "a")["sources"][0]["weight"] == 0.1
+    # Text stays text where text is meant: an answer may have to contain "true".
+    assert resolved["eval"]["prompts"][0]["expect"]["contains"] == "true"
+
+
+def test_resolving_changes_nothing_that_was_given():
+    given = yaml.safe_load(BASE)
+    resolve(given, SCHEMA)
+    assert given == yaml.safe_load(BASE)
+
+
+def test_the_shipped_configs_are_valid():
+    shipped = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    assert "demo" in resolve(shipped, SCHEMA)["runs"]
+    debug = yaml.safe_load((ROOT / "config/debug.yaml").read_text())
+    resolved = resolve(merged(shipped, debug), SCHEMA)
+    # It is laid over what a run says itself.
+    assert shipped["runs"]["demo"]["train"]["max_steps"] != resolved["runs"]["demo"]["train"]["max_steps"] == 5
+    assert resolved["datasets"]["demo"]["max_rows"] == 200
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_dataset_is_a_run_and_variants_change_what_they_name():
+    runs = config("""
+seed: 3
+lora: {r: 4, rank_pattern: {q_proj: 2}}
+runs:
+  a: {train: {learning_rate: 1.0e-5}}
+  a-r64: {dataset: a, seed: 9, lora: {r: 64, rank_pattern: {k_proj: 8}}}
+""")["runs"]
+    assert {name: run["dataset"] for name, run in runs.items()} == {"a": "a", "b": "b", "a-r64": "a"}
+    assert [runs[name]["train"]["learning_rate"] for name in ("a", "b", "a-r64")] == [1e-5, 2e-4, 2e-4]
+    assert [runs[name]["lora"]["r"] for name in ("a", "b", "a-r64")] == [4, 4, 64]
+    assert [runs[name]["seed"] for name in ("a", "b", "a-r64")] == [3, 3, 9]
+    assert runs["a-r64"]["lora"]["rank_pattern"] == {"q_proj": 2, "k_proj": 8}
+
+
+def test_a_run_with_a_model_of_its_own_takes_nothing_else_from_the_common_one():
+    runs = config("""
+model: {revision: v2, dtype: float16}
+runs:
+  other: {dataset: a, model: {name: org/other}}
+  half: {dataset: a, model: {dtype: float32}}
+""")["runs"]
+    defaults = {key: field.get("default") for key, field in SCHEMA["$defs"]["model"]["properties"].items()}
+    assert runs["other"]["model"] == {**defaults, "name": "org/other"}
+    assert runs["half"]["model"] == {**runs["a"]["model"], "dtype": "float32"}
+    assert runs["a"]["model"]["chat_template"] == "chatml"
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        ("datasets: {a: null}", ["b"]),
+        ("datasets: {a: null}\nruns: {v: {dataset: a}, a: {seed: 1}}", ["b"]),
+        ("runs: {v: null}", ["a", "b"]),
+    ],
+)
+def test_null_takes_an_entry_out(text, runs):
+    assert list(config(text)["runs"]) == runs
+
+
+# --- what each stage reads --------------------------------------------------------------------------------------------
+
+STAGES = {"prepare", "encode", "plan", "finetune", "merge", "evaluate_base", "evaluate_tuned", "score"}
+BOTH = {"evaluate_base", "evaluate_tuned"}
+PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
+
+
+def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
+    return {stage: canonical(stage_settings(resolved, stage, run)) for stage in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("edit", "stages"),
+    [
+        ("train: {learning_rate: 1.0e-5}", {"finetune"}),
+        ("train: {eval_steps: 7}", {"finetune"}),
+        ("train: {max_steps: 7}", {"plan", "finetune"}),
+        ("lora: {r: 8}", {"plan", "finetune"}),
+        ("runs: {a: {lora: {r: 8}}}", {"plan", "finetune"}),
+        ("runs: {b: {lora: {r: 8}}}", set()),
+        ("runs: {v: {dataset: a, lora: {r: 8}}}", set()),
+        ("seed: 5", {"prepare", "finetune", "score"}),
+        ("runs: {a: {seed: 5}}", {"finetune", "score"}),
+        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*BOTH, "score"}),
+        ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score"}),
+        ("eval: {row_expect: {exact: true}}", {"score"}),
+        ("eval: {confidence: 0.9}", {"score"}),
+        ("eval: {max_new_tokens: 9}", BOTH),
+        ("eval: {merge_check_rows: 4}", {"evaluate_tuned"}),
+        ("datasets: {a: {max_length: 64}}", {"encode"}),
+        ("datasets: {a: {languages: [en]}}", {"prepare"}),
+        ("datasets: {a: {val_size: 0.2}}", {"prepare"}),
+        ("datasets: {a: {columns: {prompt: q}}}", {"prepare"}),
+        ("datasets: {b: {max_length: 64, languages: [en]}}", set()),
+        ("model: {dtype: float16}", {"plan", "finetune", *BOTH}),
+        ("model: {chat_template: null}", {"encode"}),
+        ("container: other.sif", set()),
+        ("paths: {results: elsewhere}", set()),
+    ],
+)
+def test_an_edit_reaches_the_stages_that_read_it_and_no_other(edit, stages):
+    before, after = read_by_stages(config(PROMPT)), read_by_stages(config(PROMPT, edit))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+
+
+def test_the_order_of_keys_is_nothing():
+    text = PROMPT + "train: {max_steps: 3, warmup_steps: 2}\nruns: {v: {dataset: a}, w: {dataset: b}}"
+
+    def backwards(value):
+        return {key: backwards(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+    forth = merged(yaml.safe_load(BASE), yaml.safe_load(text))
+    back = backwards(forth)
+    assert json.dumps(forth) != json.dumps(back)
+    for run in ("a", "b"):
+        assert read_by_stages(resolve(forth, SCHEMA), run) == read_by_stages(resolve(back, SCHEMA), run)
+
+
+def test_hub_rows_are_read_where_fetch_dataset_puts_them():
+    resolved = config(
+        "datasets: {h: {source: [org/data, local.jsonl], subset: main, revision: v1}}\npaths: {results: r}"
+    )
+    hub, local = [entry["path"] for entry in stage_settings(resolved, "prepare", "h")["sources"]]
+    assert hub.startswith("r/datasets/org--data--main--train@v1")
+    assert hub.endswith(".parquet")
+    assert local == "local.jsonl"
+
+
+def test_a_part_of_a_mix_may_have_columns_of_its_own():
+    resolved = config("""
+datasets:
+  m: {source: [x.jsonl, {path: y.jsonl, columns: {}}, {path: z.jsonl, columns: {text: t}}], columns: {prompt: q}}
+""")
+    sources = stage_settings(resolved, "prepare", "m")["sources"]
+    assert [source["columns"] for source in sources] == [{"prompt": "q"}, {}, {"text": "t"}]
+
+
+# --- what runs share --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "encoded", "measured"),
+    [
+        ("{dataset: a, lora: {r: 8}, train: {learning_rate: 1}, seed: 9}", "a", "a"),
+        ("{dataset: a, eval: {confidence: 0.9, row_expect: {exact: true}}}", "a", "a"),
+        ("{dataset: a, eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}}", "a", "a"),
+        ("{dataset: a, eval: {prompts: [{id: p, prompt: other}]}}", "a", "v"),
+        ("{dataset: a, eval: {answer_rows: 1}}", "a", "v"),
+        ("{dataset: a, model: {dtype: float32}}", "a", "v"),
+        ("{dataset: a, model: {chat_template: null}}", "v", "v"),
+        ("{dataset: a, model: {revision: v2}}", "v", "v"),
+        ("{dataset: a, model: {name: org/other}}", "v", "v"),
+        ("{dataset: b}", "b", "b"),
+    ],
+)
+def test_runs_share_tokens_and_the_measurement_of_the_base(variant, encoded, measured):
+    resolved = config(f"{PROMPT}runs: {{v: {variant}}}")
+    assert (encoded_as(resolved, "v"), measured_as(resolved, "v")) == (encoded, measured)
+    assert (encoded_as(resolved, "a"), measured_as(resolved, "a")) == ("a", "a")
+
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("Qwen/Qwen3-0.6B", False),
+        ("gpt2", False),
+        ("./gpt2", True),
+        ("../models/x", True),
+        ("/models/x", True),
+        ("~/x", True),
+        ("data/*.jsonl", True),
+        ("rows.jsonl.gz", True),
+        ("a/b/c", True),
+        ("here", True),
+    ],
+)
+def test_a_path_is_told_from_a_hub_id(tmp_path, monkeypatch, name, local):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_local(name) is local
+
+
+def test_models_are_looked_up_in_the_mount_first(tmp_path):
+    (tmp_path / "org/model").mkdir(parents=True)
+    mount = {"models": str(tmp_path)}
+    assert local_model({"name": "org/model"}, mount) == str(tmp_path / "org/model")
+    assert local_model({"name": "org/absent"}, mount) is None
+    assert local_model({"name": "org/model"}, {"models": None}) is None
+
+
+def test_distinct_names_have_distinct_folders():
+    names = [
+        ("a/b", None),
+        ("/a/b", None),
+        ("./a/b", None),
+        ("a/b", "v1"),
+        ("a/b", "v/1"),
+        ("a/b", "v-1"),
+        ("a b", None),
+    ]
+    slugs = [slug(*name) for name in names]
+    assert len({text.lower() for text in slugs}) == len(names)
+    assert slugs[0] == "a--b"
+    assert not [text for text in slugs if "/" in text or text.startswith(".")]

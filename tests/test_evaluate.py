@@ -1,0 +1,170 @@
+"""evaluate: a likelihood that no batching changes, answers that no padding changes, and a merge that is what it should be."""
+
+import math
+from argparse import Namespace
+
+import evaluate_model
+import pyarrow.parquet
+import pytest
+import torch
+from test_merge import LORA, Log, make_plan, run_merge
+from tiny import copy, make_adapter, make_model, make_tokens
+
+from moult import likelihood as module
+from moult.likelihood import batches, likelihood, mean_nll
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("base") / "base", max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load(base)
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Sequences of 5 to 200 tokens, with one to three trained spans."""
+    generator = torch.Generator().manual_seed(5)
+    result = []
+    for index in range(60):
+        size = 5 + int(195 * torch.rand(1, generator=generator) ** 3)
+        ids = torch.randint(3, 128, (size,), generator=generator).tolist()
+        labels = [-100] * size
+        for start in range(size // 3, size, max(4, size // 3)):
+            labels[start : start + size // 5 + 1] = ids[start : start + size // 5 + 1]
+        result.append({"id": str(index), "input_ids": ids, "labels": labels})
+    return result
+
+
+def plain_loop(model, rows) -> list[tuple[float, int, int]]:
+    """One row at a time, no padding, the whole softmax."""
+    result = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
+        nll = count = correct = 0
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                nll -= logits[position].log_softmax(-1)[label].item()
+                correct += int(logits[position].argmax() == label)
+                count += 1
+        result.append((nll, count, correct))
+    return result
+
+
+def test_perplexity_is_that_of_a_plain_loop(model, rows):
+    found, expected = likelihood(model, rows, 0), plain_loop(model, rows)
+    for result, (nll, count, correct) in zip(found, expected, strict=True):
+        assert (result.tokens, result.correct) == (count, correct)
+        assert result.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
+    perplexity = math.exp(sum(nll for nll, _, _ in expected) / sum(count for _, count, _ in expected))
+    assert math.exp(mean_nll(found)) == pytest.approx(perplexity, rel=1e-6)
+    batch_means = [mean_nll(found[start : start + 8]) for start in range(0, len(found), 8)]
+    assert math.exp(sum(batch_means) / len(batch_means)) != pytest.approx(perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 100_000])
+def test_batching_does_not_change_it(budget, model, rows, monkeypatch):
+    monkeypatch.setitem(module.MAX_TOKENS, "cpu", budget)
+    found = likelihood(model, rows, 0)
+    assert [r.nll for r in found] == pytest.approx([nll for nll, _, _ in plain_loop(model, rows)], rel=1e-5, abs=1e-5)
+
+
+def test_batches_hold_every_sequence_once_within_the_budget():
+    lengths = [3, 50, 7, 7, 20, 1, 49]
+    plan = batches(lengths, 60)
+    assert sorted(index for batch in plan for index in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60 for batch in plan)
+    assert plan[0] == [1]
+
+
+class Chat:
+    pad_id = 0
+
+    def decode(self, ids, special=True):
+        return " ".join(map(str, ids))
+
+
+def test_answers_do_not_depend_on_their_neighbours(model):
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 128, (size,), generator=generator).tolist() for size in (2, 9, 30, 31, 5)]
+    together = evaluate_model.generate(model, prompts, [2], 0, 12)
+    alone = [evaluate_model.generate(model, [prompt], [2], 0, 12)[0] for prompt in prompts]
+    assert together == alone
+    assert all(1 <= len(ids) <= 12 for ids in together)
+
+
+def test_an_answer_ends_with_its_first_stop_token(model):
+    free = evaluate_model.generate(model, [[5, 6, 7]], [2], 0, 12)[0]
+    stop = free[4]
+    stopped = evaluate_model.generate(model, [[5, 6, 7]], [stop], 0, 12)[0]
+    assert stopped == free[: free.index(stop) + 1]
+    report = {"stop": {"generation_stop_ids": [stop]}}
+    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5, 6, 7]}
+    (answer,) = evaluate_model.answer(model, [question], Chat(), report, 12)
+    assert answer["stopped"] and answer["answer"] == " ".join(map(str, stopped[:-1]))
+    (answer,) = evaluate_model.answer(model, [question], Chat(), report, free.index(stop))
+    assert not answer["stopped"]
+
+
+def test_answers_stay_within_the_models_window(model):
+    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
+    (answer,) = evaluate_model.answer(model, [question], Chat(), {"stop": {"generation_stop_ids": [999]}}, 40)
+    assert len(answer["token_ids"]) == 6
+
+
+def test_the_same_rows_are_chosen_each_time(rows):
+    few = evaluate_model.chosen(rows, 7)
+    assert few == evaluate_model.chosen(rows, 7) and len(few) == 7
+    assert few != rows[:7]
+    assert [row for row in rows if row in few] == few
+    assert evaluate_model.chosen(rows, None) == evaluate_model.chosen(rows, 1000) == rows
+
+
+def merge_check(tmp_path, base, merged, adapter) -> dict:
+    rows = evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet")
+    settings = {
+        "eval": {"merge_check_rows": 6},
+        "dtype": "float32",
+        "attn_implementation": None,
+        "trust_remote_code": False,
+    }
+    arguments = Namespace(base=str(base), adapter=str(adapter))
+    return evaluate_model.compare_with_adapter(load(merged), rows, 0, "cpu", settings, arguments, Log())
+
+
+def test_merged_and_adapter_agree_and_another_merge_does_not(tmp_path):
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA, scale=0.3)
+    make_plan(base, tmp_path, LORA)
+    merged, _ = run_merge(base, adapter, tmp_path)
+    good = merge_check(tmp_path, base, merged, adapter)
+    assert good["mean_kl"] < 1e-6 and good["top1_agreement"] == 1.0
+    assert good["rows"] == 6 and good["positions"] > 50
+    unmerged = merge_check(tmp_path, base, copy(base, tmp_path / "unmerged"), adapter)
+    assert unmerged["mean_kl"] > 1e-2 > good["max_kl"] and unmerged["top1_agreement"] < 1.0
+
+
+def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA)
+    make_tokens(tmp_path / "tokens")
+    monkeypatch.setattr(evaluate_model, "KEPT_LOGITS", 20 * 128)
+    assert merge_check(tmp_path, base, base, adapter)["positions"] == 20
+
+
+def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
+    rows = pyarrow.parquet.read_table(make_tokens(tmp_path / "tokens") / "val.parquet").to_pylist()
+    measured = evaluate_model.measure(model, rows, 0)
+    assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
+    assert [row["group"] for row in measured] == [row["group"] for row in rows]
+    assert [row["tokens"] for row in measured] == [sum(label != -100 for label in row["labels"]) for row in rows]

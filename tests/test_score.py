@@ -1,0 +1,309 @@
+"""score: figures that can be trusted, and a verdict that says no more than they do."""
+
+import json
+import math
+import random
+from argparse import Namespace
+
+import pytest
+import score
+from test_merge import Log
+
+from moult.checks import check
+from moult.errors import MoultError
+from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.statistics import bootstrap, paired_difference, wilson
+
+EVAL = {
+    "perplexity": True,
+    "confidence": 0.95,
+    "resamples": 500,
+    "merge_kl_limit": 0.05,
+    "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
+    "row_expect": {"exact": True, "json": True},
+}
+
+
+def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, right: float = 1.0) -> None:
+    """Measurements in which the tuned model is `better` nats per token better, give or take `noise`, and answers
+    the share `right` of the rows as they should be."""
+    generator = random.Random(1)
+    for side in ("base", "tuned"):
+        gain = better if side == "tuned" else 0.0
+        measured = []
+        for index in range(rows):
+            tokens = 5 + index % 7
+            nll = tokens * (3.0 - gain + generator.gauss(0, noise))
+            group = f"g{index // 2}"
+            measured.append(
+                {
+                    "id": f"r{index}",
+                    "group": group,
+                    "source": index % 2,
+                    "nll": nll,
+                    "tokens": tokens,
+                    "correct": 2,
+                    "bytes": tokens * 4,
+                }
+            )
+        answers = [
+            {
+                "kind": "prompt",
+                "id": name,
+                "prompt": "?",
+                "reference": None,
+                "answer": "yes",
+                "stopped": True,
+                "prompt_sha256": name,
+            }
+            for name in "ab"
+        ]
+        for index in range(rows):
+            good = side == "tuned" and index < right * rows
+            answer = '{"a": 1}' if good else "nothing"
+            answers.append(
+                {
+                    **{"kind": "row", "id": f"r{index}", "prompt": "?", "reference": '{"a": 1}', "answer": answer},
+                    **{"stopped": side == "base", "prompt_sha256": str(index)},
+                }
+            )
+        write_jsonl(folder / side / "likelihood.jsonl", measured)
+        write_jsonl(folder / side / "answers.jsonl", answers)
+    merge_check = {
+        "mean_kl": 1e-7,
+        "max_kl": 1e-6,
+        "top1_agreement": 1.0,
+        "positions": 50,
+        "rows": 8,
+        "dtype": "float32",
+    }
+    write_json(folder / "tuned" / "merge_check.json", merge_check)
+    sources = [{"path": f"{name}.jsonl", "sha256": "0", "source": number} for number, name in enumerate(("one", "two"))]
+    write_json(folder / "metadata.json", {"overlap": {"rows": 0}, "sources": sources, "val_sources": []})
+    write_json(folder / "tokens" / "report.json", {"template": {"sha256": "t"}})
+    write_json(folder / "adapter.json", {"adapter_sha256": "a", "versions": {}, "hardware": {}, "step": 7})
+    write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
+
+
+def run(folder, **settings) -> dict:
+    arguments = {name: str(folder / name) for name in ("base", "tuned", "tokens")}
+    arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
+    arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
+    arguments["samples"] = str(folder / "samples.jsonl")
+    score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), Log())
+    return read_json(folder / "metrics.json")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_sums_over_tokens(tmp_path):
+    make_sides(tmp_path)
+    metrics = run(tmp_path)
+    rows = list(read_jsonl(tmp_path / "tuned" / "likelihood.jsonl"))
+    nll = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
+    tuned = metrics["likelihood"]["tuned"]
+    assert tuned["nll_per_token"]["value"] == pytest.approx(nll)
+    assert tuned["perplexity"]["value"] == pytest.approx(math.exp(nll))
+    assert tuned["bits_per_byte"]["value"] == pytest.approx(nll / 4 / math.log(2))
+    assert tuned["token_accuracy"]["value"] == pytest.approx(2 * len(rows) / sum(row["tokens"] for row in rows))
+    difference = metrics["likelihood"]["difference"]["nll_per_token"]
+    assert difference["value"] == pytest.approx(nll - metrics["likelihood"]["base"]["nll_per_token"]["value"])
+    assert difference["interval"][0] < difference["value"] < difference["interval"][1]
+    assert metrics["data"] == {
+        **{"sequences": 40, "groups": 20, "trained_tokens": sum(row["tokens"] for row in rows), "confidence": 0.95},
+        **{"trained_bytes": sum(row["bytes"] for row in rows), "rows_shared_with_train": 0},
+    }
+    assert metrics["by_source"]["1: two.jsonl"]["tokens"] == sum(row["tokens"] for row in rows if row["source"] == 1)
+
+
+def test_the_same_measurements_give_the_same_file(tmp_path):
+    make_sides(tmp_path)
+    run(tmp_path)
+    first = (tmp_path / "metrics.json").read_bytes()
+    run(tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == first
+
+
+def test_samples_show_both_answers_and_their_checks(tmp_path):
+    make_sides(tmp_path)
+    metrics = run(tmp_path)
+    samples = list(read_jsonl(tmp_path / "samples.jsonl"))
+    assert len(samples) == 42
+    assert samples[0]["base"] == {"answer": "yes", "stopped": True, "checks": {"contains": True}}
+    assert samples[2]["base"]["checks"] == {"exact": False, "json": False}
+    assert samples[2]["tuned"]["checks"] == {"exact": True, "json": True}
+    assert metrics["checks"] == [
+        {"id": "a", "base": {"contains": True}, "tuned": {"contains": True}},
+        {"id": "b", "base": {}, "tuned": {}},
+    ]
+    rates = metrics["answers"]["rows"]
+    assert (rates["passed"]["base"]["value"], rates["passed"]["tuned"]["value"], rates["n"]) == (0.0, 1.0, 40)
+    assert metrics["answers"]["prompts"]["passed"]["n"] == 1  # b expects nothing
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ({"better": 1.0}, "helped"),
+        ({"better": -1.0, "right": 0.0}, "hurt"),
+        ({"better": 0.0, "right": 0.0}, "inconclusive"),
+        ({"better": 0.1, "noise": 3.0, "right": 0.02}, "inconclusive"),
+        ({"better": -1.0, "right": 1.0}, "inconclusive"),  # likelihood worse, answers better
+        ({"better": 0.0, "noise": 0.0, "right": 1.0}, "helped"),
+    ],
+)
+def test_verdict(sides, expected, tmp_path):
+    make_sides(tmp_path, **sides)
+    assert run(tmp_path)["verdict"]["verdict"] == expected
+
+
+def test_a_verdict_names_its_evidence(tmp_path):
+    make_sides(tmp_path, better=-1.0)
+    verdict = run(tmp_path)["verdict"]
+    assert verdict["worse"] == ["validation loss"] and verdict["better"] == ["rows passed"]
+    assert verdict["unclear"] == ["prompts passed"]
+    assert verdict["reasons"][0].startswith("validation loss worse: +0.919 nats per token [+")
+    assert verdict["reasons"][-1] == "answers that stop: 100% -> 5%"
+
+
+def test_answers_alone_can_decide(tmp_path):
+    make_sides(tmp_path)
+    metrics = run(tmp_path, perplexity=False)
+    assert metrics["likelihood"] is None and metrics["verdict"]["verdict"] == "helped"
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_different_questions_are_not_compared(tmp_path):
+    make_sides(tmp_path)
+    rows = list(read_jsonl(tmp_path / "base" / "answers.jsonl"))
+    rows[5]["prompt_sha256"] = "another template"
+    write_jsonl(tmp_path / "base" / "answers.jsonl", rows)
+    with pytest.raises(MoultError, match="not measured on the same answers \\(r3\\)"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_different_rows_are_not_compared(tmp_path):
+    make_sides(tmp_path)
+    rows = list(read_jsonl(tmp_path / "base" / "likelihood.jsonl"))
+    write_jsonl(tmp_path / "base" / "likelihood.jsonl", rows[:-1])
+    with pytest.raises(MoultError, match="not measured on the same likelihood"):
+        run(tmp_path)
+
+
+def test_a_merge_that_is_not_the_adapter_stops_it(tmp_path):
+    make_sides(tmp_path)
+    check = read_json(tmp_path / "tuned" / "merge_check.json")
+    write_json(tmp_path / "tuned" / "merge_check.json", {**check, "mean_kl": 0.2})
+    with pytest.raises(MoultError, match="mean KL 0.2 nats per token, over eval.merge_kl_limit 0.05"):
+        run(tmp_path)
+    assert run(tmp_path, merge_kl_limit=0.3)["merged_vs_adapter"]["mean_kl"] == 0.2
+
+
+def test_nothing_measured_is_no_verdict(tmp_path):
+    make_sides(tmp_path)
+    with pytest.raises(MoultError, match="nothing was measured"):
+        run(tmp_path, perplexity=False, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
+
+
+def test_the_schema_refuses_what_it_does_not_know(tmp_path):
+    from jsonschema import Draft202012Validator, ValidationError
+
+    import moult
+
+    make_sides(tmp_path)
+    metrics = run(tmp_path)
+    schema = json.loads((score.Path(moult.__file__).parent / "metrics.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    with pytest.raises(ValidationError):
+        Draft202012Validator(schema).validate({**metrics, "data": {**metrics["data"], "rows_shared_with_train": 3}})
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expect", "reference", "good", "bad"),
+    [
+        ({"contains": "Paris"}, None, "It is Paris.", "It is paris."),
+        ({"contains": ["a", "b"]}, None, "b and a", "a only"),
+        ({"contains": True}, "42", "The answer is 42.", "The answer is 41."),
+        ({"exact": "yes"}, None, " yes\n", "yes."),
+        ({"exact": True}, "yes ", "yes", "no"),
+        ({"regex": r"\d{2}$"}, None, "is 42", "is 4"),
+        ({"match": r"#### (\S+)"}, "x\n#### 12", "so 3 #### 3 and #### 12", "#### 12 then #### 13"),
+        ({"match": r"#### (\S+)"}, "x\n#### 12", "#### 12", "12"),
+        ({"json": True}, None, '{"a": 1}', '{"a": 1'),
+        ({"json": True}, None, "[1]", "5"),
+        ({"json": False}, None, "plain", "{}"),
+        ({"language": "fr"}, None, "Je ne sais pas ce que vous voulez dire.", "I do not know what you mean by that."),
+        ({"max_chars": 3}, None, "abc", "abcd"),
+        ({"min_chars": 3}, None, "abc", "ab"),
+    ],
+)
+def test_checks(expect, reference, good, bad):
+    (name,) = expect
+    assert check(good, expect, reference) == {name: True}
+    assert check(bad, expect, reference) == {name: False}
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_against_published_values():
+    """Newcombe, Statistics in Medicine 17:857 (1998), table I: 81/263, 15/148, 0/20, 1/29."""
+    for passed, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson(passed, n, 0.95) == pytest.approx([low, high], abs=6e-5)
+
+
+def test_paired_difference_is_antisymmetric_and_careful_with_few():
+    base, tuned = [False] * 8 + [True] * 2, [True] * 7 + [False] + [True] * 2
+    low, high = paired_difference(base, tuned, 0.95)
+    assert low < 0.7 < high
+    assert paired_difference(tuned, base, 0.95) == pytest.approx([-high, -low])
+    # Three of three better is no certainty, as a bootstrap would have it.
+    low, high = paired_difference([False] * 3, [True] * 3, 0.95)
+    assert 0 < low < 0.5 and high == pytest.approx(1.0)
+    assert paired_difference([True], [True], 0.95)[0] < 0 < paired_difference([True], [True], 0.95)[1]
+
+
+def test_intervals_cover_what_they_promise():
+    """Of 400 simulated comparisons about 95 in 100 cover the true difference."""
+    generator = random.Random(3)
+    covered = 0
+    for _ in range(400):
+        pairs = []
+        for _ in range(60):
+            skill = generator.random()
+            pairs.append((generator.random() < skill, generator.random() < min(1.0, skill + 0.2)))
+        low, high = paired_difference([b for b, _ in pairs], [t for _, t in pairs], 0.95)
+        covered += low <= 0.18 <= high  # E[min(1, s + .2) - s] = .2 * .8 + .02
+    assert 0.92 < covered / 400 < 0.985
+
+
+def test_bootstrap_covers_and_resamples_whole_groups():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        tokens = generator.integers(5, 50, size=80).astype(float)
+        shared = generator.normal(2.0, 0.5, size=80)
+        base = tokens * (shared + generator.normal(0, 0.2, size=80))
+        tuned = tokens * (shared - 0.3 + generator.normal(0, 0.2, size=80))
+        intervals = bootstrap(np.stack([base, tuned], axis=1), tokens, 0.95, 300, trial)
+        covered += intervals[2][0] <= -0.3 <= intervals[2][1]
+        # The two go up and down together, so their difference is surer than either.
+        assert intervals[2][1] - intervals[2][0] < (intervals[0][1] - intervals[0][0])
+    assert 0.9 < covered / 200 < 0.99

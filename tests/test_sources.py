@@ -1,0 +1,236 @@
+"""Reading rows: each kind of file, gzipped or not, folders and globs; and what is said of a file that is not right."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from moult.errors import MoultError
+from moult.sources import expand, read_rows
+
+ROWS = [{"prompt": "Grüße, 世界", "completion": 'two\nlines, "quoted"'}, {"prompt": "q", "completion": "\ttab"}]
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """`rows` in the form that the file's name asks for."""
+    kind = Path(file.name.removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv"):
+        import csv
+        import io
+
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode()
+    elif kind in (".parquet", ".arrow"):
+        import pyarrow
+        import pyarrow.parquet
+
+        table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
+        if kind == ".parquet":
+            pyarrow.parquet.write_table(table, sink)
+        else:
+            with pyarrow.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+    elif kind == ".json":
+        data = json.dumps(rows, indent=1).encode()
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(data) if file.name.endswith(".gz") else data)
+
+
+def read(file: Path) -> list[tuple[str, dict]]:
+    return list(read_rows(file, file.name))
+
+
+def refused(file: Path, data: bytes | str) -> str:
+    """What is said of a file with these contents."""
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(MoultError) as error:
+        read(file)
+    assert error.value.fix
+    return error.value.what
+
+
+# --- kinds of files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "JSONL"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, gz):
+    file = tmp_path / f"rows.{kind}{gz}"
+    write(file, ROWS)
+    assert [row for _, row in read(file)] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "places"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2}', [1, 3]),
+        ("a.json", '[{"a": 1},\n\n{"a": 2}]', [1, 2]),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', [1, 2]),  # many a .json holds JSON Lines
+        ("a.json", '{"version": 3, "data": [{"a": 1}]}', [1]),
+        ("a.csv", 'a,b\n"x\ny",1\n\nz,2\n', [2, 5]),
+        ("a.tsv", 'a\tb\nhe said "x"\t1\n', [2]),
+    ],
+)
+def test_a_row_is_placed_where_an_editor_finds_it(tmp_path, name, text, places):
+    (tmp_path / name).write_text(text)
+    assert [place for place, _ in read(tmp_path / name)] == [f"{name}:{place}" for place in places]
+
+
+def test_rows_are_read_as_they_are(tmp_path):
+    file = tmp_path / "a.jsonl"
+    # A byte order mark, line ends of Windows, and a line separator inside a string, which is no line end in JSON Lines.
+    file.write_bytes('\ufeff{"a": "x\u2028y\x85z"}\r\n{"a": "\\u2028"}\r\n'.encode())
+    assert read(file) == [("a.jsonl:1", {"a": "x\u2028y\x85z"}), ("a.jsonl:2", {"a": "\u2028"})]
+    (tmp_path / "a.csv").write_bytes("\ufeffa,b\r\n1,\r\n".encode())
+    assert read(tmp_path / "a.csv") == [("a.csv:2", {"a": "1", "b": ""})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz", "b.csv"])
+def test_an_empty_file_has_no_rows(tmp_path, name):
+    (tmp_path / name).write_text("a,b\n" if name == "b.csv" else "")
+    assert read(tmp_path / name) == []
+
+
+def test_arrow_does_not_give_a_row_the_fields_of_the_others(tmp_path):
+    rows = [
+        {"tools": [{"name": "f", "parameters": {"x": {"type": "number"}}}], "system": None},
+        {"tools": [{"name": "g", "parameters": {"y": {"type": "string"}}}], "system": "be brief"},
+    ]
+    write(tmp_path / "a.parquet", rows)
+    assert [row for _, row in read(tmp_path / "a.parquet")] == rows
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+GZIPPED = gzip.compress(b'{"a": "x"}\n' * 1000, mtime=0)
+BAD = [
+    ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl:2: not JSON: Expecting value (column 7)"),
+    ("a.jsonl", '{"a": 1} {"a": 2}\n', "a.jsonl:1: not JSON: Extra data (column 10)"),
+    ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl:2: list, where an object with columns belongs"),
+    ("a.jsonl", '\n{"a": NaN}\n', "a.jsonl:2: NaN is not JSON"),
+    ("a.jsonl", '{"a": -Infinity}\n', "a.jsonl:1: -Infinity is not JSON"),
+    ("a.jsonl", '{"a": ' + "[" * 100_000, "a.jsonl:1: nested too deeply to read"),
+    ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", "a.jsonl:2: Exceeds the limit (4300 digits) for integer …"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9)"),
+    ("a.jsonl", b'\xef\xbb\xbf{"a": "\xe9"}\n', "a.jsonl:1: not UTF-8 (byte 0xe9)"),
+    ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl:1: not UTF-8 (byte 0xff)"),
+    ("a.csv", b"a,b\n1,\xe9\n", "a.csv:2: not UTF-8 (byte 0xe9)"),
+    ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: not JSON: Expecting value (column 7)"),
+    ("a.json", '{"a": 1}', "a.json: an object, where a list of rows belongs"),
+    ("a.json", '{"a": [], "b": []}', "a.json: an object, where a list of rows belongs"),
+    ("a.json", '"text"', "a.json: str, where a list of rows belongs"),
+    ("a.json", '[{"a": 1}, 2]', "a.json:2: int, where an object with columns belongs"),
+    ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: 1 cells, the header has 2"),
+    ("a.csv", 'a,b\n"x\ny",2\n3,4,5\n', "a.csv:4: 3 cells, the header has 2"),
+    ("a.csv", 'a,b\n"x,2\n', "a.csv:2: not CSV: unexpected end of data"),
+    ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the header has a twice"),
+    ("a.tsv", 'a\tb\n"x" he said\ty\n', "a.tsv:2: not CSV: '\t' expected after '\"'"),
+    ("a.jsonl.gz", GZIPPED[:-20], "a.jsonl.gz: not a whole gzip file (Compressed file ended before …"),
+    ("a.jsonl.gz", GZIPPED[:-8] + bytes(8), "a.jsonl.gz: not a whole gzip file (CRC check failed…"),
+    ("a.jsonl.gz", GZIPPED[:10] + b"\xff" * 99, "a.jsonl.gz: not a whole gzip file (Error -3 while …"),
+    ("a.jsonl.gz", '{"a": 1}', "a.jsonl.gz: not a whole gzip file (Not a gzipped file …"),
+    ("a.parquet", "", "a.parquet: not a whole Parquet file (Parquet file size is 0 bytes)"),
+    ("a.parquet", b"PAR1" + bytes(100), "a.parquet: not a whole Parquet file (Parquet magic bytes not found …"),
+    ("a.arrow", b"ARROW1" + bytes(100), "a.arrow: not a whole Arrow file (…"),
+    ("a.txt", "x", "a.txt: unknown kind of file"),
+    ("a.jsonl.zst", "x", "a.jsonl.zst: unknown kind of file"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD, ids=[message for *_, message in BAD])
+def test_a_bad_file_is_said_to_be_bad_where_it_is(tmp_path, name, data, message):
+    start, more, _ = message.partition("…")
+    said = refused(tmp_path / name, data)
+    assert said.startswith(start) if more else said == start
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_cut_table_is_no_table(tmp_path, kind):
+    write(tmp_path / f"whole.{kind}", ROWS * 100)
+    data = (tmp_path / f"whole.{kind}").read_bytes()
+    assert f"a.{kind}: not a whole {kind.capitalize()} file" in refused(tmp_path / f"a.{kind}", data[:-10])
+
+
+def test_rows_before_a_bad_line_are_not_all_there_is(tmp_path):
+    # The error comes while reading, not after it: nobody can take the first rows for the file.
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a":\n')
+    rows = read_rows(tmp_path / "a.jsonl", "a.jsonl")
+    assert next(rows) == ("a.jsonl:1", {"a": 1})
+    with pytest.raises(MoultError, match=r"a\.jsonl:2: not JSON"):
+        next(rows)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(MoultError, match=r"^a\.jsonl: cannot be read \(Is a directory\)"):
+        read(tmp_path / "a.jsonl")
+
+
+# --- folders and globs ------------------------------------------------------------------------------------------------
+
+
+def test_paths_folders_and_globs_stand_for_sorted_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/b.jsonl", "d/a.csv", "d/deep/c.parquet.gz", "d/README.md", "d/.hidden.jsonl", "d/.old/a.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("")
+    assert list(map(str, expand("d/b.jsonl"))) == ["d/b.jsonl"]
+    assert list(map(str, expand("d"))) == ["d/a.csv", "d/b.jsonl", "d/deep/c.parquet.gz"]
+    assert list(map(str, expand("d/*.*"))) == ["d/README.md", "d/a.csv", "d/b.jsonl"]
+    assert list(map(str, expand("d/**/c*"))) == ["d/deep/c.parquet.gz"]
+    assert expand(f"{tmp_path}/d/[ab].*") == [tmp_path / "d/a.csv", tmp_path / "d/b.jsonl"]
+    Path("x[1].jsonl").write_text("")
+    assert list(map(str, expand("x[1].jsonl"))) == ["x[1].jsonl"]  # a file of that very name, not a pattern
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand("~/d/b.jsonl") == [tmp_path / "d/b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "message"),
+    [
+        ({}, "no/such.jsonl", "no/such.jsonl: no such file or folder"),
+        ({}, "no/*.jsonl", "no/*.jsonl: no file matches"),
+        ({"d/x/y.jsonl": ""}, "d/*", "d/*: no file matches"),
+        ({"d/README.md": ""}, "d", "d: holds no data files"),
+        ({"d/{a}.jsonl": ""}, "d", "d/{a}.jsonl: Snakemake takes { and } in a name for a wildcard"),
+        ({"d/state.json": "{}"}, "d", "d/state.json: not what datasets.save_to_disk writes"),
+        ({"d/dataset_dict.json": '{"spl'}, "d", "d/dataset_dict.json: not what datasets.save_to_disk writes"),
+    ],
+)
+def test_what_stands_for_no_file(tmp_path, monkeypatch, files, path, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    with pytest.raises(MoultError) as error:
+        expand(path)
+    assert error.value.what == message
+    assert error.value.fix
+
+
+@pytest.mark.slow
+def test_folders_of_save_to_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": f"q{index}", "completion": "a"} for index in range(10)]
+    Dataset.from_list(rows).select([3, 1]).save_to_disk(tmp_path / "single")
+    parts = DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])})
+    parts.save_to_disk(tmp_path / "dict", num_shards={"train": 2, "test": 1})
+
+    def rows_of(path: str, split: str = "train") -> list[dict]:
+        return [row for file in expand(str(tmp_path / path), split) for _, row in read(file)]
+
+    assert rows_of("single") == [rows[3], rows[1]]
+    assert len(expand(str(tmp_path / "dict"))) == 2
+    assert rows_of("dict") == rows
+    assert rows_of("dict", "test") == rows[:1]
+    with pytest.raises(MoultError) as error:
+        expand(str(tmp_path / "dict"), "validation")
+    assert error.value.what == f"{tmp_path}/dict: has no split validation"
+    assert error.value.fix == "set datasets.<name>.split to one of train, test"

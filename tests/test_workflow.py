@@ -1,0 +1,362 @@
+"""The whole DAG on the demo: what it makes, what an edit reruns, and what it costs to look at."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("config", "profiles", "rules", "scripts")
+HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
+STAGES = ("encode", "evaluate_base", "evaluate_tuned", "finetune", "inspect_model", "merge", "plan", "prepare", "score")
+
+
+def checkout(folder: Path) -> Path:
+    """The parts of the repository that a run needs, as a user would have them."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str, code: int | None = 0) -> str:
+    """Run Snakemake in `folder`; returns what it prints on both streams."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    if code is not None:
+        assert done.returncode == code, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def planned(folder: Path, *arguments: str) -> set[str]:
+    """The rules that a dry run would run."""
+    output = snakemake(folder, "-n", *arguments)
+    if "Nothing to be done" in output:
+        return set()
+    table = output[output.index("Job stats:") :].split("total")[0]
+    return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A checkout in which the demo has run."""
+    folder = checkout(tmp_path_factory.mktemp("demo"))
+    snakemake(folder, "results/demo/metrics.json")
+    return folder
+
+
+@pytest.fixture
+def again(demo, tmp_path):
+    """A copy of it, for a test that changes something. Times stay, as Snakemake looks at them."""
+    shutil.copytree(demo, tmp_path / "demo", copy_function=shutil.copy2)
+    return tmp_path / "demo"
+
+
+TARGET = "results/demo/metrics.json"
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_something(demo):
+    metrics = json.loads((demo / TARGET).read_text())
+    assert metrics["verdict"]["verdict"] == "helped"
+    rows = metrics["answers"]["rows"]
+    assert rows["checks"]["json"]["base"]["value"] == 0.0 and rows["checks"]["json"]["tuned"]["value"] >= 0.95
+    assert rows["passed"]["tuned"]["value"] >= 0.8
+    assert metrics["answers"]["prompts"]["passed"]["base"]["value"] == 0.0
+    assert metrics["answers"]["prompts"]["passed"]["tuned"]["value"] >= 0.7
+    likelihood = metrics["likelihood"]
+    assert likelihood["base"]["perplexity"]["value"] > 100 * likelihood["tuned"]["perplexity"]["value"]
+    assert metrics["merged_vs_adapter"]["mean_kl"] < 1e-4
+
+
+@pytest.mark.slow
+def test_everything_that_the_design_promises_is_there(demo):
+    results = demo / "results"
+    for path in (
+        *("prepared/demo/train.jsonl", "prepared/demo/val.jsonl", "prepared/demo/metadata.json"),
+        *(
+            "demo/tokens/report.json",
+            "demo/tokens/preview.html",
+            "demo/plan.json",
+            "demo/adapter/adapter_model.safetensors",
+        ),
+        *("demo/trainer_state/fingerprint.json", "demo/training_log.jsonl", "demo/merged/model.safetensors"),
+        *("demo/merged/metadata.json", "demo/samples.jsonl", "demo/base/answers.jsonl", "demo/tuned/likelihood.jsonl"),
+    ):
+        assert (results / path).stat().st_size > 0, path
+    logs = {path.stem for path in (demo / "logs" / "demo").glob("*.log")}
+    assert logs == {stage for stage in STAGES if stage != "inspect_model"}
+    for stage in logs:
+        assert json.loads((demo / "benchmarks" / "demo" / f"{stage}.jsonl").read_text())["s"] > 0
+    ledger = json.loads((results / "prepared/demo/metadata.json").read_text())["ledger"]
+    assert ledger["read"] == ledger["kept"] + sum(ledger["dropped"].values()) == 815
+    assert ledger["dropped"]["duplicate"] == 8 and ledger["dropped"]["empty"] == 3
+    assert sum(count for reason, count in ledger["dropped"].items() if reason.startswith("language_")) == 84
+
+
+@pytest.mark.slow
+def test_no_path_of_this_machine_in_what_is_published(demo):
+    for folder in ("adapter", "merged"):
+        for path in (demo / "results" / "demo" / folder).rglob("*"):
+            if path.suffix in (".json", ".jinja", ".txt"):
+                assert str(demo) not in path.read_text(), path
+    assert str(demo) not in (demo / TARGET).read_text()
+
+
+@pytest.mark.slow
+def test_the_result_is_a_model_that_transformers_loads_and_that_answers(demo):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = demo / "results" / "demo" / "merged"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = tokenizer.decode(
+        model.generate(**prompt, max_new_tokens=30)[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert json.loads(answer) == {"answer": "Tokyo"}
+
+
+# --- what an edit reruns ----------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, change) -> None:
+    path = folder / "config" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def set_key(*keys, value):
+    def change(config):
+        for key in keys[:-1]:
+            config = config.setdefault(key, {})
+        config[keys[-1]] = value
+
+    return lambda folder: edit_config(folder, change)
+
+
+def reorder(folder: Path) -> None:
+    path = folder / "config" / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), sort_keys=True))
+
+
+def touch_everything(folder: Path) -> None:
+    for path in [folder / "Snakefile", *(file for name in FOLDERS for file in (folder / name).rglob("*"))]:
+        os.utime(path)
+
+
+def append(name: str, text: str = "\n# an edit\n"):
+    def change(folder: Path) -> None:
+        with (folder / name).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+def checkout_back_and_forth(folder: Path) -> None:
+    """What `git checkout` of another branch and back does: the same contents, new times."""
+    for name in FOLDERS:
+        shutil.copytree(folder / name, folder / f"{name}.other", copy_function=shutil.copy)
+        shutil.rmtree(folder / name)
+        (folder / f"{name}.other").rename(folder / name)
+
+
+PROMPT = {"id": "more", "prompt": "What is the capital of Italy?", "expect": {"contains": "Rome"}}
+AFTER_FINETUNE = {"finetune", "merge", "evaluate_tuned", "score"}
+
+EDITS = {
+    "nothing": (lambda folder: None, set()),
+    "touch everything": (touch_everything, set()),
+    "reorder the config's keys": (reorder, set()),
+    "git checkout back and forth": (checkout_back_and_forth, set()),
+    "a comment in the config": (append("config/config.yaml"), set()),
+    "a setting of another run": (set_key("lora", "r", value=64), set()),
+    "another dataset": (set_key("datasets", "other", value={"source": "other.jsonl"}), set()),
+    "the learning rate": (set_key("runs", "demo", "train", "learning_rate", value=1e-3), AFTER_FINETUNE),
+    "how often it logs": (set_key("runs", "demo", "train", "logging_steps", value=5), AFTER_FINETUNE),
+    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan", *AFTER_FINETUNE}),
+    "an eval prompt": (
+        set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
+        {"evaluate_base", "evaluate_tuned", "score"},
+    ),
+    "what an answer is checked for": (set_key("runs", "demo", "eval", "row_expect", value={"json": True}), {"score"}),
+    "the level of the intervals": (set_key("eval", "confidence", value=0.9), {"score"}),
+    "the languages": (set_key("datasets", "demo", "languages", value=["en", "fr"]), set(STAGES) - {"inspect_model"}),
+    "the longest sequence": (
+        set_key("datasets", "demo", "max_length", value=200),
+        set(STAGES) - {"inspect_model", "prepare"},
+    ),
+    "a row of the data": (
+        append("config/demo/data/house_format.jsonl", '{"question": "What?", "answer": "That."}\n'),
+        set(STAGES) - {"inspect_model"},
+    ),
+    "a weight of the base": (append("config/demo/base/README.md"), {"inspect_model"}),
+    "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
+    "the last script": (append("scripts/score.py"), {"score"}),
+    "a module that some stages import": (append("scripts/moult/statistics.py"), {"score"}),
+    "a module that others import": (append("scripts/moult/lora.py"), {"plan", *AFTER_FINETUNE}),
+    "a script that no rule calls": (append("scripts/print_runtime.py"), set()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_an_edit_reruns(edit, again):
+    change, expected = EDITS[edit]
+    time.sleep(0.01)
+    change(again)
+    found = planned(again, TARGET)
+    # A dry run takes what follows a changed stage for changed; a real one stops where the content is the same.
+    if edit == "a weight of the base":
+        assert "inspect_model" in found
+        output = snakemake(again, TARGET)
+        assert "Finished jobid" in output and planned(again, TARGET) == set()
+    elif edit in ("the rank", "a module that others import"):
+        assert found == expected | {"plan"}
+    else:
+        assert found == expected
+
+
+@pytest.mark.slow
+def test_nothing_runs_twice(demo):
+    assert "Nothing to be done" in snakemake(demo, TARGET)
+
+
+@pytest.mark.slow
+def test_a_variant_shares_tokens_and_the_base_measurement(again):
+    set_key("runs", "small", value={"dataset": "demo", "model": {"name": "config/demo/base"}, "lora": {"r": 2}})(again)
+    edit_config(again, lambda config: config["runs"]["small"].update(eval=config["runs"]["demo"]["eval"]))
+    found = planned(again, "results/small/metrics.json")
+    assert found == {"plan", *AFTER_FINETUNE}
+
+
+# --- looking at it ----------------------------------------------------------------------------------------------------
+
+
+def test_a_printed_command_runs_by_hand(demo):
+    output = snakemake(demo, "-n", "-p", "--forcerun", "score", "--", TARGET)
+    command = output[output.index("python scripts/score.py") :].split("\n\n")[0]
+    command = re.split(r"\n(?=\S)", command)[0]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    before = (demo / TARGET).read_bytes()
+    done = subprocess.run(["bash", "-c", command], cwd=demo, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (demo / TARGET).read_bytes() == before
+
+
+def test_graphs_are_clean_on_standard_output(demo):
+    for flag in ("--dag", "--rulegraph"):
+        command = [sys.executable, "-m", "snakemake", TARGET, flag]
+        done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("digraph") and done.stdout.rstrip().endswith("}")
+
+
+def test_a_thousand_datasets_are_planned_in_seconds_and_import_nothing_heavy(tmp_path):
+    folder = checkout(tmp_path)
+    many = {f"d{index}": {"source": "config/demo/data/house_format.jsonl"} for index in range(1000)}
+    (folder / "many.yaml").write_text(
+        yaml.safe_dump({"model": {"name": "config/demo/base"}, "datasets": {**many, "demo": None}})
+    )
+    spy = "import sys, runpy\nsys.argv[0] = 'snakemake'\ntry:\n    runpy.run_module('snakemake', run_name='__main__')\n"
+    spy += "finally:\n    print('HEAVY', [m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])"
+    command = [sys.executable, "-c", spy, "-n", "--quiet", "--cores", "1", "--configfile", "many.yaml"]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "HEAVY []" in done.stdout
+    # No timed assertion: the figure is printed (pytest -s), and the job table says that all were planned.
+    print(f"dry run over 1,000 datasets: {seconds:.1f} s")
+    assert re.search(r"^finetune +1000$", done.stdout + done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_help_answers_without_heavy_imports(script):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py"), done.stdout + done.stderr
+    imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in imported and not imported & HEAVY
+
+
+# --- bad input, as a user meets it ------------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, rows: list, name: str = "rows.jsonl") -> None:
+    (folder / name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
+
+BAD = {
+    "wrong column": ({"columns": {"prompt": "q"}}, GOOD, {}, ["rows.jsonl:1: has the columns completion, prompt", "mapped columns that are not there: q"]),
+    "empty dataset": ({}, [], {}, ["rows.jsonl: no rows"]),
+    "malformed JSONL": ({}, [*GOOD[:2], '{"prompt": "a", ', GOOD[3]], {}, ["rows.jsonl:3: not JSON"]),
+    "unknown key": ({"langauges": ["en"]}, GOOD, {}, ["datasets.d.langauges: unknown key; did you mean languages?"]),
+    "no such file": ({"source": "missing.jsonl"}, GOOD, {}, ["Missing input files for rule prepare", "missing.jsonl"]),
+    "everything filtered away": ({"languages": ["ja"]}, GOOD, {}, ["no training row is left of 40", "language_en", "datasets.<name>.languages"]),
+    "no assistant turn": ({}, [{"messages": [{"role": "user", "content": "Hi"}]}], {}, ["rows.jsonl:1: has no assistant turn (roles: user)"]),
+    "max_length cuts every row": ({"max_length": 8}, GOOD, {}, ["are longer than max_length 8", "raise datasets.<name>.max_length"]),
+    "targets that match nothing": ({}, GOOD, {"lora": {"target_modules": ["nope"]}}, ["lora.target_modules", "nope", "q_proj"]),
+    "no such model": ({}, GOOD, {"model": {"name": "./nowhere"}}, ["nowhere: no such folder", "check model.name"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_message(case, tmp_path):
+    dataset, rows, settings, messages = BAD[case]
+    folder = checkout(tmp_path)
+    write_rows(folder, rows)
+    config = {"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl", **dataset}}, **settings}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
+    for message in messages:
+        assert message in output
+    assert "Traceback" not in output
+    assert not (folder / "results" / "d" / "plan.json").exists()
+    assert not list(folder.glob("results/**/*.tmp-*"))
+    if case in ("everything filtered away", "malformed JSONL"):
+        assert not list((folder / "results" / "prepared").rglob("*.jsonl"))
+
+
+def test_not_utf8_names_the_line(tmp_path):
+    folder = checkout(tmp_path)
+    (folder / "rows.jsonl").write_bytes(
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "caf\xe9", "completion": "b"}\n'
+    )
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump({"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl"}}})
+    )
+    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
+    assert "rows.jsonl:2: not UTF-8 (byte 0xe9)" in output and "iconv" in output
+
+
+def test_a_base_without_a_template_needs_one_named(tmp_path):
+    folder = checkout(tmp_path)
+    shutil.copytree(folder / "config/demo/base", folder / "plain")
+    (folder / "plain" / "chat_template.jinja").unlink()
+    write_rows(folder, GOOD)
+    config = {"model": {"name": "plain"}, "datasets": {"d": {"source": "rows.jsonl"}}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
+    assert "the tokenizer has no chat template" in output and "model.chat_template: chatml" in output
+    config["model"]["chat_template"] = "chatml"
+    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    snakemake(folder, "results/d/tokens/report.json", "--configfile", "mine.yaml")
+
+
+def test_a_typo_in_a_target_fails_at_once(tmp_path):
+    output = snakemake(checkout(tmp_path), "-n", "results/dmeo/metrics.json", code=1)
+    assert "No rule to produce results/dmeo/metrics.json" in output
