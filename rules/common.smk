@@ -49,9 +49,11 @@ except MoultError as error:
 # --- code: tracked by content, not by time ---
 
 
-def code(script):
-    """Input: a stage's script. Its time does not count: what it and its library hold is in `code_hash`."""
-    return ancient(own_file(f"scripts/{script}.py"))
+def script_of(stage):
+    """Param: the script of a stage. The path itself is not tracked (it takes `input`): outside of a checkout it is another
+    one at each start. What the script and its library hold is in `code_hash`."""
+    code_hash(stage)  # brings the modules that it imports to where the jobs find them
+    return lambda wildcards, input: own_file(f"scripts/{stage}.py")
 
 
 @lru_cache

@@ -8,7 +8,6 @@ Writes: results/<run>/tokens/: train.parquet, val.parquet, chat_template.jinja, 
 rule encode:
     """Tokenize and label, once; the trainer uses it as it is."""
     input:
-        code=code("encode"),
         train=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/train.jsonl",
         val=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/val.jsonl",
         model=base_model,
@@ -29,11 +28,12 @@ rule encode:
         runtime=120,
     params:
         settings=settings("encode"),
+        script=script_of("encode"),
         code=code_hash("encode", "config/chat_templates/chatml.jinja"),
         templates=lambda wildcards, input: shipped_templates,
         folder=lambda wildcards, output: Path(output.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
+        python {params.script:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
             --train {input.train:q} --val {input.val:q} --out {params.folder:q} --threads {threads} --log-file {log:q}
         """

@@ -8,7 +8,6 @@ Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.
 rule evaluate_base:
     """The base's likelihood of the validation rows, and its answers."""
     input:
-        code=code("evaluate_model"),
         model=base_model,
         plan=ancient("<results>/{run}/plan.json"),  # nothing expensive before it
         val=tokens("val.parquet"),
@@ -28,11 +27,12 @@ rule evaluate_base:
         runtime=240,
     params:
         settings=settings("evaluate_base"),
+        script=script_of("evaluate_model"),
         code=code_hash("evaluate_model"),
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log-file {log:q}
         """
 
@@ -40,7 +40,6 @@ rule evaluate_base:
 rule evaluate_tuned:
     """The same of the merged model, which is also compared with base plus adapter."""
     input:
-        code=code("evaluate_model"),
         model=base_model,
         adapter=ancient("<results>/{run}/adapter"),
         merged=ancient("<results>/{run}/merged"),  # their content is tracked by merge.json
@@ -63,11 +62,12 @@ rule evaluate_tuned:
         runtime=240,
     params:
         settings=settings("evaluate_tuned"),
+        script=script_of("evaluate_model"),
         code=code_hash("evaluate_model"),
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
+        python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
             --merge-check {output.merge_check:q} --threads {threads} --log-file {log:q}
         """

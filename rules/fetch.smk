@@ -22,9 +22,6 @@ hub_datasets = {
     for entry in source_entries(source, dataset)
     if not is_local(entry["path"])
 }
-fetch_scripts = {script: code(script) for script in ("fetch_model", "fetch_dataset", "check_connectivity")}
-for script in fetch_scripts:
-    code_hash(script)  # not for its hash: it brings the modules that the script imports to where the jobs find them
 
 
 rule fetch_model:
@@ -40,7 +37,7 @@ rule fetch_model:
         model="|".join(map(re.escape, hub_models)) or "(?!)",
     localrule: True
     params:
-        script=lambda wildcards, input: fetch_scripts["fetch_model"],
+        script=script_of("fetch_model"),
         settings=lambda wildcards, input: settings_of_model(wildcards.model, hub_models),
         name=lambda wildcards, input: config["runs"][hub_models[wildcards.model]]["model"]["name"],
         tls=lambda wildcards, input: config["network"]["tls"],
@@ -54,7 +51,6 @@ rule fetch_model:
 rule inspect_model:
     """Local model folder -> manifest. The folder is used in place."""
     input:
-        code=code("fetch_model"),
         files=lambda wildcards: local_model_files(local_models[wildcards.model]),
     output:
         manifest="<results>/models/{model}.json",
@@ -69,10 +65,11 @@ rule inspect_model:
         settings=lambda wildcards: settings_of_model(wildcards.model, local_models),
         name=lambda wildcards: config["runs"][local_models[wildcards.model]]["model"]["name"],
         folder=lambda wildcards: local_model(config["runs"][local_models[wildcards.model]]["model"], config["paths"]),
+        script=script_of("fetch_model"),
         code=code_hash("fetch_model"),
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --name {params.name:q} \
+        python {params.script:q} --settings {params.settings:q} --name {params.name:q} \
             --folder {params.folder:q} --manifest {output.manifest:q} --log-file {log:q}
         """
 
@@ -90,7 +87,7 @@ rule fetch_dataset:
         dataset="|".join(map(re.escape, hub_datasets)) or "(?!)",
     localrule: True
     params:
-        script=lambda wildcards, input: fetch_scripts["fetch_dataset"],
+        script=script_of("fetch_dataset"),
         settings=lambda wildcards, input: canonical(hub_datasets[wildcards.dataset]),
         tls=lambda wildcards, input: config["network"]["tls"],
     shell:
@@ -106,7 +103,7 @@ rule check_connectivity:
         "<logs>/check_connectivity.log",
     localrule: True
     params:
-        script=lambda wildcards, input: fetch_scripts["check_connectivity"],
+        script=script_of("check_connectivity"),
         settings=lambda wildcards, input: canonical(
             {
                 "models": [

@@ -9,7 +9,6 @@ Keeps:  results/<run>/trainer_state/, the checkpoints; no output, so that Snakem
 rule finetune:
     """Tune with trl.SFTTrainer and peft; goes on from the newest whole checkpoint."""
     input:
-        code=code("finetune"),
         model=base_model,
         plan="<results>/{run}/plan.json",
         train=tokens("train.parquet"),
@@ -31,13 +30,14 @@ rule finetune:
         runtime=1440,
     params:
         settings=settings("finetune"),
+        script=script_of("finetune"),
         code=code_hash("finetune"),
         tokens=lambda wildcards, input: Path(input.report).parent,
         state=lambda wildcards, output: Path(output.summary).parent / "trainer_state",
         launch=launcher,
     shell:
         """
-        {params.launch} {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        {params.launch} {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --plan {input.plan:q} --state {params.state:q} --adapter {output.adapter:q} --summary {output.summary:q} \
             --training-log {output.training_log:q} --threads {threads} --log-file {log:q}
         """

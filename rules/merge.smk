@@ -8,7 +8,6 @@ Writes: results/<run>/merged/, merge.json (hashes, how it was merged)
 rule merge:
     """Add the adapter to the base's weights, tensor by tensor."""
     input:
-        code=code("merge"),
         model=base_model,
         plan="<results>/{run}/plan.json",
         adapter=ancient("<results>/{run}/adapter"),  # its content is tracked by adapter.json
@@ -28,11 +27,12 @@ rule merge:
         runtime=120,
     params:
         settings=settings("merge"),
+        script=script_of("merge"),
         code=code_hash("merge"),
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
+        python {params.script:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \
             --tokens {params.tokens:q} --adapter {input.adapter:q} --merged {output.merged:q} --summary {output.summary:q} \
             --threads {threads} --log-file {log:q}
         """

@@ -8,7 +8,6 @@ Writes: results/<run>/plan.json
 rule plan:
     """Parameters, LoRA targets, steps, memory and disk, how it can be merged and served."""
     input:
-        code=code("plan"),
         model=base_model,
         train=tokens("train.parquet"),
         report=tokens("report.json"),
@@ -23,10 +22,11 @@ rule plan:
         runtime=30,
     params:
         settings=settings("plan"),
+        script=script_of("plan"),
         code=code_hash("plan"),
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
+        python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --out {output:q} --log-file {log:q}
         """

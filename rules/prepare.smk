@@ -8,7 +8,6 @@ Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, metadata.json (where 
 rule prepare:
     """Normalise, filter, deduplicate, split; every row accounted for."""
     input:
-        code=code("prepare"),
         files=dataset_files,
     output:
         train="<results>/prepared/{ds}/train.jsonl",
@@ -24,9 +23,10 @@ rule prepare:
         runtime=120,
     params:
         settings=settings("prepare"),
+        script=script_of("prepare"),
         code=code_hash("prepare"),
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
+        python {params.script:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
             --metadata {output.metadata:q} --threads {threads} --log-file {log:q}
         """

@@ -8,7 +8,6 @@ Writes: results/<run>/metrics.json, samples.jsonl
 rule score:
     """Intervals and a verdict."""
     input:
-        code=code("score"),
         base=measured_base("likelihood.jsonl"),
         base_answers=measured_base("answers.jsonl"),
         tuned="<results>/{run}/tuned/likelihood.jsonl",
@@ -30,13 +29,14 @@ rule score:
         runtime=30,
     params:
         settings=settings("score"),
+        script=script_of("score"),
         code=code_hash("score", "scripts/moult/metrics.schema.json"),
         base=lambda wildcards, input: Path(input.base).parent,
         tuned=lambda wildcards, input: Path(input.tuned).parent,
         tokens=lambda wildcards, input: Path(input.report).parent,
     shell:
         """
-        python {input.code:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
+        python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

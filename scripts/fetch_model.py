@@ -68,7 +68,7 @@ def download(settings: dict, args, log) -> dict:
         )
         check_weights(args.name, [file.rfilename for file in info.siblings])
         partial = partial_folder(args.out, info.sha)
-        download_files(args.name, info, partial, log)
+        download_files(args.name, info, partial, settings["trust_remote_code"], log)
     manifest = describe(partial, args.name, settings["trust_remote_code"], info.sha, local=False)
     check_whole(info, manifest, partial)
     put(partial, Path(args.out))
@@ -99,15 +99,16 @@ def partial_folder(out: str, commit: str) -> Path:
     return partial
 
 
-def download_files(name: str, info, partial: Path, log) -> None:
+def download_files(name: str, info, partial: Path, trust_remote_code: bool, log) -> None:
     """First the small files: the index among them says which weights the model consists of."""
     from huggingface_hub import snapshot_download
 
     from moult.files import read_json
-    from moult.models import IGNORED
+    from moult.models import IGNORED, check_code
     from moult.stage import progress
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
+    check_code(partial, name, trust_remote_code)
     index = partial / "model.safetensors.index.json"
     weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in weights)

@@ -138,12 +138,14 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
     for index, source in enumerate(sources):
         for path in expand(source["path"], settings["split"]):
             files.append({"path": str(path), "source": index, "sha256": sha256_file(path), "rows": 0, "format": None})
-    names = Counter(file["path"].rsplit("/", 1)[-1] for file in files)
+    names = Counter(Path(file["path"]).name for file in files)
+    paths = Counter(file["path"] for file in files)
     rows: list[Row] = []
     for file in progress.over(files, "files"):
-        name = file["path"].rsplit("/", 1)[-1]
-        # Ids must be distinct, so files of the same name go by their path.
+        name = Path(file["path"]).name
+        # Ids must be distinct, so files of the same name go by their path; one file may be read twice, both ways.
         name = name if names[name] == 1 else file["path"]
+        name = name if paths[file["path"]] == 1 else f"{name} (source {file['source']})"
         source = sources[file["source"]]
         for place, raw in itertools.islice(read_rows(Path(file["path"]), name), settings["max_rows"]):
             ledger.read += 1

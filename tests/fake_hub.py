@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.elsewhere and not on_other_host:
             linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
             other = f"http://localhost:{self.hub.port}" if self.hub.elsewhere is True else self.hub.elsewhere
-            location = f"{other}/elsewhere{self.path}"
+            location = f"{other}/elsewhere{self.path}?Signature=valid-for-an-hour"
             return self.answer({}, 302, {**headers, **linked, "Location": location})
         if self.command == "GET":
             data = self.hub.wrong.get(file, data)

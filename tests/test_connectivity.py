@@ -61,7 +61,8 @@ def assert_stops(outcome: tuple[int, list[str]], step: str, what: str, fix: str)
 # --- all is well ------------------------------------------------------------------------------------------------------
 
 
-def test_all_ok(hub, check):
+def test_all_ok(hub, check, tmp_path):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password wrong")  # requests would send this
     hub.add("model", "org/tiny", FILES)
     hub.add("dataset", "org/math", {"train.jsonl": b"{}"}, revision="v1", private=True)
     code, lines = check(hub, [("org/tiny", None)], [("org/math", "v1")], HF_TOKEN=TOKEN)

@@ -157,6 +157,7 @@ def test_token_is_sent_to_the_hub_alone_and_written_nowhere(hub, fetch, variable
     sent = {path.startswith("/elsewhere/"): authorization for _, path, authorization in hub.requests}
     assert sent == {False: f"Bearer {TOKEN}", True: None}
     assert_written_nowhere(fetch.folder)
+    assert "Signature=" not in (fetch.folder / "logs/fetch.log").read_text(), "signed addresses are secrets, too"
     hub.status = 500  # the log of a failure holds the values of all variables
     assert fetch.model(**{variable: TOKEN}).returncode == 1
     assert_written_nowhere(fetch.folder)
@@ -384,6 +385,14 @@ def test_hub_that_never_answers(hub, fetch):
     assert time.monotonic() - started < 10
 
 
+def test_no_call_of_the_hubs_client_waits_without_end(hub, fetch):
+    hub.mute = 30
+    code = "import moult.network as network; network.READ_TIMEOUT = 0.5; network.set_up_hub('verify')\n"
+    code += f"from huggingface_hub import get_session; get_session().get('{hub.url}', timeout=None)"
+    result = fetch.run([sys.executable, "-c", code], PYTHONPATH=str(ROOT / "scripts"))
+    assert "ReadTimeout" in result.stderr
+
+
 def test_offline_switch_is_named(hub, fetch):
     result = fetch.model(HF_HUB_OFFLINE="1")
     what = "org/tiny would have to come from the hub, and HF_HUB_OFFLINE forbids that"
@@ -559,26 +568,23 @@ def test_gated_and_missing_datasets(hub, fetch):
 def test_rules_fetch_once(hub, fetch):
     hub.add("model", "org/tiny", model(), private=True)
     hub.add("dataset", "org/math", dataset())
-    config = {
-        "model": {"name": "org/tiny"},
-        "datasets": {
-            "math": {"source": "org/math", "subset": "main"},
-            "again": {"source": ["org/math"], "subset": "main"},
-        },
-    }
+    math = {"source": "org/math", "subset": "main", "columns": {"prompt": "question", "completion": "answer"}}
+    again = {"source": ["org/math"], "subset": "main"}
+    config = {"model": {"name": "org/tiny"}, "datasets": {"math": math, "again": again}}
     targets = ["results/models/org--tiny.json", f"results/datasets/{dataset_slug()}.parquet"]
 
     def snakemake(*arguments: str) -> str:
         (fetch.folder / "config.yaml").write_text(yaml.safe_dump(config))
         where = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(fetch.folder), "--cores", "1"]
-        command = [sys.executable, "-m", "snakemake", *targets, *where, "--configfile", "config.yaml"]
-        result = fetch.run([*command, *arguments], HF_TOKEN=TOKEN)
+        command = [sys.executable, "-m", "snakemake", *targets, *arguments, *where, "--configfile", "config.yaml"]
+        result = fetch.run(command, HF_TOKEN=TOKEN)
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
 
-    snakemake()
+    snakemake("results/prepared/math/metadata.json")
     assert fetch.json("models/org--tiny.json")["commit"]
     assert fetch.json(f"datasets/{dataset_slug()}.json")["rows"] == 20
+    assert fetch.json("prepared/math/metadata.json")["ledger"]["read"] == 20
     assert_written_nowhere(fetch.folder)
     seen = len(hub.requests)
     config["network"] = {"tls": "off"}

@@ -49,9 +49,23 @@ def test_the_same_text_has_the_same_answer(name):
     assert len({detector(name)("Hotel Roma") for _ in range(20)}) == 1
 
 
-def test_norwegian_has_one_code():
-    text = "Jeg vet ikke hva jeg skal gjøre med alle disse bøkene som ligger på gulvet i stua."
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Jeg vet ikke hva jeg skal gjøre med alle disse bøkene som ligger på gulvet i stua.",
+        "Eg veit ikkje kva eg skal gjere med alle desse bøkene som ligg på golvet i stova.",
+    ],
+)
+def test_norwegian_has_one_code(text):
     assert [detector(name)(text) for name in DETECTORS] == ["no", "no"]
+
+
+def test_scripts_of_one_language_need_no_detector():
+    def guess(text):
+        raise AssertionError(f"asked about {text}")
+
+    texts = [CHINESE, "私は毎日日本語を勉強しています。", "오늘은 날씨가 매우 좋습니다."]
+    assert [languages_of([text], guess) for text in texts] == [["zh"], ["ja"], ["ko"]]
 
 
 def test_only_what_user_and_assistant_say_counts():

@@ -156,7 +156,12 @@ CHATML_CELLS = {
     "reasoning": QWEN3_CELLS["reasoning"],
     "reasoned call": QWEN3_CELLS["reasoned call"],
 }
-MISTRAL_TOKENS = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]") + (
+MISTRAL_TOKENS = (
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
     "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]",
 )

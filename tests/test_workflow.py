@@ -271,7 +271,7 @@ def test_a_thousand_datasets_are_planned_in_seconds_and_import_nothing_heavy(tmp
     )
     spy = "import sys, runpy\nsys.argv[0] = 'snakemake'\ntry:\n    runpy.run_module('snakemake', run_name='__main__')\n"
     spy += "finally:\n    print('HEAVY', [m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])"
-    command = [sys.executable, "-c", spy, "-n", "--quiet", "--cores", "1", "--configfile", "many.yaml"]
+    command = [sys.executable, "-c", spy, "-n", "--cores", "1", "--configfile", "many.yaml"]
     started = time.monotonic()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     seconds = time.monotonic() - started

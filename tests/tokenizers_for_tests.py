@@ -52,6 +52,28 @@ def make_tokenizer(
     return folder
 
 
+def poor(tokenizer):
+    """A vocabulary of small letters and newline; other characters vanish without a trace."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    specials = ["<|im_start|>", "<end>"]
+    letters = ["\n", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    other = Tokenizer(models.BPE({token: id for id, token in enumerate([*specials, *letters])}, []))
+    other.normalizer = normalizers.Replace(" ", "▁")
+    other.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    other.add_special_tokens(specials)
+    tokenizer._tokenizer = other
+
+
+def adds_bos(tokenizer):
+    from tokenizers import processors
+
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+
+
 def user(text: str) -> dict:
     return {"role": "user", "content": text}
 

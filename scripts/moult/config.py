@@ -421,7 +421,7 @@ def fetched_dataset(config: dict, dataset: dict, hub_id: str) -> str:
 
 
 def dataset_slug(dataset: dict, hub_id: str) -> str:
-    return slug("/".join(filter(None, [hub_id, dataset["subset"], dataset["split"]])), dataset["revision"])
+    return slug("/".join([hub_id, dataset["subset"] or "", dataset["split"]]), dataset["revision"])
 
 
 def _encode(config: dict, run: dict, dataset: dict) -> dict:
@@ -472,9 +472,7 @@ def _score(config: dict, run: dict, dataset: dict) -> dict:
 
 
 _RUN_SETTINGS = {
-    "fetch_model": lambda config, run, dataset: (
-        _pick(run["model"], "revision", "trust_remote_code") | config["network"]
-    ),
+    "fetch_model": lambda config, run, dataset: _pick(run["model"], "revision", "trust_remote_code"),
     "encode": _encode,
     "plan": _plan,
     "finetune": _finetune,

@@ -4,24 +4,26 @@ import re
 from pathlib import Path
 
 from moult.errors import MoultError, some
-from moult.files import read_json, sha256_folder
+from moult.files import read_json, sha256_file
 from moult.weights import read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded, never hashed.
 IGNORED = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.gguf",
-    "*.tflite",
-    "*.ot",
-    ".*",
-    "*/.*",
-    "*.md5",
+    *(
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.h5",
+        "*.msgpack",
+        "*.onnx*",
+        "*.gguf",
+        "*.tflite",
+        "*.ot",
+        "*.nemo",
+        "*.md5",
+    ),
+    *(".*", "*/.*", "original/*"),
 )
 
 
@@ -39,13 +41,12 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
     code that may not run."""
     for path in weight_files(folder):
         read_header(path)
-    code = read_json(folder / "config.json").get("auto_map")
-    if code and not trust_remote_code:
-        raise MoultError(
-            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, code.values()))))})",
-            "read that code, then allow it with model.trust_remote_code: true",
-        )
-    files = {file: digest for file, digest in sha256_folder(folder).items() if not _ignored(file)}
+    check_code(folder, name, trust_remote_code)
+    files = {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _ignored(path.relative_to(folder).as_posix())
+    }
     return {
         "schema_version": 1,
         "name": public_name(name),
@@ -53,6 +54,16 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
         "folder": str(folder) if local else None,
         "files": files,
     }
+
+
+def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:
+    """Raises MoultError for a model that brings Python code, unless the config allows it."""
+    code = read_json(folder / "config.json").get("auto_map")
+    if code and not trust_remote_code:
+        raise MoultError(
+            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, code.values()))))})",
+            "read that code, then allow it with model.trust_remote_code: true",
+        )
 
 
 def _ignored(file: str) -> bool:

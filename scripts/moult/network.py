@@ -98,10 +98,8 @@ def set_up_hub(tls: str) -> None:
         log.warning(
             "network.tls is off: NO CERTIFICATE IS CHECKED. Anyone on the way can read the token and change what is downloaded"
         )
-    for name in ("httpx2", "httpcore2"):  # they log every header, and addresses that carry a signature
-        logging.getLogger(name).setLevel(logging.WARNING)
     if ca := ca_file(tls):
-        os.environ["SSL_CERT_FILE"] = ca  # the client's own variable; OpenSSL and hf_xet know it too
+        os.environ["SSL_CERT_FILE"] = ca  # the client's variable, and OpenSSL's
 
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import httpx

@@ -34,7 +34,7 @@ from moult.errors import UNFINISHED, MoultError
 log = logging.getLogger("moult")
 
 # Loggers whose DEBUG lines are wire noise and may hold headers.
-_CHATTY = ("httpcore", "httpx", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba", "matplotlib")
+_CHATTY = ("httpcore", "httpcore2", "httpx", "httpx2", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba")
 
 _SECRET_NAME = re.compile(r"token$|secret|passw|api_?key|authorization|credential", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s@]+(?=@)")

@@ -200,12 +200,17 @@ class Watch(TrainerCallback):
             self._start_clock()
         if "eval_loss" in logs:
             log.info("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
+        self._write(entry)
+
+    def _write(self, entry: dict) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(entry, sort_keys=True) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.close()
+            if args.device.type == "cuda":
+                self._write({"step": state.global_step, "peak_gpu_bytes": torch.cuda.max_memory_allocated()})
 
 
 def check_finite(logs: dict, step: int) -> None:
