@@ -43,3 +43,7 @@ rule all:
     default_target: True
     input:
         expand("<results>/{run}/metrics.json", run=config["runs"]),
+
+
+onerror:
+    tell_failures()

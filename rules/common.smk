@@ -6,11 +6,14 @@ Nothing heavier than yaml and jsonschema is imported here, because Snakemake rea
 import os
 import re
 import sys
+import time
 from functools import lru_cache
 from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+
+started = time.time()
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
 environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
@@ -133,8 +136,9 @@ def dataset_files(wildcards):
         if is_local(entry["path"]):
             try:
                 files += map(str, expand_source(entry["path"], dataset["split"]))
-            except MoultError:
-                files.append(entry["path"])  # Snakemake, or prepare, says what is wrong with it
+            except MoultError as error:
+                # Whatever else is raised here Snakemake takes for a rule that does not apply, and goes on with old rows.
+                raise SystemExit(f"datasets.{wildcards.ds}.source: {error}") from None
         else:
             files.append(f"<results>/datasets/{dataset_slug(dataset, entry['path'])}.parquet")
     return files
@@ -150,3 +154,12 @@ def launcher(wildcards):
     """Param: what starts finetune: one process per GPU."""
     gpus = config["runs"][wildcards.run]["train"]["gpu"]
     return "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus}"
+
+
+def tell_failures():
+    """Say again, below Snakemake's own lines, what the stages that failed since the start said last."""
+    for path in sorted(Path("logs").glob("**/attempts/*.log")):
+        if path.stat().st_mtime >= started:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for words in re.findall(r"ERROR +moult: (.*?)\n[^\n]*ERROR +moult: (.*?)$", text, re.DOTALL | re.MULTILINE):
+                print("", *words, sep="\n", file=sys.stderr)

@@ -24,14 +24,16 @@ NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python ha
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default="{}", help="JSON: models and datasets, lists of {name, revision}")
+    parser.add_argument(
+        "--settings", type=json.loads, default="{}", help="JSON: models and datasets, lists of {name, revision}"
+    )
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
     parser.add_argument("--log-file", help="log file (default: logs/check_connectivity.log)")
     args = parser.parse_args()
 
     from moult.stage import stage
 
-    settings = {"models": [], "datasets": []} | json.loads(args.settings)
+    settings = {"models": [], "datasets": []} | args.settings
     with stage("check_connectivity", args.log_file, settings, online=True) as log:
         failed = check(settings, args.tls, log)
         if failed:

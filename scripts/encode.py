@@ -23,7 +23,9 @@ PREVIEWED = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument(
         "--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)"
     )
@@ -37,9 +39,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("encode", args.log_file, settings) as log:
-        encode(settings, args, log)
+    with stage("encode", args.log_file, args.settings) as log:
+        encode(args.settings, args, log)
 
 
 def encode(settings: dict, args, log) -> None:

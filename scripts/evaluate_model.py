@@ -21,7 +21,9 @@ KEPT_LOGITS = 2**27
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--likelihood", required=True, help="a line per validation sequence to write (.jsonl)")
@@ -35,9 +37,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("evaluate", args.log_file, settings) as log:
-        evaluate(settings, args, log)
+    with stage("evaluate", args.log_file, args.settings) as log:
+        evaluate(args.settings, args, log)
 
 
 def evaluate(settings: dict, args, log) -> None:

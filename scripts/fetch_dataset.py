@@ -24,7 +24,9 @@ KEY = "datasets.<name>.source"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads: id, subset, split, revision")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads: id, subset, split, revision"
+    )
     parser.add_argument("--out", required=True, help="rows to write (.parquet)")
     parser.add_argument("--metadata", required=True, help="JSON to write: commit, rows, hash")
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
@@ -33,7 +35,7 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = {"subset": None, "split": "train", "revision": None} | json.loads(args.settings)
+    settings = {"subset": None, "split": "train", "revision": None} | args.settings
     with stage("fetch_dataset", args.log_file, settings, online=True) as log:
         fetch(settings, args, log)
 

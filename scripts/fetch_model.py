@@ -25,7 +25,9 @@ MB = 1_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default="{}", help="JSON of what this stage reads: revision, trust_remote_code")
+    parser.add_argument(
+        "--settings", type=json.loads, default="{}", help="JSON of what this stage reads: revision, trust_remote_code"
+    )
     parser.add_argument("--name", required=True, help="the model's name in the config")
     parser.add_argument("--folder", help="local folder to look at; without it the model is downloaded")
     parser.add_argument("--out", help="folder to download to")
@@ -36,7 +38,7 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = {"revision": None, "trust_remote_code": False} | json.loads(args.settings)
+    settings = {"revision": None, "trust_remote_code": False} | args.settings
     with stage("fetch_model", args.log_file, settings, online=args.folder is None) as log:
         fetch(settings, args, log)
 

@@ -23,7 +23,9 @@ from moult.errors import UNFINISHED, MoultError, some
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--plan", required=True, help="plan.json")
@@ -38,7 +40,7 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
+    settings = args.settings
     log_path = args.log_file or "logs/finetune.log"
     with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
         from moult.checkpoints import claim, locked

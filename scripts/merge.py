@@ -39,7 +39,7 @@ WRITTEN_ANEW = ("generation_config.json", "chat_template.jinja", "model.safetens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default="{}", help="JSON of what this stage reads of the config")
+    parser.add_argument("--settings", type=json.loads, default="{}", help="JSON of what this stage reads of the config")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--plan", required=True, help="plan.json: which layers have LoRA, and where their weights are")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote (template, stop tokens)")
@@ -52,9 +52,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("merge", args.log_file, settings) as log:
-        merge(settings, args, log)
+    with stage("merge", args.log_file, args.settings) as log:
+        merge(args.settings, args, log)
 
 
 def merge(settings: dict, args, log) -> None:

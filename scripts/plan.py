@@ -20,7 +20,9 @@ GIB = 1024**3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--out", required=True, help="plan.json to write")
@@ -29,9 +31,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("plan", args.log_file, settings) as log:
-        plan(settings, args, log)
+    with stage("plan", args.log_file, args.settings) as log:
+        plan(args.settings, args, log)
 
 
 def plan(settings: dict, args, log) -> None:

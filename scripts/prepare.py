@@ -52,7 +52,9 @@ class Ledger:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument("--train", required=True, help="training rows to write (.jsonl)")
     parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
     parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
@@ -62,9 +64,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("prepare", args.log_file, settings) as log:
-        prepare(settings, args, log)
+    with stage("prepare", args.log_file, args.settings) as log:
+        prepare(args.settings, args, log)
 
 
 def prepare(settings: dict, args, log) -> None:

@@ -20,7 +20,9 @@ from moult.errors import MoultError, some
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of what this stage reads of the config")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
     parser.add_argument("--run", required=True, help="the run's name")
     parser.add_argument("--base", required=True, help="folder with the base's likelihood.jsonl and answers.jsonl")
     parser.add_argument("--tuned", required=True, help="the same of the tuned model, and merge_check.json")
@@ -35,9 +37,8 @@ def main() -> None:
 
     from moult.stage import stage
 
-    settings = json.loads(args.settings)
-    with stage("score", args.log_file, settings) as log:
-        score(settings, args, log)
+    with stage("score", args.log_file, args.settings) as log:
+        score(args.settings, args, log)
 
 
 def score(settings: dict, args, log) -> None:

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from moult.config import (
     ConfigError,
+    dataset_slug,
     encoded_as,
     is_local,
     load_schema,
@@ -119,6 +120,7 @@ REFUSED = [
     ("eval: {prompts: [{id: p, prompt: x, expect: {match: (a)}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is not a 'regex' …"),
     ("eval: {row_expect: {match: abc}}", "eval.row_expect.match: has no group; put the part that is compared in ( )"),
+    ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
     ("train: {eval_strategy: no}", "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_…"),
     ("train: {packing: true, padding_free: true}", "train.padding_free: packing has it already; leave it out"),
@@ -172,7 +174,8 @@ def test_what_yaml_and_the_command_line_make_of_values_is_undone():
     resolved = config("""
 train: {learning_rate: 1e-4, warmup_steps: '5', packing: 'true', eval_strategy: no, logging_strategy: off,
         save_strategy: no, load_best_model_at_end: 'false', gradient_checkpointing: 'false', max_steps: '7'}
-lora: {r: 2.0, lora_alpha: '8'}
+lora: {r: 2.0, lora_alpha: '8', init_lora_weights: 'false'}
+model: {chat_template: 'null'}
 network: {tls: off}
 datasets: {a: {sample_size: '100', val_size: 3.0, source: {path: x, weight: 1e-1}}}
 eval: {prompts: [{id: p, prompt: q, expect: {contains: 'true'}}]}
@@ -188,6 +191,8 @@ eval: {prompts: [{id: p, prompt: q, expect: {contains: 'true'}}]}
     ]
     assert (resolved["lora"]["r"], resolved["lora"]["lora_alpha"]) == (2, 8)
     assert isinstance(resolved["lora"]["r"], int)
+    assert resolved["lora"]["init_lora_weights"] is False
+    assert resolved["model"]["chat_template"] is None
     assert resolved["network"]["tls"] == "off"
     assert resolved["datasets"]["a"]["sample_size"] == 100
     assert stage_settings(resolved, "prepare", "a")["sources"][0]["weight"] == 0.1
@@ -256,7 +261,7 @@ def test_null_takes_an_entry_out(text, runs):
 
 # --- what each stage reads --------------------------------------------------------------------------------------------
 
-STAGES = {"prepare", "encode", "plan", "finetune", "merge", "evaluate_base", "evaluate_tuned", "score"}
+STAGES = {"fetch_model", "prepare", "encode", "plan", "finetune", "merge", "evaluate_base", "evaluate_tuned", "score"}
 BOTH = {"evaluate_base", "evaluate_tuned"}
 PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
 
@@ -290,6 +295,8 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("datasets: {b: {max_length: 64, languages: [en]}}", set()),
         ("model: {dtype: float16}", {"plan", "finetune", *BOTH}),
         ("model: {chat_template: null}", {"encode"}),
+        ("model: {revision: v2}", {"fetch_model"}),
+        ("network: {tls: off}", set()),
         ("container: other.sif", set()),
         ("paths: {results: elsewhere}", set()),
     ],
@@ -398,6 +405,8 @@ def test_distinct_names_have_distinct_folders():
         ("a b", None),
     ]
     slugs = [slug(*name) for name in names]
-    assert len({text.lower() for text in slugs}) == len(names)
+    parts = [("glue", "sst2", "train"), ("glue/sst2", None, "train"), ("glue", None, "train")]
+    slugs += [dataset_slug({"subset": subset, "split": split, "revision": None}, hub) for hub, subset, split in parts]
+    assert len({text.lower() for text in slugs}) == len(names) + len(parts)
     assert slugs[0] == "a--b"
     assert not [text for text in slugs if "/" in text or text.startswith(".")]

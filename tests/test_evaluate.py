@@ -3,13 +3,13 @@
 import math
 from argparse import Namespace
 
-import evaluate_model
 import pyarrow.parquet
 import pytest
 import torch
 from test_merge import LORA, Log, make_plan, run_merge
 from tiny import copy, make_adapter, make_model, make_tokens
 
+import evaluate_model
 from moult import likelihood as module
 from moult.likelihood import batches, likelihood, mean_nll
 

@@ -28,10 +28,7 @@ def stage_input(seed: int = 0, **dataset) -> dict:
 
 
 def arguments(folder, threads: int = 1) -> dict:
-    return {
-        **{name.partition(".")[0]: str(folder / name) for name in OUTPUTS},
-        "threads": threads,
-    }
+    return {name.partition(".")[0]: str(folder / name) for name in OUTPUTS} | {"threads": threads}
 
 
 def run(folder, threads: int = 1, **dataset) -> SimpleNamespace:
@@ -47,9 +44,13 @@ def pairs(count: int, start: int = 0) -> list[dict]:
     return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(start, start + count)]
 
 
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write(file, rows) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text(lines(*rows))
     return str(file)
 
 
@@ -59,14 +60,8 @@ def prompts(rows: list[dict]) -> list[str]:
 
 # --- what stops it ----------------------------------------------------------------------------------------------------
 
-GOOD = "".join(json.dumps(row) + "\n" for row in pairs(20))
+GOOD = lines(*pairs(20))
 SPOKEN = {"prompt": "What is the weather like in the city today?", "completion": "It is sunny and very warm outside."}
-
-
-def lines(*rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 STOPS = [
     (GOOD + '{"prompt": \n', {}, "rows.jsonl:21: not JSON", "mend that line"),
     (GOOD.encode() + b'{"prompt": "\xe9"}\n', {}, "rows.jsonl:21: not UTF-8 (byte 0xe9)", "iconv"),
@@ -163,22 +158,22 @@ def test_broken_rows_are_shown_in_part_and_counted_in_full(tmp_path):
     assert error.value.what.count("\n") == 5
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: prepare.check_ledger(prepare.Ledger(read=3), 2),
-            "the ledger does not add up: read 3, kept 2, dropped 0",
-        ),
-        (lambda: prepare.check_overlap([ROW], [ROW]), "train and val share 1 rows and 1 groups"),
-    ],
-)
-def test_a_bug_of_ours_would_be_seen(call, message):
-    with pytest.raises(MoultError, match=message):
-        call()
+def test_a_validation_set_that_loses_all_rows(tmp_path):
+    source, empty = (
+        write(tmp_path / name, rows) for name, rows in (("a.jsonl", pairs(9)), ("b.jsonl", [{"text": " "}]))
+    )
+    with pytest.raises(MoultError, match=r"no validation row is left of 1 \(dropped: 1 empty\)"):
+        run(tmp_path, source=source, val_source=empty)
+    assert not (tmp_path / "train.jsonl").exists()
 
 
-ROW = prepare.Row("rows.jsonl:1", 0, "{}", "key", "group")
+def test_a_bug_of_ours_would_be_seen():
+    with pytest.raises(MoultError, match="the ledger does not add up: read 3, kept 2, dropped 0"):
+        prepare.check_ledger(prepare.Ledger(read=3), 2)
+    row = prepare.Row("rows.jsonl:1", 0, "{}", "key", "group")
+    with pytest.raises(MoultError, match="train and val share 1 rows and 1 groups"):
+        prepare.check_overlap([row], [row])
+
 
 # --- what is dropped --------------------------------------------------------------------------------------------------
 

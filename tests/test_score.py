@@ -6,9 +6,9 @@ import random
 from argparse import Namespace
 
 import pytest
-import score
 from test_merge import Log
 
+import score
 from moult.checks import check
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
@@ -63,8 +63,13 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
             answer = '{"a": 1}' if good else "nothing"
             answers.append(
                 {
-                    **{"kind": "row", "id": f"r{index}", "prompt": "?", "reference": '{"a": 1}', "answer": answer},
-                    **{"stopped": side == "base", "prompt_sha256": str(index)},
+                    "kind": "row",
+                    "id": f"r{index}",
+                    "prompt": "?",
+                    "reference": '{"a": 1}',
+                    "answer": answer,
+                    "stopped": side == "base",
+                    "prompt_sha256": str(index),
                 }
             )
         write_jsonl(folder / side / "likelihood.jsonl", measured)
@@ -111,8 +116,12 @@ def test_figures_are_sums_over_tokens(tmp_path):
     assert difference["value"] == pytest.approx(nll - metrics["likelihood"]["base"]["nll_per_token"]["value"])
     assert difference["interval"][0] < difference["value"] < difference["interval"][1]
     assert metrics["data"] == {
-        **{"sequences": 40, "groups": 20, "trained_tokens": sum(row["tokens"] for row in rows), "confidence": 0.95},
-        **{"trained_bytes": sum(row["bytes"] for row in rows), "rows_shared_with_train": 0},
+        "sequences": 40,
+        "groups": 20,
+        "trained_tokens": sum(row["tokens"] for row in rows),
+        "confidence": 0.95,
+        "trained_bytes": sum(row["bytes"] for row in rows),
+        "rows_shared_with_train": 0,
     }
     assert metrics["by_source"]["1: two.jsonl"]["tokens"] == sum(row["tokens"] for row in rows if row["source"] == 1)
 
@@ -201,7 +210,7 @@ def test_a_merge_that_is_not_the_adapter_stops_it(tmp_path):
     make_sides(tmp_path)
     check = read_json(tmp_path / "tuned" / "merge_check.json")
     write_json(tmp_path / "tuned" / "merge_check.json", {**check, "mean_kl": 0.2})
-    with pytest.raises(MoultError, match="mean KL 0.2 nats per token, over eval.merge_kl_limit 0.05"):
+    with pytest.raises(MoultError, match=r"mean KL 0\.2 nats per token, over eval\.merge_kl_limit 0\.05"):
         run(tmp_path)
     assert run(tmp_path, merge_kl_limit=0.3)["merged_vs_adapter"]["mean_kl"] == 0.2
 

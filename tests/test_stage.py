@@ -218,7 +218,10 @@ def test_secrets_are_in_neither_console_nor_log(run, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["https://example.org/a?b=c", "mail me@example.org", "hf_hub 1.2", "pad_token_id 0", "Bearer of news", "a:b@c"],
+    [
+        *("https://example.org/a?b=c", "https://example.org?to=me@x", "mail me@example.org", "git@host:me/x"),
+        *("hf_hub 1.2", "pad_token_id 0", "Bearer of news", '{"url":"https://x","mail":"a@b"}'),
+    ],
 )
 def test_what_is_no_secret_stays(text):
     assert redact(text) == text

@@ -97,7 +97,7 @@ def _deref(schema: dict, root: dict) -> dict:
 def _coerce(value, schema: dict, root: dict):
     """Undo what YAML makes of numbers and words: '1e-4' is a string to it, `no` and `off` are false, 2.0 is no integer.
 
-    `--config` makes strings of all nested values (Snakemake 9.27), so 'true' becomes a boolean again as well.
+    `--config` makes strings of all nested values (Snakemake 9.27), so 'true' and 'null' are made what they were as well.
     """
     schema = _deref(schema, root)
     if isinstance(value, dict):
@@ -116,9 +116,12 @@ def _coerce(value, schema: dict, root: dict):
     if value is False and ("x-yaml-false" in schema or ("no" in choices and False not in choices)):
         return schema.get("x-yaml-false", "no")
     if isinstance(value, str) and value not in choices:
-        # Where text is allowed, 'true' is text: an answer may have to contain it.
-        if value in ("true", "false") and ((types & {"boolean", "string"}) == {"boolean"} or True in choices):
+        # In our own keys that take text, 'true' is text: an answer may have to contain it.
+        words = "boolean" in types and ("string" not in types or "x-library" in schema)
+        if value in ("true", "false") and (words or True in choices):
             return value == "true"
+        if value == "null" and "null" in types:
+            return None
         if types & {"integer", "number"} and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
             number = float(value)
             return int(number) if number.is_integer() and "integer" in types else number
@@ -295,7 +298,13 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
                 f"eval.prompts.{prompt['id']}.expect: true and match compare with a row's own answer, "
                 "and a prompt has none; give the text"
             )
-    pattern = run["eval"].get("row_expect", {}).get("match")
+    expect = run["eval"].get("row_expect", {})
+    problems += [
+        f"eval.row_expect.{key}: 'true' is text here, and no check of all rows; write true in a file, not with --config"
+        for key in ("contains", "exact")
+        if expect.get(key) == "true"
+    ]
+    pattern = expect.get("match")
     if pattern is not None and not re.compile(pattern).groups:
         problems.append("eval.row_expect.match: has no group; put the part that is compared in ( )")
     train = run["train"]
@@ -355,26 +364,28 @@ def source_entries(source, dataset: dict) -> list[dict]:
 
 
 def encoded_as(config: dict, run: str) -> str:
-    """The run whose tokens `run` uses: the first with the same dataset, model and template."""
-    return _first_like(config, run, _tokens_depend_on)
+    """The run whose tokens `run` uses: of those with the same dataset, model and template the dataset's own, or else the
+    first by name."""
+    return _owner(config, run, _tokens_depend_on)
 
 
 def measured_as(config: dict, run: str) -> str:
-    """The run whose measurement of the base `run` uses: the first with the same tokens that also asks the same."""
-    return _first_like(config, run, lambda run: [_tokens_depend_on(run), _evaluate(config, run, {})])
+    """The run whose measurement of the base `run` uses: likewise, of those with the same tokens that also ask the same."""
+    return _owner(config, run, lambda run: [_tokens_depend_on(run), _evaluate(config, run, {})])
 
 
 def _tokens_depend_on(run: dict) -> dict:
     return _pick(run["model"], "name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
 
 
-def _first_like(config: dict, run: str, depends_on: Callable) -> str:
+def _owner(config: dict, run: str, depends_on: Callable) -> str:
     wanted = config["runs"][run]
-    return next(
+    alike = [
         name
         for name, settings in config["runs"].items()
         if settings["dataset"] == wanted["dataset"] and canonical(depends_on(settings)) == canonical(depends_on(wanted))
-    )
+    ]
+    return wanted["dataset"] if wanted["dataset"] in alike else min(alike)
 
 
 # --- what each stage reads --------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ log = logging.getLogger("moult")
 _CHATTY = ("httpcore", "httpcore2", "httpx", "httpx2", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba")
 
 _SECRET_NAME = re.compile(r"token$|secret|passw|api_?key|authorization|credential", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s@]+(?=@)")
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s@?#\"]+(?=@)")
 _MASK = "***"
 
 TERMINATED = 128 + signal.SIGTERM

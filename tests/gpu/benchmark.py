@@ -84,63 +84,63 @@ def make_tokens(args, base: Path) -> Path:
     source = {"path": str(args.data / "datasets/gsm8k/train.jsonl"), "weight": 1, "format": "auto"}
     source["columns"] = {"prompt": "question", "completion": "answer"}
     prepared = args.out / "prepared"
-    settings = {
-        **{"sources": [source], "val_sources": [], "split": "train", "max_rows": 200 if args.tiny else None},
-        **{"languages": [], "language_detector": "langdetect", "unknown_language": "drop", "broken": "error"},
-        **{"sample_size": "full", "val_size": 0.02, "seed": 0},
+    rows = {
+        "sources": [source],
+        "val_sources": [],
+        "split": "train",
+        "max_rows": 100 if args.tiny else None,
+        "languages": [],
+        "language_detector": "langdetect",
+        "unknown_language": "drop",
+        "broken": "error",
+        "sample_size": "full",
+        "val_size": 0.02,
+        "seed": 0,
     }
-    files = {name: prepared / f"{name}.jsonl" for name in ("train", "val")}
-    outputs = ("--train", files["train"], "--val", files["val"])
+    tokens = {
+        "max_length": 1024,
+        "overlength": "drop",
+        "max_token_loss": 0.1,
+        "unrenderable": "error",
+        "chat_template": None,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "trust_remote_code": False,
+    }
+    files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
     log = ("--log-file", args.out / "stage.log")
-    stage("prepare", "--settings", json.dumps(settings), *outputs, "--metadata", prepared / "metadata.json", *log)
-    settings = {
-        **{"max_length": 1024, "overlength": "drop", "max_token_loss": 0.1, "unrenderable": "error"},
-        **{"chat_template": None, "chat_template_kwargs": {"enable_thinking": False}, "trust_remote_code": False},
-    }
-    stage(
-        "encode",
-        "--settings",
-        json.dumps(settings),
-        "--model",
-        base,
-        *outputs,
-        "--out",
-        args.out / "tokens",
-        "--threads",
-        4,
-        *log,
-    )
+    stage("prepare", "--settings", json.dumps(rows), *files, "--metadata", prepared / "metadata.json", *log)
+    out = ("--out", args.out / "tokens")
+    stage("encode", "--settings", json.dumps(tokens), "--model", base, *files, *out, "--threads", 4, *log)
     return args.out / "tokens"
 
 
-def settings_of(changes: dict, steps: int) -> dict:
-    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+def settings_of(changes: dict, args) -> dict:
     train = {
-        **{
-            "gpu": 1,
-            "learning_rate": 2e-4,
-            "num_train_epochs": 2,
-            "max_steps": steps,
-            "per_device_train_batch_size": 8,
-        },
-        **{"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "max_grad_norm": 1.0},
-        **{
-            "packing": False,
-            "packing_strategy": "bfd",
-            "gradient_checkpointing": "auto",
-            "load_best_model_at_end": True,
-        },
-        **{
-            "eval_strategy": "steps",
-            "eval_steps": 0.5,
-            "save_strategy": "steps",
-            "save_steps": 0.25,
-            "save_total_limit": 2,
-        },
-        **{"logging_steps": 5, "report_to": "none"},
+        "gpu": 1,
+        "learning_rate": 2e-4,
+        "num_train_epochs": 2,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": 1 if args.tiny else 8,
+        "gradient_accumulation_steps": 1 if args.tiny else 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 1.0,
+        "packing": False,
+        "packing_strategy": "bfd",
+        "gradient_checkpointing": "auto",
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 0.25,
+        "save_total_limit": 2,
+        "logging_steps": 1 if args.tiny else 5,
+        "report_to": "none",
+        **changes,
     }
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
     model = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False}
-    return {"seed": 0, "lora": lora, "train": {**train, **changes}, **model}
+    return {"seed": 0, "lora": lora, "train": train, **model}
 
 
 def finetune_arguments(folder: Path, settings: dict, base: Path, tokens: Path) -> list:
@@ -163,7 +163,7 @@ def finetune_arguments(folder: Path, settings: dict, base: Path, tokens: Path) -
 
 def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
     folder = args.out / name.replace(" ", "-")
-    seconds = stage("finetune", *finetune_arguments(folder, settings_of(changes, args.steps), base, tokens))
+    seconds = stage("finetune", *finetune_arguments(folder, settings_of(changes, args), base, tokens))
     history = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     speeds = sorted(entry["tokens_per_second"] for entry in history[1:] if "tokens_per_second" in entry)
     memory = json.loads((folder / "plan.json").read_text())["memory"]
@@ -180,10 +180,10 @@ def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
 def resume_case(args, base: Path, tokens: Path) -> str:
     """Stop the packed run in the middle, go on, and compare with the undisturbed one."""
     folder = args.out / "resumed"
-    arguments = finetune_arguments(folder, settings_of(CASES["packed"], args.steps), base, tokens)
+    arguments = finetune_arguments(folder, settings_of(CASES["packed"], args), base, tokens)
     process = subprocess.Popen([sys.executable, SCRIPTS / "finetune.py", *map(str, arguments)])
     log = folder / "state" / "training_log.jsonl"
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < args.steps // 15):
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     stopped = process.wait()
