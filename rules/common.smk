@@ -117,9 +117,10 @@ def settings_of_model(slug, runs):
 
 
 def local_model_files(run):
-    """Input: the files of a local model. A missing folder is reported by the stage, in plain words."""
+    """Input: the files of a local model, but for its card. A missing folder is reported by the stage, in plain words."""
     folder = Path(local_model(config["runs"][run]["model"], config["paths"]))
-    return sorted(str(path) for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in folder.glob("*") if path.is_file() and path.suffix != ".md"]
+    return sorted(str(path) for path in files if not path.name.startswith("."))
 
 
 def dataset_files(wildcards):

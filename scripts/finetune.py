@@ -185,6 +185,7 @@ def make_trainer(
     resume: Path | None,
     log,
 ):
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from moult.chat import load_tokenizer
@@ -202,23 +203,31 @@ def make_trainer(
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    trainer = Finetuner(
-        # With several processes Trainer moves each one's model to its own GPU.
-        model=load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings),
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
-        eval_dataset=val if config.eval_strategy != "no" else None,
-        peft_config=lora_config(settings["lora"]),
-        state=state,
-        fingerprint=fingerprint,
-        val_rows=val.to_list(),
-        pad_id=report["pad_token_id"],
-        keep_best=settings["train"]["load_best_model_at_end"],
-        keep=settings["train"]["save_total_limit"],
-        stop=stop,
-        resume=resume,
-    )
+    # With several processes Trainer moves each one's model to its own GPU.
+    model = load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings)
+    try:
+        trainer = Finetuner(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
+            eval_dataset=val if config.eval_strategy != "no" else None,
+            peft_config=lora_config(settings["lora"]),
+            state=state,
+            fingerprint=fingerprint,
+            val_rows=val.to_list(),
+            pad_id=report["pad_token_id"],
+            keep_best=settings["train"]["load_best_model_at_end"],
+            keep=settings["train"]["save_total_limit"],
+            stop=stop,
+            resume=resume,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:  # what Trainer and TRL say of settings they cannot serve
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise MoultError(
+            f"train: {str(error).splitlines()[0]}", "mend the train section, or install what it needs"
+        ) from error
     strays = {parameter.device.type for parameter in trainer.model.parameters()} - {device}
     if strays:
         raise MoultError(

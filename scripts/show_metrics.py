@@ -63,7 +63,7 @@ def table(metrics: dict, folder: Path) -> str:
         f"  {folder}/samples.jsonl the answers side by side",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def number(figure: dict) -> str:

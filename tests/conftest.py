@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from workflow import ROOT, checkout, snakemake
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +26,11 @@ def run_script():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A checkout in which the demo has run."""
+    folder = checkout(tmp_path_factory.mktemp("demo"))
+    snakemake(folder, "results/demo/metrics.json")
+    return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_merge import WATCH
 from safetensors.torch import load_file
 from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
 
@@ -329,13 +330,8 @@ def test_two_gigabytes_in_shards_within_one_gigabyte_of_memory(tmp_path):
         tmp_path / "tokens",
     ]
     command += ["--adapter", adapter, "--merged", tmp_path / "merged", "--summary", tmp_path / "merge.json"]
-    watched = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
-    watched += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)"
-    done = subprocess.run(
-        [sys.executable, "-c", watched, *map(str, command), "--log-file", str(tmp_path / "merge.log")],
-        capture_output=True,
-        text=True,
-    )
+    watched = [sys.executable, "-c", WATCH, *map(str, command), "--log-file", str(tmp_path / "merge.log")]
+    done = subprocess.run(watched, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 1024 * 1024, "KiB of peak memory"
     expected = merged_by_peft(base, adapter)

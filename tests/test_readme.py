@@ -5,13 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import checkout, demo, snakemake, write_rows  # noqa: F401 (demo is a fixture)
+from workflow import ROOT, checkout, snakemake, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -20,7 +18,7 @@ def block(name: str) -> str:
     return re.search(rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```", README, re.DOTALL)[1]
 
 
-def test_the_picture_is_the_dag(demo):  # noqa: F811
+def test_the_picture_is_the_dag(demo):
     drawn = set(re.findall(r"^ +(\w+) --> (\w+)$", README, re.MULTILINE))
     command = [sys.executable, "-m", "snakemake", "results/demo/metrics.json", "--rulegraph", "mermaid-js"]
     graph = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True).stdout
@@ -43,7 +41,7 @@ def reachable(name: str, edges: set) -> set[str]:
     return found
 
 
-def test_the_demo_prints_such_a_table(demo):  # noqa: F811
+def test_the_demo_prints_such_a_table(demo):
     """The same rows; the figures depend on the machine's arithmetic."""
     command = [sys.executable, ROOT / "scripts" / "show_metrics.py", "results/demo/metrics.json"]
     shown = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True).stdout

@@ -11,29 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from workflow import FOLDERS, ROOT, checkout, snakemake, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("config", "profiles", "rules", "scripts")
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
 STAGES = ("encode", "evaluate_base", "evaluate_tuned", "finetune", "inspect_model", "merge", "plan", "prepare", "score")
-
-
-def checkout(folder: Path) -> Path:
-    """The parts of the repository that a run needs, as a user would have them."""
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", folder)
-    return folder
-
-
-def snakemake(folder: Path, *arguments: str, code: int | None = 0) -> str:
-    """Run Snakemake in `folder`; returns what it prints on both streams."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
-    if code is not None:
-        assert done.returncode == code, done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def planned(folder: Path, *arguments: str) -> set[str]:
@@ -43,14 +24,6 @@ def planned(folder: Path, *arguments: str) -> set[str]:
         return set()
     table = output[output.index("Job stats:") :].split("total")[0]
     return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE))
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A checkout in which the demo has run."""
-    folder = checkout(tmp_path_factory.mktemp("demo"))
-    snakemake(folder, "results/demo/metrics.json")
-    return folder
 
 
 @pytest.fixture
@@ -202,7 +175,8 @@ EDITS = {
         append("config/demo/data/house_format.jsonl", '{"question": "What?", "answer": "That."}\n'),
         set(STAGES) - {"inspect_model"},
     ),
-    "a weight of the base": (append("config/demo/base/README.md"), {"inspect_model"}),
+    "a file of the base": (append("config/demo/base/generation_config.json", "\n"), set(STAGES) - {"prepare"}),
+    "the base's card": (append("config/demo/base/README.md"), set()),
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),
     "a module that some stages import": (append("scripts/moult/statistics.py"), {"score"}),
@@ -218,15 +192,7 @@ def test_what_an_edit_reruns(edit, again):
     time.sleep(0.01)
     change(again)
     found = planned(again, TARGET)
-    # A dry run takes what follows a changed stage for changed; a real one stops where the content is the same.
-    if edit == "a weight of the base":
-        assert "inspect_model" in found
-        output = snakemake(again, TARGET)
-        assert "Finished jobid" in output and planned(again, TARGET) == set()
-    elif edit in ("the rank", "a module that others import"):
-        assert found == expected | {"plan"}
-    else:
-        assert found == expected
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -294,10 +260,6 @@ def test_help_answers_without_heavy_imports(script):
 
 
 # --- bad input, as a user meets it ------------------------------------------------------------------------------------
-
-
-def write_rows(folder: Path, rows: list, name: str = "rows.jsonl") -> None:
-    (folder / name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
 GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]

@@ -7,7 +7,7 @@ from moult.errors import MoultError, some
 from moult.files import read_json, sha256_file
 from moult.weights import read_header, weight_files
 
-# Other formats of the same weights, and repository files: never downloaded, never hashed.
+# Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (
     *(
         "*.bin",
@@ -45,7 +45,7 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _ignored(path.relative_to(folder).as_posix())
+        if path.is_file() and path.suffix != ".md" and not _ignored(path.relative_to(folder).as_posix())
     }
     return {
         "schema_version": 1,

@@ -1,0 +1,33 @@
+"""A checkout to run the workflow in, and Snakemake in it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("config", "profiles", "rules", "scripts")
+
+
+def checkout(folder: Path) -> Path:
+    """The parts of the repository that a run needs, as a user would have them."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str, code: int | None = 0) -> str:
+    """Run Snakemake in `folder`; returns what it prints on both streams."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    if code is not None:
+        assert done.returncode == code, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def write_rows(folder: Path, rows: list, name: str = "rows.jsonl") -> None:
+    (folder / name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
