@@ -52,11 +52,9 @@ def plan(settings: dict, args, log) -> None:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = {target["r"] for target in targets.values()} or {settings["lora"]["r"]}
 
-    merge_reasons = needs_peft(settings["lora"]) + [
-        reason
-        for reason in ["weights are stored under other names"]
-        if any(t["tensor"] is None for t in targets.values())
-    ]
+    merge_reasons = needs_peft(settings["lora"])
+    if any(target["tensor"] is None for target in targets.values()):
+        merge_reasons.append("weights are stored under other names")
     serve_reasons = vllm_refuses(settings["lora"], ranks)
     steps = count_steps(args.tokens, report, settings["train"])
     result = {

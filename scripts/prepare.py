@@ -84,7 +84,8 @@ def prepare(settings: dict, args, log) -> None:
         stop_at_broken_rows(val_ledger, settings["broken"])
         val_rows = without_duplicates(val_rows, val_ledger)
         val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
-    rows = in_languages(rows, settings, args.threads, sample_order(rows, settings), ledger)
+    sample = None if settings["sample_size"] == "full" else settings["sample_size"]
+    rows = in_languages(rows, settings, args.threads, sample, ledger)
     if val_rows is None:
         train_rows, val_rows = split(rows, settings["val_size"], settings["seed"])
     else:
@@ -235,10 +236,6 @@ def draw(seed: int, *what: str) -> float:
     from moult.files import sha256_text
 
     return int(sha256_text("\0".join([str(seed), *what]))[:16], 16) / 2**64
-
-
-def sample_order(rows: list[Row], settings: dict) -> int | None:
-    return None if settings["sample_size"] == "full" else settings["sample_size"]
 
 
 def in_languages(rows: list[Row], settings: dict, workers: int, sample: int | None, ledger: Ledger) -> list[Row]:
