@@ -3,8 +3,10 @@
 Nothing heavier than yaml and jsonschema is imported here, because Snakemake reads this again in every job.
 """
 
+import fcntl
 import os
 import re
+import shutil
 import sys
 import time
 from functools import lru_cache
@@ -14,6 +16,32 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 started = time.time()
+
+
+def hold_folder():
+    """Keep the working directory for this Snakemake, and take off a lock that a killed one has left in it.
+
+    Snakemake's own lock does not die with its holder. This one does: each Snakemake holds it shared while it lives, so if
+    it can be had alone, nobody is at work here.
+    """
+    try:
+        Path(".snakemake").mkdir(exist_ok=True)
+        lock = Path(".snakemake/moult.lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(".snakemake/locks", ignore_errors=True)
+        except BlockingIOError:
+            pass  # Snakemake's lock says whether the two go together
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return lock
+    except OSError:  # a read-only folder, or a file system without locks
+        return None
+
+
+held_folder = hold_folder() if workflow.is_main_process else None
+
+# Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
+environ["MOULT_STARTED_BY"] = str(os.getpid())
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
 environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"

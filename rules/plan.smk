@@ -6,6 +6,12 @@ Writes: results/<run>/plan.json
 
 
 rule plan:
+    """The plans of all runs: everything that can be known before a GPU is used, checked for all of them in one go."""
+    input:
+        expand("<results>/{run}/plan.json", run=config["runs"]),
+
+
+rule plan_run:
     """Parameters, LoRA targets, steps, memory and disk, how it can be merged and served."""
     input:
         model=base_model,

@@ -115,17 +115,33 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [12]
 
 
-def test_the_lock_is_free_when_its_holder_is_killed(tmp_path):
+def hold(state: Path, seconds: float) -> subprocess.Popen:
+    """Another process that holds the folder for so long."""
     code = "import sys, time; from pathlib import Path; from moult.checkpoints import locked\n"
-    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(float(sys.argv[2]))"
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
-    )
+    command = [sys.executable, "-c", code, str(state), str(seconds)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(MoultError, match=f"process {holder.pid}"), checkpoints.locked(tmp_path):
+    return holder
+
+
+def test_the_lock_is_free_when_its_holder_is_killed(tmp_path):
+    holder = hold(tmp_path, seconds=60)
+    with pytest.raises(MoultError, match=f"process {holder.pid}"), checkpoints.locked(tmp_path, patience=0):
         pass
     holder.kill()
     holder.wait()
-    with checkpoints.locked(tmp_path):
+    with checkpoints.locked(tmp_path, patience=0):
         pass
+
+
+def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path, caplog):
+    caplog.set_level("INFO")
+    holder = hold(tmp_path, seconds=2)
+    with checkpoints.locked(tmp_path, patience=20):
+        assert holder.wait(timeout=5) == 0
+    assert (
+        f"waiting up to 20 s for another trainer of this run ({os.uname().nodename}, process {holder.pid})"
+        in caplog.text
+    )

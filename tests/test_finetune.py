@@ -315,8 +315,12 @@ def test_two_trainers_never_share_a_folder(run):
 
     taken = run()
     with locked(taken.folder / "state"):
-        done = taken.go(code=1)
-    assert "another trainer is at work on this run" in done.stderr and str(os.getpid()) in done.stderr
+        second = subprocess.Popen(taken.command(), stderr=subprocess.PIPE, text=True)
+        waiting = second.stderr.readline()
+        assert "waiting" in waiting and f"process {os.getpid()}" in waiting
+        assert not (taken.folder / "state" / "fingerprint.json").exists()
+    assert second.wait(timeout=120) == 0
+    second.stderr.close()
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------

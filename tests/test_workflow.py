@@ -14,7 +14,17 @@ import yaml
 from workflow import FOLDERS, ROOT, checkout, snakemake, write_rows
 
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
-STAGES = ("encode", "evaluate_base", "evaluate_tuned", "finetune", "inspect_model", "merge", "plan", "prepare", "score")
+STAGES = (
+    "encode",
+    "evaluate_base",
+    "evaluate_tuned",
+    "finetune",
+    "inspect_model",
+    "merge",
+    "plan_run",
+    "prepare",
+    "score",
+)
 
 
 def planned(folder: Path, *arguments: str) -> set[str]:
@@ -69,7 +79,7 @@ def test_everything_that_the_design_promises_is_there(demo):
     ):
         assert (results / path).stat().st_size > 0, path
     logs = {path.stem for path in (demo / "logs" / "demo").glob("*.log")}
-    assert logs == {stage for stage in STAGES if stage != "inspect_model"}
+    assert logs == {stage.removesuffix("_run") for stage in STAGES if stage != "inspect_model"}
     for stage in logs:
         assert json.loads((demo / "benchmarks" / "demo" / f"{stage}.jsonl").read_text())["s"] > 0
     ledger = json.loads((results / "prepared/demo/metadata.json").read_text())["ledger"]
@@ -159,7 +169,7 @@ EDITS = {
     "another dataset": (set_key("datasets", "other", value={"source": "other.jsonl"}), set()),
     "the learning rate": (set_key("runs", "demo", "train", "learning_rate", value=1e-3), AFTER_FINETUNE),
     "how often it logs": (set_key("runs", "demo", "train", "logging_steps", value=5), AFTER_FINETUNE),
-    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan", *AFTER_FINETUNE}),
+    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan_run", *AFTER_FINETUNE}),
     "an eval prompt": (
         set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
         {"evaluate_base", "evaluate_tuned", "score"},
@@ -180,7 +190,7 @@ EDITS = {
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),
     "a module that some stages import": (append("scripts/moult/statistics.py"), {"score"}),
-    "a module that others import": (append("scripts/moult/lora.py"), {"plan", *AFTER_FINETUNE}),
+    "a module that others import": (append("scripts/moult/lora.py"), {"plan_run", *AFTER_FINETUNE}),
     "a script that no rule calls": (append("scripts/print_runtime.py"), set()),
 }
 
@@ -205,7 +215,60 @@ def test_a_variant_shares_tokens_and_the_base_measurement(again):
     set_key("runs", "small", value={"dataset": "demo", "model": {"name": "config/demo/base"}, "lora": {"r": 2}})(again)
     edit_config(again, lambda config: config["runs"]["small"].update(eval=config["runs"]["demo"]["eval"]))
     found = planned(again, "results/small/metrics.json")
-    assert found == {"plan", *AFTER_FINETUNE}
+    assert found == {"plan_run", *AFTER_FINETUNE}
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes whose working directory is `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve() == folder.resolve() and (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs /proc")
+def test_a_killed_snakemake_leaves_no_trainer_and_the_same_command_goes_on(demo, tmp_path):
+    folder = checkout(tmp_path)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", TARGET]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "results" / "demo" / "trainer_state" / "training_log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert list((folder / ".snakemake" / "locks").iterdir())
+    deadline = time.monotonic() + 30
+    while processes_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_in(folder) == []
+    output = snakemake(folder, TARGET)
+    assert "going on from" in output
+    for path in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "metrics.json"):
+        assert (folder / "results" / "demo" / path).read_bytes() == (demo / "results" / "demo" / path).read_bytes(), (
+            path
+        )
+
+
+def test_a_lock_of_a_snakemake_that_is_alive_stays(demo, tmp_path):
+    """Another one in the folder keeps its lock: ours is shared, and taken off only when it can be had alone."""
+    import fcntl
+
+    folder = checkout(tmp_path)
+    (folder / ".snakemake" / "locks").mkdir(parents=True)
+    (folder / ".snakemake" / "locks" / "0.output.lock").write_text("results/demo/metrics.json\n")
+    with (folder / ".snakemake" / "moult.lock").open("a") as alive:
+        fcntl.flock(alive, fcntl.LOCK_SH)
+        assert "Directory cannot be locked" in snakemake(folder, TARGET, code=1)
+    shutil.rmtree(folder / "config" / "demo" / "data")  # it gets past the lock, and stops at the missing file
+    assert "Directory cannot be locked" not in snakemake(folder, TARGET, code=1)
 
 
 # --- looking at it ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,18 +28,29 @@ MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
-    """Hold the folder for this process; it is free again when the process ends, however it ends. Works over NFS."""
+def locked(state: Path, patience: float = 120) -> Iterator[None]:
+    """Hold the folder for this process; it is free again when the process ends, however it ends. Works over NFS.
+
+    Waits up to `patience` seconds for another holder: one whose Snakemake was killed is just saving its last step.
+    """
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise MoultError(
-                f"{state}: another trainer is at work on this run ({lock.read().strip() or 'unknown'})",
-                "wait for it, or stop it (squeue, ps)",
-            ) from None
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+            if time.monotonic() > deadline:
+                raise MoultError(
+                    f"{state}: another trainer is at work on this run ({holder})",
+                    "wait for it, or stop it (squeue, ps)",
+                )
+            if deadline - time.monotonic() > patience - 1:
+                log.info("waiting up to %.0f s for another trainer of this run (%s)", patience, holder)
+            time.sleep(1)
         lock.truncate(0)
         lock.write(f"{os.uname().nodename}, process {os.getpid()}\n")
         lock.flush()

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their hashes."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -46,8 +47,7 @@ def fsync(path: str | Path) -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes `path`'s name when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial = _partial(path)
     try:
         yield partial
         fsync(partial)
@@ -61,9 +61,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like `atomic_file` for a folder. An older folder of that name goes only when the new one is whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(path)
     partial.mkdir()
     try:
         yield partial
@@ -78,6 +76,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where to write what is to become `path`; what a killed process has left there is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 def _umask() -> int:

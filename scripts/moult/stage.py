@@ -12,12 +12,14 @@ Exit codes: 0 done, 1 failed, 75 unfinished (the same command goes on), 130 inte
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import platform
 import re
 import reprlib
+import shutil
 import signal
 import sys
 import threading
@@ -85,42 +87,86 @@ def stage(
         _console = _Console(stream, name, quiet)
         _set_up_logging(file)
         signal.signal(signal.SIGTERM, _exit_on_signal)
+        _end_with_starter()
         log.debug("%s, Moult %s, Python %s on %s", name, __version__, platform.python_version(), platform.node())
         log.debug("command: %s", " ".join(sys.argv))
         log.debug("settings: %s", json.dumps(settings or {}, indent=2, sort_keys=True, default=str))
         started = time.monotonic()
         try:
             yield log
-        except MoultError as error:
-            log.debug("where it was raised:\n%s", _traceback_with_locals(error))
-            _fail(
-                path,
-                f"{name} {'unfinished' if error.exit_code == UNFINISHED else 'failed'}: {error.what}",
-                error.fix,
-            )
-            raise SystemExit(error.exit_code) from None
-        except KeyboardInterrupt:
-            log.error("%s interrupted; run the same command again to go on", name)
-            raise SystemExit(130) from None
-        except SystemExit as stop:
-            if stop.code == TERMINATED:
-                log.error("%s terminated; run the same command again to go on", name)
-            raise
-        except Exception as error:
-            log.debug("%s", _traceback_with_locals(error))
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            _fail(
-                path,
-                f"{name} failed: {type(error).__name__}: {first_line}",
-                "unexpected; the log has the traceback with the values of all variables",
-            )
-            raise SystemExit(1) from None
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            raise SystemExit(_tell(error, name, path)) from None
         log.debug("%s done in %.1f s", name, time.monotonic() - started)
 
 
-def _fail(path: Path, what: str, fix: str) -> None:
-    log.error("%s", what)
+def _tell(error: BaseException, name: str, path: Path) -> int | str | None:
+    """Say what has ended the stage, and return its exit code."""
+    if isinstance(error, SystemExit):
+        if error.code == TERMINATED:
+            log.error("%s terminated; run the same command again to go on", name)
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        log.error("%s interrupted; run the same command again to go on", name)
+        return 130
+    log.debug("where it was raised:\n%s", _traceback_with_locals(error))
+    code, word = 1, "failed"
+    if isinstance(error, MoultError):
+        what, fix, code = error.what, error.fix, error.exit_code
+        word = "unfinished" if code == UNFINISHED else "failed"
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        what = f"{error.filename or 'a file'}: {_DISK[error.errno]} ({_free_space(error.filename)})"
+        fix = "free space or mend the permissions, and run the same command again: what was finished stays"
+    else:
+        what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        fix = "unexpected; the log has the traceback with the values of all variables"
+    log.error("%s %s: %s", name, word, what)
     log.error("%s(log: %s)", f"what to do: {fix} " if fix else "", path)
+    return code
+
+
+_DISK = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file system takes no larger file",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+}
+
+
+def _free_space(path) -> str:
+    """What is free where `path` is, or in the working directory if it is not known."""
+    folder = next((parent for parent in Path(str(path or ".")).absolute().parents if parent.exists()), Path())
+    return f"{shutil.disk_usage(folder).free:,} bytes are free"
+
+
+def _end_with_starter() -> None:
+    """Terminate this stage when the Snakemake that has started it is gone, so that a killed one leaves no trainer behind.
+
+    Its process id comes in the environment; run by hand, or where that process cannot be seen, nothing is watched.
+    """
+    starter = os.environ.get("MOULT_STARTED_BY", "")
+    if not starter.isdigit() or not _alive(int(starter)):
+        return
+
+    def watch() -> None:
+        while _alive(int(starter)):
+            time.sleep(1)
+        log.error("the Snakemake that has started this is gone")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _alive(process: int) -> bool:
+    """Whether a process runs. One that has ended and that nobody has asked about yet does not."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
 
 
 def _exit_on_signal(number: int, frame: types.FrameType | None) -> None:
