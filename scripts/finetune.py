@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import UNFINISHED, MoultError, some
@@ -106,25 +107,34 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
     device = pick_device(args.threads, settings["train"]["gpu"])
     total = read_json(args.plan)["steps"]["total"]
     keep_best = settings["train"]["load_best_model_at_end"]
-    if args.resume_from:
-        resume = given_checkpoint(args.resume_from, state, fingerprint, keep_best)
-    else:
-        resume = newest_whole(state, fingerprint, keep_best)
+
+    def find_checkpoint() -> Path | None:
+        if args.resume_from:
+            return given_checkpoint(args.resume_from, state, fingerprint, keep_best)
+        return newest_whole(state, fingerprint, keep_best)
+
+    resume = from_main_process(find_checkpoint, device)
     if resume and step_of(resume) >= total:
         # transformers would train one step more.
         log.info("%s is the last step: nothing to train", resume)
     else:
         if resume:
             log.info("going on from %s, of %s steps", resume, f"{total:,}")
-        train(
-            make_trainer(settings, args, state, fingerprint, device, stop, resume, log),
-            resume,
-            total,
-            stop,
-            log,
-        )
+        trainer = make_trainer(settings, args, state, fingerprint, device, stop, resume, log)
+        train(trainer, resume, total, stop, log)
     if rank() == 0:
         publish(settings, args, state, fingerprint, device, total, log)
+
+
+def from_main_process(find: Callable, device: str):
+    """What `find()` returns in the main process, in all of them: only that one has claimed the state folder."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return find()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=device == "cpu")
+    return broadcast_object_list([find() if rank() == 0 else None])[0]
 
 
 def rank() -> int:
@@ -135,26 +145,24 @@ def pick_device(threads: int, gpus: int) -> str:
     """The device to train on. Raises MoultError if processes or GPUs are not as many as the config says."""
     from moult.device import limit_threads, pick
 
-    limit_threads(threads)
-    import torch
-
-    device = pick()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != gpus:
         raise MoultError(
             f"train.gpu is {gpus}, and {processes} processes run",
             f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...",
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes == 1:
+        # Before torch looks: with several GPUs in sight Trainer would use DataParallel, which TRL refuses.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    limit_threads(threads)
+    import torch
+
+    device = pick()
     if device == "cuda" and torch.cuda.device_count() < local:
         raise MoultError(
             f"train.gpu asks for {local} GPUs here, and {torch.cuda.device_count()} are visible",
             "ask for more, or lower train.gpu",
         )
-    if device == "cuda" and local == 1 and torch.cuda.device_count() > 1:
-        # Trainer would wrap the model in DataParallel, which TRL refuses.
-        torch.cuda.set_device(0)
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return device
 
 

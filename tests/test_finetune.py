@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,8 +284,6 @@ def test_another_learning_rate_never_resumes_the_old_weights(run, undisturbed):
 
 
 def copy_state(source: Run, target: Run) -> None:
-    import shutil
-
     shutil.copytree(source.folder / "state", target.folder / "state")
 
 
@@ -391,6 +390,10 @@ def test_two_processes_give_the_loss_of_one(run):
     for a, b in zip(one.losses(), two.losses(), strict=True):
         assert [x is None for x in a] == [x is None for x in b]
         assert [x for x in a[:5] if x is not None] == pytest.approx([x for x in b[:5] if x is not None], rel=1e-4)
+    whole = two.adapter()
+    shutil.rmtree(two.folder / "state" / "checkpoint-4")
+    assert "going on from" in two.go(launcher=torchrun).stderr
+    assert two.adapter() == whole
 
 
 # --- what stops it ----------------------------------------------------------------------------------------------------
