@@ -3,10 +3,12 @@
 # make lint   formatting and lint, as CI runs them
 # make schema write what is derived from config/schema.yaml and the libraries
 #
-# The environment is .venv; PYTHON names the interpreter that makes it. Elsewhere, PATH decides.
+# The environment is .venv; PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# snakefmt looks for shfmt there
+export PATH := $(abspath $(BIN)):$(PATH)
 REQUIREMENTS := envs/workflow.txt envs/train.txt
 CORES ?= 1
 
