@@ -41,7 +41,8 @@ def hold_folder():
 held_folder = hold_folder() if workflow.is_main_process else None
 
 # Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
-environ["MOULT_STARTED_BY"] = str(os.getpid())
+own_namespace = Path("/proc/self/ns/pid")
+environ["MOULT_STARTED_BY"] = f"{os.getpid()}@{own_namespace.readlink() if own_namespace.exists() else ''}"
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
 environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"

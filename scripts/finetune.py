@@ -56,7 +56,7 @@ def main() -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 ask to stop. Before training there is nothing to save, so they stop at once."""
+    """SIGTERM, SIGINT and SIGUSR2 ask to stop. While nothing is trained there is nothing to save, so they stop at once."""
 
     def __init__(self):
         self.received: str | None = None
@@ -67,7 +67,8 @@ class StopSignal:
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
         if not self.training:
-            raise MoultError(f"{self.received} before the first step", "run the same command again", UNFINISHED)
+            # Not an Exception: transformers' lazy imports make an ImportError of any that they meet.
+            raise SystemExit(UNFINISHED)
 
 
 def make_fingerprint(settings: dict, args) -> dict:
@@ -101,7 +102,7 @@ def make_fingerprint(settings: dict, args) -> dict:
 
 
 def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
-    from moult.checkpoints import newest_whole, step_of
+    from moult.checkpoints import newest_whole, restore_log, step_of
     from moult.files import read_json
 
     device = pick_device(args.threads, settings["train"]["gpu"])
@@ -114,6 +115,8 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
         return newest_whole(state, fingerprint, keep_best)
 
     resume = from_main_process(find_checkpoint, device)
+    if rank() == 0:
+        restore_log(state, resume)
     if resume and step_of(resume) >= total:
         # transformers would train one step more.
         log.info("%s is the last step: nothing to train", resume)

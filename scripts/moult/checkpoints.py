@@ -3,6 +3,8 @@
     trainer_state/fingerprint.json      what the run depends on: settings, tokens, base model, versions
     trainer_state/lock                  held by the one trainer that may write here
     trainer_state/checkpoint-<step>/    with manifest.json: size and hash of every file
+    trainer_state/training_log.jsonl    as far as training has come; each checkpoint holds it as far as its step
+    trainer_state/staging/              a checkpoint that is being written
     trainer_state/old-<n>/              what another fingerprint has left
 
 The folder is no output of a rule, so Snakemake never deletes it. transformers writes its checkpoints file by file and
@@ -20,11 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moult.errors import MoultError, some
-from moult.files import canonical, fsync, read_json, sha256_folder, sha256_text, write_json
+from moult.files import canonical, fsync, read_json, sha256_folder, sha256_text, write_json, write_text
 
 log = logging.getLogger("moult")
 
 MANIFEST = "manifest.json"
+STAGING = "staging"
+TRAINING_LOG = "training_log.jsonl"
 
 
 @contextlib.contextmanager
@@ -59,6 +63,7 @@ def locked(state: Path, patience: float = 120) -> Iterator[None]:
 
 def claim(state: Path, fingerprint: dict) -> None:
     """Make `state` that of `fingerprint`; what another one has left is moved aside, never resumed."""
+    shutil.rmtree(state / STAGING, ignore_errors=True)  # a kill in the middle of a checkpoint
     path = state / "fingerprint.json"
     if path.exists():
         differs = differences(read_json(path), fingerprint)
@@ -66,7 +71,8 @@ def claim(state: Path, fingerprint: dict) -> None:
             return
         aside = next(folder for number in range(1, 10_000) if not (folder := state / f"old-{number}").exists())
         aside.mkdir()
-        for entry in [path, *checkpoint_folders(state), state / "training_log.jsonl"]:
+        # The fingerprint goes last: after a kill in between, the rest is still known to be another's.
+        for entry in [*checkpoint_folders(state), state / TRAINING_LOG, path]:
             if entry.exists():
                 entry.rename(aside / entry.name)
         log.warning("%s is of other settings (%s): moved to %s, starting anew", state, some(differs), aside.name)
@@ -170,16 +176,24 @@ def adopt(folder: Path, state: Path, with_best: bool) -> Path:
     best = best_before(folder) if with_best else None
     for source in filter(None, (best, folder)):
         if source.parent.resolve() != state.resolve():
-            staged = state / "staging" / source.name
+            staged = state / STAGING / source.name
             shutil.rmtree(staged, ignore_errors=True)
             shutil.copytree(source, staged)
             shutil.rmtree(state / source.name, ignore_errors=True)
             staged.rename(state / source.name)
+    shutil.rmtree(state / STAGING, ignore_errors=True)
     return state / folder.name
 
 
+def restore_log(state: Path, checkpoint: Path | None) -> None:
+    """Make the training log that of `checkpoint`, or empty: what an attempt has logged behind it is done again."""
+    write_text(state / TRAINING_LOG, (checkpoint / TRAINING_LOG).read_text(encoding="utf-8") if checkpoint else "")
+
+
 def prune(state: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one."""
+    """Delete all but the `keep` newest checkpoints and the best one, and what could not be resumed from."""
     for folder in checkpoint_folders(state)[:-keep]:
         if step_of(folder) != best:
             shutil.rmtree(folder)
+    for folder in state.glob("broken-*"):
+        shutil.rmtree(folder)

@@ -62,6 +62,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like `atomic_file` for a folder. An older folder of that name goes only when the new one is whole."""
     path = Path(path)
     partial = _partial(path)
+    outgoing = partial.with_name(f"{partial.name}-old")
     partial.mkdir()
     try:
         yield partial
@@ -71,11 +72,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~_umask())
             fsync(file)
         fsync(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
+        if path.exists():
+            # Not deleted under its name: a kill would leave a part of it there.
+            path.rename(outgoing)
+        partial.rename(path)
         fsync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, outgoing):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _partial(path: Path) -> Path:

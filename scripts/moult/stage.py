@@ -102,7 +102,7 @@ def stage(
 def _tell(error: BaseException, name: str, path: Path) -> int | str | None:
     """Say what has ended the stage, and return its exit code."""
     if isinstance(error, SystemExit):
-        if error.code == TERMINATED:
+        if error.code in (TERMINATED, UNFINISHED):
             log.error("%s terminated; run the same command again to go on", name)
         return error.code
     if isinstance(error, KeyboardInterrupt):
@@ -142,10 +142,12 @@ def _free_space(path) -> str:
 def _end_with_starter() -> None:
     """Terminate this stage when the Snakemake that has started it is gone, so that a killed one leaves no trainer behind.
 
-    Its process id comes in the environment; run by hand, or where that process cannot be seen, nothing is watched.
+    Its process id comes in the environment, with the namespace that the number belongs to (rules/common.smk). Run by hand,
+    or in a container that does not see that process, nothing is watched.
     """
-    starter = os.environ.get("MOULT_STARTED_BY", "")
-    if not starter.isdigit() or not _alive(int(starter)):
+    starter, _, namespace = os.environ.get("MOULT_STARTED_BY", "").partition("@")
+    mine = Path("/proc/self/ns/pid")
+    if not starter.isdigit() or namespace != (str(mine.readlink()) if mine.exists() else ""):
         return
 
     def watch() -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from safetensors import SafetensorError
 from transformers import TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTTrainer
 
-from moult.checkpoints import prune, seal
+from moult.checkpoints import STAGING, TRAINING_LOG, prune, seal
 from moult.errors import MoultError
 from moult.likelihood import likelihood
 from moult.stage import log, progress
@@ -52,7 +54,7 @@ class Finetuner(SFTTrainer):
         self.val_rows, self.pad_id = val_rows, pad_id
         self.keep_best, self.keep = keep_best, keep
         self.stop, self.resume = stop, resume
-        self.staging = state / "staging"
+        self.staging = state / STAGING
         self.other_seconds = 0.0
         # A checkpoint needs no tokenizer: of some models that is ten times the adapter.
         self.processing_class = None
@@ -101,9 +103,10 @@ class Finetuner(SFTTrainer):
             self._averages_file(staged).write_text(json.dumps(self._averages()))
             self._wait_for_all()
             if self.is_world_process_zero():
+                shutil.copyfile(self.state_folder / TRAINING_LOG, staged / TRAINING_LOG)
                 seal(staged, self.state_folder, self.fingerprint)
                 prune(self.state_folder, self.keep, self.state.best_global_step if self.keep_best else None)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise self._cannot_save(error) from error
         finally:
             if self.is_world_process_zero():
@@ -151,7 +154,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer: Finetuner):
         self.trainer = trainer
-        self.path = trainer.state_folder / "training_log.jsonl"
+        self.path = trainer.state_folder / TRAINING_LOG
         self.bar: progress | None = None
         self.note = ""
 
@@ -159,9 +162,6 @@ class Watch(TrainerCallback):
         if self.trainer.resume:
             self.trainer.restore_averages(self.trainer.resume)
         if state.is_world_process_zero:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            # What an attempt logged behind the checkpoint that this one goes on from is done again.
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
             self.bar = progress(state.max_steps, "steps", initial=state.global_step)
         self._start_clock()
 
@@ -172,12 +172,19 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.update(note=self.note)
+        if state.epoch.is_integer():
+            DefaultFlowCallback().on_epoch_end(args, state, control)
         last = state.global_step >= state.max_steps
         if last and args.eval_strategy != "no":
             control.should_evaluate = True
         if last or self._asked_to_stop():
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # What the end of an epoch asks for is done in its last step: a checkpoint of that step would not know of a
+        # validation after it, and transformers comes here in the middle of an epoch, too, when training stops there.
+        control.should_log = control.should_evaluate = control.should_save = False
 
     def _asked_to_stop(self) -> bool:
         received = self.trainer.stop.received is not None

@@ -40,6 +40,7 @@ from workflow import checkout
 TARGET = "results/demo/metrics.json"
 KILLS_PER_ROUND = 10
 PATIENCE = 120  # seconds for what was killed to end; a trainer may be saving
+GRACE = 30  # seconds from SIGTERM or SIGINT to SIGKILL, as Slurm's KillWait
 
 # Each has its own undisturbed run to be compared with.
 VARIANTS = {
@@ -100,6 +101,7 @@ class Kill:
     reached: int | None = None  # the step of training, if it was at work
     attempts: set[str] = field(default_factory=set)  # logs of finetune until then
     lost: int | None = None
+    hung: bool = False  # it did not end within GRACE
 
 
 def draw(rng: random.Random, count: int) -> list[Kill]:
@@ -128,7 +130,14 @@ class Command:
         environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
         with (folder / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=output, env=environment, start_new_session=True
+                command,
+                cwd=folder,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+                # A shell ignores it for what runs in its background, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self.started = time.time()
         self.looked = 0.0
@@ -271,7 +280,7 @@ def torture(folder: Path, reference: Reference, pending: list[Kill], rng: random
             landed.append(kill)
             pending.remove(kill)
             command.send(kill.victim, kill.number)
-            wait_for_end(command, none_left=not hurry)
+            wait_for_end(command, kill, none_left=not hurry)
             if kill.landed_in == "finetune":
                 kill.reached = step_reached(folder, command.stage_started)
                 kill.attempts = set(attempts(folder, "finetune"))
@@ -311,12 +320,16 @@ def wait_for_kill(command: Command, reference: Reference, pending: list[Kill], r
     return None
 
 
-def wait_for_end(command: Command, none_left: bool) -> None:
+def wait_for_end(command: Command, kill: Kill, none_left: bool) -> None:
     """Wait for the killed command, and for all that it has started. Raises Failure if something lives on."""
     try:
-        command.process.wait(PATIENCE)
+        command.process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        raise Failure(f"Snakemake has not ended {PATIENCE} s after the signal ({command.look()})") from None
+        # Snakemake's handler of SIGTERM takes a lock that the main thread, which it interrupts, may hold (9.27,
+        # JobScheduler.exit_gracefully): then it hangs.
+        kill.hung = True
+        os.killpg(command.process.pid, signal.SIGKILL)
+        command.process.wait()
     deadline = time.time() + PATIENCE
     while none_left and (left := processes_in(command.folder)):
         if time.time() > deadline:
@@ -432,6 +445,7 @@ def report(rounds: list[Round], seconds: float) -> str:
         f"| signals | {counts(kill.number.name for kill in kills)} |",
         f"| victims | {counts(kill.victim for kill in kills)} |",
         f"| variants | {counts(each.variant for each in rounds)} |",
+        f"| had to be killed {GRACE} s after SIGTERM or SIGINT | {sum(kill.hung for kill in kills)} |",
         f"| seconds per kill | {seconds / max(1, len(kills)):.1f} |",
     ]
     if lost:
