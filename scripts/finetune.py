@@ -67,7 +67,7 @@ class StopSignal:
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
         if not self.training:
-            # Not an Exception: transformers' lazy imports make an ImportError of any that they meet.
+            # Not an Exception: libraries swallow those (transformers, where it looks what is installed).
             raise SystemExit(UNFINISHED)
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures of another file)
 """finetune, hit at chosen instants: by a signal, by a full disk, by a folder that cannot be written.
 
 tests/torture/ does the same at random instants to the whole workflow. Here each attempt is a fork of a process that has
@@ -79,12 +80,12 @@ def check_same(run: Run, whole: Run) -> None:
     assert run.adapter() == whole.adapter()
     assert log_of(run) == log_of(whole)
     state = run.folder / "state"
-    assert not [path for path in run.folder.rglob("*.tmp-*")]
+    assert not list(run.folder.rglob("*.tmp-*"))
     assert {path.name for path in state.iterdir()} == {path.name for path in (whole.folder / "state").iterdir()}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, base, tokens):  # noqa: F811
+def whole(tmp_path_factory, base, tokens):
     """Undisturbed runs, each made once."""
     made: dict[str, Run] = {}
 
@@ -118,7 +119,7 @@ STOPS = {
         ("during validation", signal.SIGUSR2),
     ],
 )
-def test_a_signal_stops_it_unfinished_and_the_next_attempt_goes_on(instant, number, run, whole):  # noqa: F811
+def test_a_signal_stops_it_unfinished_and_the_next_attempt_goes_on(instant, number, run, whole):
     target, call = (*STOPS[instant], 1)[:2]
     stopped = run()
     said = attempt(stopped, (target, number, call), code=75)
@@ -141,7 +142,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("instant", KILLS)
-def test_a_kill_at_the_worst_instant(instant, run, whole):  # noqa: F811
+def test_a_kill_at_the_worst_instant(instant, run, whole):
     target, *when = KILLS[instant]
     killed = run()
     attempt(killed, (target, signal.SIGKILL, *when), code=-signal.SIGKILL)
@@ -157,6 +158,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
 # An epoch has five steps. Name: (train section, signal, step at the end of which it comes)
 VARIANTS = {
     "rows grouped by length": ({"train_sampling_strategy": "group_by_length"}, KILL, 8),
+    "so, at the end of an epoch": ({"train_sampling_strategy": "group_by_length", "save_steps": 5}, KILL, 11),
     "workers that load rows": ({"dataloader_num_workers": 2}, KILL, 8),
     "packed": ({"packing": True}, KILL, 8),
     "by epoch, killed in one": (EPOCHS, KILL, 8),
@@ -169,25 +171,25 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_resumes_to_the_same_bytes(variant, run, whole):  # noqa: F811
+def test_a_variant_resumes_to_the_same_bytes(variant, run, whole):
     train, number, step = VARIANTS[variant]
     check_resumed(run(settings(**train)), number, step, whole)
 
 
-def test_dora_resumes_to_the_same_bytes(run, whole):  # noqa: F811
+def test_dora_resumes_to_the_same_bytes(run, whole):
     config = settings()
     config["lora"] = {**config["lora"], "use_dora": True}
     check_resumed(run(config), KILL, 8, whole)
 
 
-def check_resumed(stopped: Run, number: int, step: int, whole) -> None:  # noqa: F811
+def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
     fault = ("moult.trainer:Watch.on_step_end", number, step)
     attempt(stopped, fault, code=75 if number == TERM else -number)
     assert "going on from" in attempt(stopped)
     check_same(stopped, whole(stopped.config))
 
 
-def test_a_training_log_that_was_cut_off_is_that_of_the_checkpoint_again(run, whole):  # noqa: F811
+def test_a_training_log_that_was_cut_off_is_that_of_the_checkpoint_again(run, whole):
     killed = run()
     attempt(killed, ("moult.trainer:Watch.on_step_end", KILL, 8), code=-KILL)
     log = killed.folder / "state" / "training_log.jsonl"
@@ -215,12 +217,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], capture_output=True)
 
 
-def test_a_full_disk_is_named_and_the_checkpoints_before_stay(run, whole, small_disk):  # noqa: F811
+def size_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def test_a_full_disk_is_named_and_the_checkpoints_before_stay(run, whole, small_disk):
     from moult.checkpoints import checkpoint_folders, fault_of
     from moult.files import read_json
 
     full = run()
-    (full.folder / "state").symlink_to(small_disk("size=700k"))
+    one = max(size_on_disk(folder) for folder in checkpoint_folders(whole(settings()).folder / "state"))
+    (full.folder / "state").symlink_to(small_disk(f"size={2.5 * one:.0f}"))
     said = attempt(full, code=1)
     assert "state: the checkpoint of step" in said and "bytes" in said and "are free" in said, said
     assert "free space" in said and "run the same command again" in said and "Traceback" not in said
@@ -233,7 +240,7 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_stay(run, whole, small_
     check_same(full, whole(settings()))
 
 
-def test_a_read_only_folder_is_named(run, whole, small_disk):  # noqa: F811
+def test_a_read_only_folder_is_named(run, whole, small_disk):
     stopped = run()
     state = stopped.folder / "state"
     state.symlink_to(small_disk("size=10m"))
@@ -245,7 +252,7 @@ def test_a_read_only_folder_is_named(run, whole, small_disk):  # noqa: F811
     check_same(stopped, whole(settings()))
 
 
-def test_a_log_that_cannot_be_written_is_named(base, tokens, small_disk):  # noqa: F811
+def test_a_log_that_cannot_be_written_is_named(base, tokens, small_disk):
     folder = small_disk("size=10m")
     stopped = Run(folder / "run", settings(), base, tokens)
     small_disk("remount,ro")

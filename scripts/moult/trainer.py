@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from moult.checkpoints import STAGING, TRAINING_LOG, prune, seal
@@ -59,6 +61,12 @@ class Finetuner(SFTTrainer):
         # A checkpoint needs no tokenizer: of some models that is ten times the adapter.
         self.processing_class = None
         self.add_callback(Watch(self))
+
+    # --- order of rows ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return SeededByEpoch(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     # --- validation ---
 
@@ -147,6 +155,22 @@ class Finetuner(SFTTrainer):
         self._globalstep_last_logged = content["last_logged"]
         self._metrics["train"].update(content["metrics"])
         self._total_train_tokens = content["tokens"]
+
+
+class SeededByEpoch(Sampler):
+    """group_by_length with an order that depends on seed and epoch only. transformers (5.23) draws it from the global random
+    state, which is another one where a resumed epoch begins: some rows would be trained twice and others not at all."""
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: Finetuner):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        epoch = int(self.trainer.state.epoch or 0)
+        self.sampler.generator = torch.Generator().manual_seed(self.trainer.args.data_seed + epoch)
+        return iter(self.sampler)
 
 
 class Watch(TrainerCallback):

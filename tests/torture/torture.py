@@ -233,24 +233,28 @@ class Reference:
     changes: dict[str, int]
 
 
-def make_folder(folder: Path, variant: str) -> Path:
-    folder.mkdir()
+def make_folder(folder: Path, source: Path, variant: str) -> Path:
+    """A checkout to run `variant` in. `source` is one that nobody edits meanwhile."""
+    shutil.copytree(source, folder)
     config = json.loads(json.dumps(CONFIG))
     config["runs"]["demo"]["train"].update(VARIANTS[variant])
-    (checkout(folder) / "torture.yaml").write_text(yaml.safe_dump(config))
+    (folder / "torture.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
-def run_undisturbed(folder: Path, variant: str) -> Reference:
-    command = Command(make_folder(folder, variant))
+def run_undisturbed(folder: Path) -> Reference:
+    command = Command(folder)
     seconds, counts = {}, {}
     stage, started, changes = "snakemake", command.started, Changes(folder)
-    while command.process.poll() is None:
-        changes.update()
-        if command.look() != stage:
-            seconds[stage], counts[stage] = command.stage_started - started, changes.count
-            stage, started, changes = command.stage, command.stage_started, Changes(folder)
-        time.sleep(0.002)
+    try:
+        while command.process.poll() is None:
+            changes.update()
+            if command.look() != stage:
+                seconds[stage], counts[stage] = command.stage_started - started, changes.count
+                stage, started, changes = command.stage, command.stage_started, Changes(folder)
+            time.sleep(0.002)
+    finally:
+        end_all(folder)
     seconds[stage], counts[stage] = time.time() - started, changes.count
     if command.process.returncode:
         raise SystemExit(f"the undisturbed run has failed; its output is in {folder / 'output.txt'}")
@@ -285,7 +289,8 @@ def torture(folder: Path, reference: Reference, pending: list[Kill], rng: random
                 kill.reached = step_reached(folder, command.stage_started)
                 kill.attempts = set(attempts(folder, "finetune"))
         finally:
-            end_all(folder, spare=hurry)
+            if not hurry:
+                end_all(folder)
         lost = {name for name, size in logs.items() if attempts(folder).get(name, -1) < size}
         if lost:
             raise Failure(f"logs lost: {', '.join(sorted(lost))}")
@@ -337,8 +342,8 @@ def wait_for_end(command: Command, kill: Kill, none_left: bool) -> None:
         time.sleep(0.1)
 
 
-def end_all(folder: Path, spare: bool) -> None:
-    for process in processes_in(folder) if not spare else []:
+def end_all(folder: Path) -> None:
+    for process in processes_in(folder):
         process.kill()
 
 
@@ -477,6 +482,9 @@ def main() -> None:
     args = parser.parse_args()
 
     work = Path(tempfile.mkdtemp(prefix="torture-")).resolve()
+    source = work / "checkout"
+    source.mkdir()
+    checkout(source)
     references: dict[str, Reference] = {}
     rounds: list[Round] = []
     started = time.monotonic()
@@ -486,13 +494,14 @@ def main() -> None:
             variant = list(VARIANTS)[seed % len(VARIANTS)]
             if variant not in references:
                 bar.set_postfix_str(f"undisturbed: {variant}")
-                references[variant] = run_undisturbed(work / f"undisturbed-{len(references)}", variant)
+                folder = make_folder(work / f"undisturbed-{len(references)}", source, variant)
+                references[variant] = run_undisturbed(folder)
             rng = random.Random(seed)
             drawn = draw(rng, min(KILLS_PER_ROUND, args.kills - bar.n))
             this = Round(seed, variant, [])
             rounds.append(this)
             bar.set_postfix_str(f"seed {seed}, failed rounds: {sum(bool(each.failure) for each in rounds)}")
-            folder = make_folder(work / f"seed-{seed}", variant)
+            folder = make_folder(work / f"seed-{seed}", source, variant)
             pending = list(drawn)
             try:
                 torture(folder, references[variant], pending, rng, bar.update)
