@@ -119,6 +119,7 @@ REFUSED = [
     ("eval: {prompts: [{id: p, prompt: x, expect: {exact: true}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {prompts: [{id: p, prompt: x, expect: {match: (a)}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is not a 'regex' …"),
+    ("eval: {row_expect: {regex: 'a{1,99999999999}'}}", "eval.row_expect.regex: 'a{1,99999999999}' is not a 'regex' …"),
     ("eval: {row_expect: {match: abc}}", "eval.row_expect.match: has no group; put the part that is compared in ( )"),
     ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
@@ -134,6 +135,33 @@ def test_refused(text, problem):
     assert [line[: len(start)] if more else line for line in found[:1]] == [start]
     # Every run has the same model: only there one mistake is as many problems.
     assert len(found) == (2 if "model.name" in problem else 1)
+
+
+def test_what_no_file_name_and_no_number_can_be():
+    assert problems('datasets: {a: {source: "a\\0b"}}') == [
+        "datasets.a.source: holds '\\x00', which no file name or command can hold"
+    ]
+    [half] = problems('model: {chat_template_kwargs: {"\\ud800": 1}}')
+    assert half.startswith("model.chat_template_kwargs.'\\ud800': holds '\\ud800'") and half.encode()
+    assert problems("train: {learning_rate: 1" + "0" * 400 + "}") == [
+        "train.learning_rate: the number is too large (the limit is 2 to the 63rd)"
+    ]
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_nested_without_end(loop):
+    value: list = []
+    for _ in range(1 if loop else 5000):
+        value = [value]
+    if loop:
+        value[0].append(value)
+    with pytest.raises(ConfigError, match="nested too deeply to read, or holds itself"):
+        resolve({"pathvars": {"x": value}}, SCHEMA)
+
+
+def test_a_long_value_is_shown_in_part():
+    [problem] = problems(f"train: {{learning_rate: {'x' * 10_000}}}")
+    assert problem.startswith("train.learning_rate: expected number") and len(problem) < 700
 
 
 def test_all_problems_are_said_at_once():

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, FormatChecker
 
 from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
@@ -29,6 +29,9 @@ class ConfigError(MoultError):
     """Everything that is wrong with the config, in one message."""
 
     def __init__(self, problems: list[str]):
+        # They quote what was given: half a character, megabytes.
+        problems = [problem.encode(errors="backslashreplace").decode() for problem in problems]
+        problems = [problem if len(problem) < 600 else f"{problem[:600]} ..." for problem in problems]
         plural = "s" if len(problems) > 1 else ""
         listing = "".join(f"\n  - {problem}" for problem in problems)
         super().__init__(
@@ -63,8 +66,11 @@ def resolve(config: dict, schema: dict) -> dict:
     Raises ConfigError with every problem that can be seen without reading data or models.
     """
     known = set(schema["properties"])
-    config = _coerce(copy.deepcopy(dict(config)), schema, schema)
-    problems = _not_json(config) or _schema_problems(config, schema)
+    try:
+        config = _coerce(copy.deepcopy(dict(config)), schema, schema)
+        problems = _not_json(config) or _schema_problems(config, schema)
+    except RecursionError:
+        problems = ["something in it is nested too deeply to read, or holds itself (a YAML alias)"]
     if problems:
         raise ConfigError(problems)
     removed = {name for name, dataset in config.get("datasets", {}).items() if dataset is None}
@@ -130,9 +136,17 @@ def _coerce(value, schema: dict, root: dict):
     return value
 
 
+_formats = FormatChecker(formats=())
+
+
+@_formats.checks("regex", raises=(re.error, OverflowError, RecursionError))
+def _is_regex(value) -> bool:
+    return not isinstance(value, str) or re.compile(value) is not None
+
+
 def _schema_problems(config: dict, schema: dict) -> list[str]:
     errors = sorted(
-        Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).iter_errors(config),
+        Draft202012Validator(schema, format_checker=_formats).iter_errors(config),
         key=lambda error: [str(part) for part in error.absolute_path],
     )
     return list(dict.fromkeys(problem for error in errors for problem in _describe(error, schema)))
@@ -191,7 +205,7 @@ def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
 
 
 def _not_json(value, where: str = "") -> list[str]:
-    """What YAML can say and JSON cannot: NaN and infinity, dates, keys that are no text."""
+    """What YAML can say, and JSON or a command line cannot: NaN and infinity, dates, NUL, keys that are no text."""
     if isinstance(value, dict):
         keys = [f"{where}.{key}".lstrip(".") for key in value]
         problems = [
@@ -199,11 +213,16 @@ def _not_json(value, where: str = "") -> list[str]:
             for key, path in zip(value, keys, strict=True)
             if not isinstance(key, str)
         ]
+        problems += [hit for key in value if isinstance(key, str) for hit in _not_json(key, f"{where}.{key!r}")]
         return problems + [
             hit for item, path in zip(value.values(), keys, strict=True) for hit in _not_json(item, path)
         ]
     if isinstance(value, list):
         return [hit for index, item in enumerate(value) for hit in _not_json(item, f"{where}.{index}")]
+    if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
+        return [f"{where}: holds {bad.group()!r}, which no file name or command can hold"]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return [f"{where}: the number is too large (the limit is 2 to the 63rd)"]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{where}: {value} is not a finite number"]
     if not isinstance(value, str | int | float | None):
