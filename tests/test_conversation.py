@@ -297,6 +297,7 @@ BAD_ROWS = [
         "wrong_type",
         "history[0] is list \"['q']\", and must be [u",
     ),
+    ({"instruction": "q", "output": "a", "history": "5"}, "wrong_type", "history is int '5', and must be a list"),
     ({"text": " \n"}, "empty", "the text is empty"),
     ({"text": {"a": 1}}, "wrong_type", "text is dict \"{'a': 1}\", and must be text"),
     ({"messages": PLAIN, "tools": "{"}, "bad_json", "tools is not JSON: Expecting property name"),
@@ -306,6 +307,16 @@ BAD_ROWS = [
         "tools is dict \"{'name': 'f'}\", and must be a list of",
     ),
     ({"messages": PLAIN, "tools": [{"name": "\ud800"}]}, "not_unicode", "holds half of a surrogate pair"),
+    (
+        {"messages": PLAIN, "tools": [{"function": "f"}]},
+        "wrong_type",
+        "tools[0].function is str 'f', and must be an object",
+    ),
+    (
+        {"messages": PLAIN, "tools": [{"name": 5}]},
+        "wrong_type",
+        "tools[0].function is dict \"{'name': 5}\", and must be",
+    ),
     ({"messages": PLAIN, "system": 5}, "wrong_type", "system is int '5', and must be text"),
 ]
 BAD = [({"messages": value}, reason, message) for value, reason, message in BAD_MESSAGES] + BAD_ROWS

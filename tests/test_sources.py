@@ -1,10 +1,17 @@
 """Reading rows: each kind of file, gzipped or not, folders and globs; and what is said of a file that is not right."""
 
 import gzip
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 from moult.errors import MoultError
 from moult.sources import expand, read_rows
@@ -106,6 +113,40 @@ def test_arrow_does_not_give_a_row_the_fields_of_the_others(tmp_path):
     assert [row for _, row in read(tmp_path / "a.parquet")] == rows
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([0, 2**62], pa.timestamp("us")), "date value out of range"),
+        (pa.array([b"ok", b"\xff"]).view(pa.string()), "'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["a date in the year 148,000", "text that is not UTF-8"],
+)
+def test_a_value_that_python_cannot_hold(tmp_path, column, message):
+    file = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"when": column}), file)
+    with pytest.raises(MoultError) as error:
+        list(read(file))
+    assert message in error.value.what and error.value.what.startswith("a.parquet:2: column when: ")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_damage_to_an_arrow_file_ends_no_process(tmp_path, kind):
+    """Offsets that lead out of the file: pyarrow 26 reads there, and dies of it, unless it is told to look first."""
+    table = pa.table({"text": ["abc" * index for index in range(1, 30)]})
+    sink = io.BytesIO()
+    with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table)
+    whole = sink.getvalue()
+    offset = whole.index((9).to_bytes(4, "little") + (18).to_bytes(4, "little"))
+    (tmp_path / "a.arrow").write_bytes(whole[:offset] + (2**30).to_bytes(4, "little") + whole[offset + 4 :])
+    code = "import sys; from pathlib import Path; from moult.sources import read_rows\n"
+    code += "list(read_rows(Path(sys.argv[1]), 'a'))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    command = [sys.executable, "-c", code, str(tmp_path / "a.arrow")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "MoultError: a: not a whole Arrow file" in done.stderr
+
+
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 GZIPPED = gzip.compress(b'{"a": "x"}\n' * 1000, mtime=0)
@@ -200,6 +241,18 @@ def test_paths_folders_and_globs_stand_for_sorted_files(tmp_path, monkeypatch):
         ({"d/README.md": ""}, "d", "d: holds no data files"),
         ({"d/{a}.jsonl": ""}, "d", "d/{a}.jsonl: Snakemake takes { and } in a name for a wildcard"),
         ({"d/state.json": "{}"}, "d", "d/state.json: not what datasets.save_to_disk writes"),
+        (
+            {"d/state.json": '{"_data_files": [{"filename": "../x.arrow"}]}'},
+            "d",
+            "d/state.json: not what datasets.save_to_disk writes",
+        ),
+        ({"d/state.json": '{"_data_files": [5]}'}, "d", "d/state.json: not what datasets.save_to_disk writes"),
+        ({"d/state.json": '{"_data_files": 5}'}, "d", "d/state.json: not what datasets.save_to_disk writes"),
+        (
+            {"d/dataset_dict.json": '{"splits": [["train"]]}'},
+            "d",
+            "d/dataset_dict.json: not what datasets.save_to_disk writes",
+        ),
         ({"d/dataset_dict.json": '{"spl'}, "d", "d/dataset_dict.json: not what datasets.save_to_disk writes"),
     ],
 )

@@ -221,7 +221,10 @@ def _add_weight(message: dict, item: dict, where: str) -> None:
 
 def _from_alpaca(cell: Callable) -> list[dict]:
     messages = []
-    for index, turn in enumerate(_json(cell("history") or [], "history") or []):
+    history = _json(cell("history") or [], "history") or []
+    if not isinstance(history, list):
+        raise BadRow("wrong_type", f"history is {_kind(history)}, and must be a list")
+    for index, turn in enumerate(history):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise BadRow("wrong_type", f"history[{index}] is {_kind(turn)}, and must be [user, assistant]")
         messages += [
@@ -257,7 +260,14 @@ def _tools(value) -> list[dict]:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("wrong_type", f"tools is {_kind(value)}, and must be a list of objects")
-    return [tool if tool.get("function") else {"type": "function", "function": tool} for tool in value]
+    tools = [tool if tool.get("function") else {"type": "function", "function": tool} for tool in value]
+    for index, tool in enumerate(tools):
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
+            raise BadRow(
+                "wrong_type", f"tools[{index}].function is {_kind(function)}, and must be an object with a name"
+            )
+    return tools
 
 
 def _tool_calls(value, where: str) -> list[dict]:

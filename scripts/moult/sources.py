@@ -9,10 +9,11 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moult.errors import MoultError, some
@@ -49,12 +50,13 @@ def _expand(path: str, split: str) -> list[Path]:
 
 def _expand_folder(folder: Path, split: str) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
-        splits = _saved(folder / "dataset_dict.json", "splits")
+        splits = _saved(folder / "dataset_dict.json", lambda content: content["splits"])
         if split not in splits:
             raise MoultError(f"{folder}: has no split {split}", f"set datasets.<name>.split to one of {some(splits)}")
         folder = folder / split
     if (folder / "state.json").exists():
-        return [folder / part["filename"] for part in _saved(folder / "state.json", "_data_files")]
+        parts = _saved(folder / "state.json", lambda content: [part["filename"] for part in content["_data_files"]])
+        return [folder / part for part in parts]
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -68,11 +70,14 @@ def _expand_folder(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _saved(file: Path, key: str) -> list:
-    """A list in a file that datasets.save_to_disk wrote."""
+def _saved(file: Path, names: Callable) -> list[str]:
+    """The `names` of files or folders beside it that a file of datasets.save_to_disk holds."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (ValueError, KeyError, TypeError):
+        found = names(json.loads(file.read_text(encoding="utf-8")))
+        if all(Path(name).name == name for name in found):
+            return found
+        raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise MoultError(
             f"{file}: not what datasets.save_to_disk writes",
             "save the dataset again; if it is another file, name the data files instead of the folder",
@@ -225,14 +230,29 @@ def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]
             batches = _arrow_batches(source)
         number = 0
         for batch in batches:
-            for row in batch.to_pylist():
+            for row in _python_rows(batch, name, number):
                 number += 1
                 yield f"{name}:{number}", {column: _without_nulls(value) for column, value in row.items()}
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter in the name of a column
         kind = suffix.removeprefix(".").capitalize()
         raise MoultError(
             f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again"
         ) from None
+
+
+def _python_rows(batch, name: str, before: int) -> list[dict]:
+    """The rows of a batch, `before` of which there were others. Raises MoultError for a value that Python cannot hold."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 5,881,580
+        for index, column in itertools.product(range(batch.num_rows), batch.column_names):
+            try:
+                batch.column(column)[index].as_py()
+            except (ValueError, OverflowError) as error:
+                raise MoultError(
+                    f"{name}:{before + index + 1}: column {column}: {error}", "mend that value, or take the column out"
+                ) from None
+        raise
 
 
 def _without_nulls(value):
@@ -252,9 +272,13 @@ def _arrow_batches(source):
 
     # datasets writes the stream format; other tools write the file format.
     try:
-        yield from pyarrow.ipc.open_stream(source)
+        reader = pyarrow.ipc.open_stream(source)
+        batches = iter(reader)
     except pyarrow.ArrowInvalid:
         source.seek(0)
         reader = pyarrow.ipc.open_file(source)
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    for batch in batches:
+        # pyarrow believes the offsets of a damaged file, and ends the process where they lead.
+        batch.validate(full=True)
+        yield batch
