@@ -1,11 +1,28 @@
 """What several test files share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from workflow import ROOT, checkout, snakemake
+
+# The same examples each time, about a minute in all; `--hypothesis-profile=long` looks at others, for as long as an hour.
+EVERYWHERE = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("ci", max_examples=100, derandomize=True, **EVERYWHERE)
+settings.register_profile("long", max_examples=5000, print_blob=True, **EVERYWHERE)
+settings.load_profile("ci")
+
+
+def examples(count: int) -> settings:
+    """Settings for `count` examples; 50 times as many under `--hypothesis-profile=long`."""
+    return settings(max_examples=count * settings.default.max_examples // 100)
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +45,32 @@ def run_script():
     return run
 
 
+# In the environment of the demo; nothing that looks like a real one.
+SECRETS = {
+    "HF_TOKEN": "a-token-of-the-tests-1",
+    "MY_PASSWORD": 'a "password" of the tests',
+    "SIGNING_KEY": "a-key-of-the-tests",
+}
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A checkout in which the demo has run."""
+def watched_demo(tmp_path_factory):
+    """(a checkout in which the demo has run, a folder with what it did elsewhere: HOME, TMPDIR, audit.jsonl)."""
     folder = checkout(tmp_path_factory.mktemp("demo"))
-    snakemake(folder, "results/demo/metrics.json")
-    return folder
+    beside = tmp_path_factory.mktemp("beside")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in SECRETS.items():
+            environment.setenv(name, value)
+        for name in ("HOME", "TMPDIR"):
+            (beside / name).mkdir()
+            environment.setenv(name, str(beside / name))
+        environment.setenv("AUDIT", str(beside / "audit.jsonl"))
+        environment.setenv("PYTHONPATH", str(ROOT / "tests" / "audit"), prepend=os.pathsep)
+        snakemake(folder, "results/demo/metrics.json")
+    return folder, beside
+
+
+@pytest.fixture(scope="session")
+def demo(watched_demo):
+    """A checkout in which the demo has run."""
+    return watched_demo[0]

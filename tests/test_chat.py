@@ -5,7 +5,8 @@ import unicodedata
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_for_tests import (
     CHATML,
@@ -86,7 +87,11 @@ def test_missing_template_names_the_shipped_ones():
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("{% for m in messages %}\n{{ m.content }}\n{% endif %}", 3), ("\n{{ messages | no_such_filter }}", 2)],
+    [
+        ("{% for m in messages %}\n{{ m.content }}\n{% endif %}", 3),
+        ("\n{{ messages | no_such_filter }}", 2),
+        ("{% break %}", 11),
+    ],
 )
 def test_syntax_error_says_the_line(text, line, tmp_path):
     (tmp_path / "bad.jinja").write_text(text)
@@ -109,6 +114,13 @@ def test_template_that_raises(make):
         "template_error",
         "the template refuses it: No system, please",
     )
+
+
+@pytest.mark.parametrize(
+    "what", ["{{ 1 // 0 }}", "{{ 10.0 ** 999 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_template_that_cannot_be_computed(what, make):
+    assert refusal(make(what + PLAIN), ASKED)[0] == "template_error"
 
 
 def test_template_that_meets_something_undefined(make):
@@ -514,7 +526,7 @@ def chatml_on(tokenizer: str) -> Chat:
     return Chat(str(tokenizer), CHATML)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(first=st.none() | TEXT, exchanges=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
 @pytest.mark.parametrize("name", ["demo", "tokenizers/minimind", "tokenizers/qwen3"])
 def test_any_conversation(name, first, exchanges, request):
@@ -528,7 +540,7 @@ def test_any_conversation(name, first, exchanges, request):
     assert said(chat, messages) == [f"{answer}<|im_end|>" for answer in expected]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=TEXT.filter(str.strip))
 def test_any_text(text):
     chat = chatml_on(str(DEMO))

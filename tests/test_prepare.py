@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from conftest import ROOT, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
@@ -486,7 +486,7 @@ GOOD_ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150)
 @given(
     good=st.lists(GOOD_ROWS, min_size=3, max_size=30),
     odd=st.lists(ODD_ROWS, max_size=10),

@@ -113,8 +113,6 @@ class Chat:
 
     def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
         """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable."""
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 _visible(messages),
@@ -124,7 +122,7 @@ class Chat:
                 add_generation_prompt=prompt,
                 **self.template_kwargs,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # a template can raise whatever Python can
             raise Unrenderable("template_error", f"the template refuses it: {error}") from None
 
     def ids(self, text: str) -> list[int]:
@@ -459,7 +457,6 @@ def check_syntax(text: str, origin: str) -> None:
 
     try:
         _compile_jinja_template(text)
-    except TemplateSyntaxError as error:
-        raise MoultError(
-            f"chat template ({origin}), line {error.lineno}: {error.message}", "mend the template"
-        ) from None
+    except (TemplateSyntaxError, SyntaxError) as error:  # the latter for {% break %} outside of a loop
+        message = getattr(error, "message", None) or error.msg
+        raise MoultError(f"chat template ({origin}), line {error.lineno}: {message}", "mend the template") from None
