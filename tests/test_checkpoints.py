@@ -39,6 +39,18 @@ def lose_the_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
+def add_a_file(folder):
+    (folder / "scaler.pt").write_bytes(b"of somebody else")
+
+
+def empty_the_manifest(folder):
+    (folder / "manifest.json").write_text("[]")
+
+
+def fill_the_manifest_with_bytes(folder):
+    (folder / "manifest.json").write_bytes(b"\xff\xfe")
+
+
 def cut_the_manifest(folder):
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text[: len(text) // 2])
@@ -52,6 +64,9 @@ def cut_the_manifest(folder):
         (lose_a_file, "weights is missing"),
         (lose_the_manifest, "it has no manifest"),
         (cut_the_manifest, "not JSON"),
+        (fill_the_manifest_with_bytes, "not JSON"),
+        (empty_the_manifest, "its manifest is none"),
+        (add_a_file, "scaler.pt changed since it was written"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(damage, message, tmp_path, caplog):
@@ -98,6 +113,19 @@ def test_another_fingerprint_moves_everything_aside(tmp_path, caplog):
         "training_log.jsonl",
     }
     assert checkpoints.checkpoint_folders(tmp_path) == []
+
+
+def test_names_that_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-²", "checkpoint-٣", "checkpoint-007", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert checkpoints.checkpoint_folders(tmp_path) == []
+
+
+def test_a_fingerprint_that_is_none(tmp_path):
+    (tmp_path / "fingerprint.json").write_text("[]")
+    with pytest.raises(MoultError, match=r"fingerprint\.json: not a fingerprint"):
+        checkpoints.claim(tmp_path, FINGERPRINT)
 
 
 def test_differences_are_named():

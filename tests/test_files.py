@@ -145,6 +145,10 @@ def test_a_missing_and_a_cut_file_are_said_so(tmp_path):
     (tmp_path / "cut.json").write_text('{\n "a": ')
     with pytest.raises(MoultError, match=r"cut\.json:2: not JSON \(Expecting value\)\n  -> delete it and run again"):
         read_json(tmp_path / "cut.json")
+    for name, data in {"bytes.json": b"\xff", "deep.json": b"[" * 100_000}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(MoultError, match=rf"{name}: not JSON .*\n  -> delete it and run again"):
+            read_json(tmp_path / name)
 
 
 @pytest.mark.parametrize(

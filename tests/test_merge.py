@@ -283,6 +283,21 @@ def test_an_older_merged_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert (merged / "model.safetensors").read_bytes() == before
 
 
+def header(entries) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "places", [["a"], {}, {"a": "../other/model.safetensors"}, {"a": "/model.safetensors"}, {"a": "pytorch_model.bin"}]
+)
+def test_an_index_lists_safetensors_files_beside_it(places, tmp_path):
+    folder = make_model(tmp_path / "base")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(MoultError, match=r"index\.json: lists .* where safetensors files beside it belong"):
+        read_tensors(folder)
+
+
 def test_headers_that_lie_are_named(tmp_path):
     base = make_model(tmp_path / "base")
     file = base / "model.safetensors"
@@ -293,6 +308,17 @@ def test_headers_that_lie_are_named(tmp_path):
         ((10**9).to_bytes(8, "little") + whole[8:], "its header is longer than the file"),
         (whole[:8] + b"x" + whole[9:], "its header is not JSON"),
         (whole + b"more", "its header says"),
+        (header([]), "its header is no object"),
+        (header({"__metadata__": [1]}), "its metadata is no object of texts"),
+        (
+            header({"a": {"dtype": "U8", "shape": [-1, -4], "data_offsets": [0, 4]}}),
+            "the header's entry of a is not one",
+        ),
+        (header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [1, 5]}}), "a does not begin where"),
+        (
+            header({name: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for name in "ab"}),
+            "b does not begin where",
+        ),
     ]:
         file.write_bytes(data)
         with pytest.raises(MoultError, match="not a whole safetensors file") as error:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -66,7 +67,10 @@ def claim(state: Path, fingerprint: dict) -> None:
     shutil.rmtree(state / STAGING, ignore_errors=True)  # a kill in the middle of a checkpoint
     path = state / "fingerprint.json"
     if path.exists():
-        differs = differences(read_json(path), fingerprint)
+        old = read_json(path)
+        if not isinstance(old, dict):
+            raise MoultError(f"{path}: not a fingerprint", "delete it and run again")
+        differs = differences(old, fingerprint)
         if not differs:
             return
         aside = next(folder for number in range(1, 10_000) if not (folder := state / f"old-{number}").exists())
@@ -95,8 +99,8 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def checkpoint_folders(state: Path) -> list[Path]:
     """The finished checkpoints, the oldest first."""
-    folders = [folder for folder in state.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=step_of)
+    named = [folder for folder in state.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9][0-9]*", folder.name)]
+    return sorted((folder for folder in named if folder.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -139,9 +143,14 @@ def _own_fault(folder: Path, fingerprint: dict) -> str | None:
     if not (folder / MANIFEST).exists():
         return "it has no manifest"
     try:
-        manifest = read_json(folder / MANIFEST)
+        return _manifest_fault(folder, read_json(folder / MANIFEST), fingerprint)
     except MoultError as error:
         return error.what
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return f"its manifest is none ({error})"
+
+
+def _manifest_fault(folder: Path, manifest: dict, fingerprint: dict) -> str | None:
     for name, size in manifest["sizes"].items():
         path = folder / name
         if not path.exists():
@@ -150,7 +159,9 @@ def _own_fault(folder: Path, fingerprint: dict) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
     present = sha256_folder(folder)
     present.pop(MANIFEST)
-    changed = [name for name, digest in manifest["files"].items() if present.get(name) != digest]
+    written = manifest["files"]
+    # What was added counts: transformers takes each file that it knows.
+    changed = [name for name in sorted({*written, *present}) if written.get(name) != present.get(name)]
     if changed:
         return f"{some(changed)} changed since it was written"
     if manifest["fingerprint"] != sha256_text(canonical(fingerprint)):

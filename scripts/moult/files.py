@@ -120,6 +120,8 @@ def read_json(path: str | Path):
         raise MoultError(f"{path} does not exist", "run the stage that makes it") from None
     except json.JSONDecodeError as error:
         raise MoultError(f"{path}:{error.lineno}: not JSON ({error.msg})", "delete it and run again") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, brackets without end
+        raise MoultError(f"{path}: not JSON ({error})", "delete it and run again") from None
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:

@@ -58,10 +58,14 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
 
 def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:
     """Raises MoultError for a model that brings Python code, unless the config allows it."""
-    code = read_json(folder / "config.json").get("auto_map")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise MoultError(f"{folder / 'config.json'}: no object, so this is no model folder", "check model.name")
+    code = config.get("auto_map")
     if code and not trust_remote_code:
+        classes = code.values() if isinstance(code, dict) else [code]
         raise MoultError(
-            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, code.values()))))})",
+            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, classes))))})",
             "read that code, then allow it with model.trust_remote_code: true",
         )
 

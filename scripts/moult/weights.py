@@ -38,23 +38,33 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         raw = file.read(length)
     try:
         entries = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _not_whole(path, "its header is not JSON") from None
+    if not isinstance(entries, dict):
+        raise _not_whole(path, "its header is no object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _not_whole(path, "its metadata is no object of texts")
     tensors = {}
     start = 8 + length
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
         try:
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             expected = BYTES[entry["dtype"]] * math.prod(shape)
+            plain = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
         except (KeyError, TypeError, ValueError):
-            raise _not_whole(path, f"the header's entry of {name} is not one") from None
-        if end - begin != expected or begin < 0:
+            plain = False
+        if not plain:
+            raise _not_whole(path, f"the header's entry of {name} is not one")
+        if end - begin != expected:
             raise _not_whole(path, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}")
         tensors[name] = Tensor(name, path.name, entry["dtype"], shape, start + begin, start + end)
-    last = max((tensor.end for tensor in tensors.values()), default=start)
+    last = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != last:
+            raise _not_whole(path, f"{tensor.name} does not begin where the tensor before it ends")
+        last = tensor.end
     if size != last:
         raise _not_whole(path, f"it has {size:,} bytes, and its header says {last:,}")
     return prefix + raw, tensors
@@ -76,7 +86,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = indexed_files(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise MoultError(
@@ -93,6 +103,20 @@ def weight_files(folder: str | Path) -> list[Path]:
             "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
         )
     raise MoultError(f"{folder}: no model.safetensors", "check model.name")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an index lists. Raises MoultError if they are no safetensors files beside it."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange or not names:
+        raise MoultError(
+            f"{index}: lists {some(strange) or 'no files'}, where safetensors files beside it belong",
+            "download or copy the model again",
+        )
+    return names
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
