@@ -42,7 +42,7 @@ def main() -> None:
 
 def fetch(settings: dict, args, log) -> None:
     from moult.files import atomic_file, sha256_file, write_json
-    from moult.network import hub_errors, set_up_hub
+    from moult.network import check_names, hub_errors, set_up_hub
 
     partial = Path(f"{args.out}.partial")
     set_up_caches(partial)
@@ -53,6 +53,7 @@ def fetch(settings: dict, args, log) -> None:
         info = HfApi().dataset_info(
             settings["id"], revision=settings["revision"], timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
+        check_names(settings["id"], [file.rfilename for file in info.siblings])
         check_no_script(settings["id"], [file.rfilename for file in info.siblings])
         log.info("%s: downloading commit %s", settings["id"], info.sha)
         rows = load(settings, info.sha, partial / "datasets")

@@ -59,7 +59,7 @@ def fetch(settings: dict, args, log) -> None:
 def download(settings: dict, args, log) -> dict:
     """Download the snapshot to --out, whole or not at all. Returns its manifest."""
     from moult.models import describe
-    from moult.network import hub_errors, set_up_hub
+    from moult.network import check_names, hub_errors, set_up_hub
 
     set_up_hub(args.tls)
     from huggingface_hub import HfApi, constants
@@ -68,6 +68,7 @@ def download(settings: dict, args, log) -> dict:
         info = HfApi().model_info(
             args.name, revision=settings["revision"], files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
+        check_names(args.name, [file.rfilename for file in info.siblings])
         check_weights(args.name, [file.rfilename for file in info.siblings])
         partial = partial_folder(args.out, info.sha)
         download_files(args.name, info, partial, settings["trust_remote_code"], log)
@@ -105,14 +106,14 @@ def download_files(name: str, info, partial: Path, trust_remote_code: bool, log)
     """First the small files: the index among them says which weights the model consists of."""
     from huggingface_hub import snapshot_download
 
-    from moult.files import read_json
     from moult.models import IGNORED, check_code
     from moult.stage import progress
+    from moult.weights import indexed_files
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
     check_code(partial, name, trust_remote_code)
     index = partial / "model.safetensors.index.json"
-    weights = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    weights = indexed_files(index) if index.exists() else ["model.safetensors"]
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in weights)
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     free = shutil.disk_usage(partial).free

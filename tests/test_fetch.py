@@ -191,6 +191,16 @@ def test_repository_without_safetensors_is_refused_before_the_download(hub, fetc
     assert not [path for path in hub.paths("GET") if "/resolve/" in path]
 
 
+@pytest.mark.parametrize("name", ["../../evil.json", "/evil.json", "a/../../../evil.json", "..\\evil.json"])
+def test_files_that_lead_out_of_the_folder_are_refused(hub, fetch, name):
+    hub.add("model", "org/tiny", model(**{name: b"{}"}))
+    assert_fails(fetch.model(), f"org/tiny holds files that lead out of its folder: {name!r}", "do not use it")
+    hub.add("dataset", "org/math", {"main/train.jsonl": b'{"a": 1}\n', name: b"{}"})
+    assert_fails(fetch.dataset(), f"org/math holds files that lead out of its folder: {name!r}", "do not use it")
+    assert not [path for path in hub.paths("GET") if "/resolve/" in path]
+    assert not list(fetch.folder.parent.rglob("*evil*"))
+
+
 def test_code_of_a_model_must_be_allowed_and_the_download_is_kept(hub, fetch):
     config = json.dumps({"auto_map": {"AutoModel": "modeling.Tiny"}}).encode()
     hub.add("model", "org/tiny", model(**{"config.json": config, "modeling.py": b"pass"}))

@@ -1,7 +1,9 @@
 """How a stage runs: what the console shows and what the log keeps, secrets, errors and exit codes, signals, the bar."""
 
+import json
 import os
 import pty
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,6 +14,7 @@ import time
 from dataclasses import dataclass
 from fcntl import ioctl
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from conftest import ROOT
@@ -214,6 +217,50 @@ def test_secrets_are_in_neither_console_nor_log(run, tmp_path):
     assert "cannot reach https://***@proxy.example:3128/x with ***" in result.stderr
     assert "*** by a child" in result.log
     assert "api_token = ***" in result.log
+
+
+AWKWARD = "pä\"ss\\wörd 'of' many/characters@host"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [str, json.dumps, lambda text: json.dumps(text, ensure_ascii=False), repr, ascii, quote, shlex.quote],
+    ids=["text", "JSON", "JSON with letters", "Python", "ASCII", "address", "shell"],
+)
+@pytest.mark.parametrize("name", ["DB_PASSWORD", "SIGNING_KEY", "GITHUB_PAT", "HF_TOKEN"])
+def test_a_secret_is_masked_however_it_is_written(monkeypatch, name, written):
+    monkeypatch.setenv(name, f"{AWKWARD}\n")
+    shown = redact(f"it is {written(AWKWARD)}.")
+    assert "***" in shown and "rd" not in shown and "many" not in shown
+
+
+def test_each_line_of_a_secret_is_masked(monkeypatch):
+    monkeypatch.setenv("TLS_PRIVATE_KEY", "first line of it\nsecond line of it\nend")
+    assert redact("second line of it") == "***"
+
+
+def test_a_secret_is_masked_before_a_long_value_is_cut(run):
+    """In the values of variables: half of it would no longer be found."""
+    result = run(
+        """
+        key = "0123456789abcdef0123"
+        line = "x" * 85 + key + "x" * 300
+        data = ("x" * 85 + key + "x" * 300).encode()
+        class Odd:
+            def __repr__(self):
+                return line
+        odd, headers = Odd(), {"authorization": "Basic dXNlcjpwYXNzd29yZA=="}
+        1 / 0
+        """,
+        WANDB_API_KEY="0123456789abcdef0123",
+    )
+    assert "xxx***xxx" in result.log and "dXNlcjpw" not in result.log
+    variables = result.log.partition("variables, outermost frame first")[2]
+    assert "0123456" not in variables and "cdef0123" not in variables
+
+
+def test_a_password_with_an_at_sign_in_an_address():
+    assert redact("http://me:sword@fish@proxy:3128/x and https://a@b") == "http://***@proxy:3128/x and https://***@b"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -108,6 +109,15 @@ def set_up_hub(tls: str) -> None:
         return httpx.Client(verify=tls != "off", follow_redirects=True, event_hooks={"request": [_wait_at_most]})
 
     set_client_factory(client)
+
+
+def check_names(name: str, files: list[str]) -> None:
+    """Raises MoultError for a repository with a file that would be written outside of its folder."""
+    outside = [
+        file for file in files if file.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", file) or "\0" in file
+    ]
+    if outside:
+        raise MoultError(f"{name} holds files that lead out of its folder: {some(map(repr, outside))}", "do not use it")
 
 
 def _wait_at_most(request) -> None:

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import reprlib
+import shlex
 import shutil
 import signal
 import sys
@@ -28,7 +29,9 @@ import traceback
 import types
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote
 
 from moult import __version__
 from moult.errors import UNFINISHED, MoultError
@@ -38,8 +41,11 @@ log = logging.getLogger("moult")
 # Loggers whose DEBUG lines are wire noise and may hold headers.
 _CHATTY = ("httpcore", "httpcore2", "httpx", "httpx2", "urllib3", "filelock", "fsspec", "asyncio", "hf_xet", "numba")
 
-_SECRET_NAME = re.compile(r"token$|secret|passw|api_?key|authorization|credential", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s@?#\"]+(?=@)")
+_SECRET_NAME = re.compile(
+    r"token$|secret|passw|passphrase|_pwd$|_pat$|api_?key|_key$|authorization|credential", re.IGNORECASE
+)
+# The last: what stands before the host in an address. A password may hold an @ itself.
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/-]{8,}|(?<=://)[^/\s?#\"]+(?=@)")
 _MASK = "***"
 
 TERMINATED = 128 + signal.SIGTERM
@@ -49,10 +55,31 @@ _console: "_Console | None" = None
 
 def redact(text: str) -> str:
     """`text` without tokens: whatever looks like one, and the values of environment variables named like one."""
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, _MASK)
+    for secret in _secrets(tuple(value for name, value in os.environ.items() if _SECRET_NAME.search(name))):
+        text = text.replace(secret, _MASK)
     return _SECRET_TEXT.sub(_MASK, text)
+
+
+@lru_cache(maxsize=8)
+def _secrets(values: tuple[str, ...]) -> list[str]:
+    """How the values may be written: as they are, each line of them, in JSON, in Python, in an address. The longest first."""
+    plain = {part.strip() for value in values for part in (value, *value.splitlines())}
+    written = {
+        spelling
+        for secret in plain
+        if len(secret) >= 8
+        for spelling in (
+            secret,
+            json.dumps(secret)[1:-1],
+            json.dumps(secret, ensure_ascii=False)[1:-1],
+            repr(secret)[1:-1],
+            ascii(secret)[1:-1],
+            shlex.quote(secret).strip("'"),
+            quote(secret, safe="", errors="surrogateescape"),
+            quote(secret, errors="surrogateescape"),
+        )
+    }
+    return sorted(written, key=lambda secret: (-len(secret), secret))
 
 
 @contextlib.contextmanager
@@ -323,9 +350,29 @@ class progress:
         self.close()
 
 
+class _RedactingRepr(reprlib.Repr):
+    """Masks before it shortens: half a token is no longer found."""
+
+    def repr_str(self, text: str, level: int) -> str:
+        return super().repr_str(redact(text), level)
+
+    def repr_instance(self, value, level: int) -> str:
+        try:
+            text = redact(repr(value))
+        except Exception:
+            return super().repr_instance(value, level)
+        return text if len(text) <= self.maxother else f"{text[: self.maxother]}..."
+
+    def repr_dict(self, value: dict, level: int) -> str:
+        masked = {
+            key: _MASK if isinstance(key, str) and _SECRET_NAME.search(key) else item for key, item in value.items()
+        }
+        return super().repr_dict(masked, level)
+
+
 def _traceback_with_locals(error: BaseException) -> str:
     """The traceback, each frame with its variables: short values only, secrets masked."""
-    shorten = reprlib.Repr()  # its arguments came with Python 3.12
+    shorten = _RedactingRepr()  # its arguments came with Python 3.12
     shorten.maxstring, shorten.maxother, shorten.maxlist, shorten.maxdict, shorten.maxlevel = (
         200,
         200,
