@@ -16,6 +16,7 @@ from test_plan import make as make_plan
 from tiny import change_tensors, make_model, make_tokens
 
 import finetune
+from moult.checkpoints import checkpoint_folders, seal
 from moult.files import read_json, read_jsonl
 
 SETTINGS = {
@@ -271,6 +272,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, undisturb
     assert f"{newest} cannot be resumed from: optimizer.pt has" in done.stderr
     assert "going on from" in done.stderr
     assert damaged.adapter() == undisturbed.adapter()
+
+
+class Evil:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_brings_code_runs_none(name, run, undisturbed):
+    """Sealed as if it were ours, in a file that only holds numbers, and in the one that is never opened."""
+    attacked = run()
+    copy_state(undisturbed, attacked)
+    state, mark = attacked.folder / "state", attacked.folder / "code has run"
+    oldest, *others = checkpoint_folders(state)
+    for folder in others:
+        shutil.rmtree(folder)
+    torch.save(Evil(mark), oldest / name)
+    torch.save(Evil(mark), oldest / "training_args.bin")
+    (oldest / "manifest.json").unlink()
+    staged = state / "staging" / oldest.name
+    staged.parent.mkdir()
+    oldest.rename(staged)
+    seal(staged, state, read_json(state / "fingerprint.json"))
+    done = attacked.go(code=1)
+    assert "going on from" in done.stderr and "Weights only load failed" in done.stderr
+    assert not mark.exists()
+    torch.load(state / oldest.name / name, weights_only=False)
+    assert mark.exists(), "the code is real"
 
 
 def test_another_learning_rate_never_resumes_the_old_weights(run, undisturbed):
