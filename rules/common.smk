@@ -60,22 +60,37 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-for module in ("__init__", "errors", "files", "config", "sources"):
+for module in ("__init__", "errors", "files", "config", "failures", "sources"):
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
 sys.path.insert(0, str(library.parent.parent.resolve()))
 
-from moult.config import encoded_as, is_local, load_schema, local_model, measured_as
-from moult.config import dataset_slug, resolve, slug, source_entries, stage_settings
+from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, links_out, load_schema
+from moult.config import local_model, measured_as, resolve, slug, source_entries, stage_settings
 from moult.errors import MoultError
+from moult.failures import failures_since, table
 from moult.files import canonical, sha256_text
 from moult.sources import expand as expand_source
 
-try:
-    config = resolve(config, load_schema(str(schema_folder)))
-except MoultError as error:
-    raise WorkflowError(str(error)) from None
+
+def checked(config):
+    """The whole config, or one error with all that is wrong with it. Jobs need not look at the files again."""
+    problems = []
+    if workflow.is_main_process:
+        files = [Path(os.path.relpath(path)) for path in workflow.configfiles if Path(path).is_file()]
+        problems += [problem for path in files for problem in duplicate_keys(path)]
+    try:
+        config = resolve(config, load_schema(str(schema_folder)))
+        problems += links_out(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise WorkflowError(str(ConfigError(problems)))
+    return config
+
+
+config = checked(config)
 
 
 # --- code: tracked by content, not by time ---
@@ -155,23 +170,34 @@ def local_model_files(run):
 def dataset_files(wildcards):
     """Input: the files of a dataset: local ones as they are, those of the hub where fetch_dataset puts them."""
     dataset = config["datasets"][wildcards.ds]
-    entries = [
-        entry
-        for source in (dataset["source"], dataset["val_source"])
-        if source
-        for entry in source_entries(source, dataset)
-    ]
     files = []
-    for entry in entries:
+    for entry in all_entries(dataset):
         if is_local(entry["path"]):
             try:
                 files += map(str, expand_source(entry["path"], dataset["split"]))
             except MoultError as error:
+                if not rows_are_there(wildcards.ds):
+                    return []  # prepare will say it, and other runs go on
                 # Whatever else is raised here Snakemake takes for a rule that does not apply, and goes on with old rows.
                 raise SystemExit(f"datasets.{wildcards.ds}.source: {error}") from None
         else:
             files.append(f"<results>/datasets/{dataset_slug(dataset, entry['path'])}.parquet")
     return files
+
+
+def all_entries(dataset):
+    """The parts of a dataset, those to validate on as well."""
+    return [
+        entry
+        for source in (dataset["source"], dataset["val_source"])
+        if source
+        for entry in source_entries(source, dataset)
+    ]
+
+
+def rows_are_there(dataset):
+    """Whether there are rows that a job which cannot read its source would make Snakemake delete."""
+    return Path(config["paths"]["results"], "prepared", dataset, "metadata.json").exists()
 
 
 def chat_template_file(wildcards):
@@ -187,9 +213,26 @@ def launcher(wildcards):
 
 
 def tell_failures():
-    """Say again, below Snakemake's own lines, what the stages that failed since the start said last."""
-    for path in sorted(Path("logs").glob("**/attempts/*.log")):
-        if path.stat().st_mtime >= started:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            for words in re.findall(r"ERROR +moult: (.*?)\n[^\n]*ERROR +moult: (.*?)$", text, re.DOTALL | re.MULTILINE):
-                print("", *words, sep="\n", file=sys.stderr)
+    """Below Snakemake's own lines: what has failed since the start, for all runs, in one table."""
+    found = failures_since(started, Path(config["pathvars"].get("logs", "logs")))
+    if found:
+        print(table([failure._replace(runs=runs_of(failure)) for failure in found]), file=sys.stderr)
+
+
+def runs_of(failure):
+    """The runs that need what a stage could not make; its log lies in the folder of its run, dataset, or kind."""
+    owner, name = failure.log.parts[-2:]
+    slugs = {"models": lambda run: [model_slug(run)], "datasets": dataset_slugs}
+    owners = {
+        "prepare.log": lambda run: config["runs"][run]["dataset"],
+        "encode.log": lambda run: encoded_as(config, run),
+        "evaluate_base.log": lambda run: measured_as(config, run),
+    }
+    if owner in slugs:
+        return [run for run in config["runs"] if failure.log.stem in slugs[owner](run)]
+    return [run for run in config["runs"] if owners.get(name, str)(run) == owner]
+
+
+def dataset_slugs(run):
+    dataset = config["datasets"][config["runs"][run]["dataset"]]
+    return [dataset_slug(dataset, entry["path"]) for entry in all_entries(dataset)]

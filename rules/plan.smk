@@ -9,6 +9,13 @@ rule plan:
     """The plans of all runs: everything that can be known before a GPU is used, checked for all of them in one go."""
     input:
         expand("<results>/{run}/plan.json", run=config["runs"]),
+    log:
+        "<logs>/plan.log",
+    localrule: True
+    params:
+        script=script_of("show_plans"),
+    shell:
+        "python {params.script:q} {input:q} | tee {log:q}"
 
 
 rule plan_run:
@@ -31,8 +38,10 @@ rule plan_run:
         script=script_of("plan"),
         code=code_hash("plan"),
         tokens=lambda wildcards, input: Path(input.report).parent,
+        # Not tracked (it takes `input`): a changed prompt reruns neither plan nor finetune.
+        prompts=lambda wildcards, input: canonical(config["runs"][wildcards.run]["eval"]["prompts"]),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --out {output:q} --log-file {log:q}
+            --prompts {params.prompts:q} --out {output:q} --log-file {log:q}
         """

@@ -114,18 +114,11 @@ def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
 
 
 def prompt_questions(prompts: list[dict], chat) -> list[dict]:
-    from moult.chat import Unrenderable
-    from moult.errors import MoultError
+    from moult.chat import prompt_of
 
     questions = []
     for prompt in prompts:
-        messages = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
-        try:
-            ids = chat.prompt_ids(messages)
-        except Unrenderable as refusal:
-            raise MoultError(
-                f"eval.prompts.{prompt['id']}: {refusal}", "mend the prompt, or choose another chat template"
-            ) from None
+        messages, ids = prompt_of(prompt, chat)
         questions.append(
             {
                 "kind": "prompt",

@@ -204,6 +204,7 @@ def make_trainer(
     from moult.files import read_json
     from moult.lora import lora_config
     from moult.models import open_model
+    from moult.sft import trainer_config
     from moult.trainer import Finetuner, try_longest_batch
 
     transformers_logging.set_verbosity_info()
@@ -252,36 +253,6 @@ def make_trainer(
     )
     try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
     return trainer
-
-
-def trainer_config(settings: dict, state: Path, device: str, max_length: int):
-    """trl.SFTConfig of the config's `train` section, with what finetune controls itself."""
-    from trl import SFTConfig
-
-    train = {name: value for name, value in settings["train"].items() if name not in ("gpu", "gradient_checkpointing")}
-    half = device == "cuda" and settings["dtype"] != "float32"
-    own = {
-        "output_dir": str(state),
-        "seed": settings["seed"],
-        "data_seed": settings["seed"],
-        "use_cpu": device == "cpu",
-        "bf16": half and settings["dtype"] == "bfloat16",
-        "fp16": half and settings["dtype"] == "float16",
-        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
-        "max_length": max_length if train["packing"] else None,
-        "eval_packing": False,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        # Finetuner keeps the checkpoints, and the best of them, itself.
-        "load_best_model_at_end": False,
-        "save_total_limit": None,
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-    }
-    try:
-        return SFTConfig(**(train | own))
-    except (TypeError, ValueError) as error:
-        raise MoultError(f"train: {str(error).splitlines()[0]}", "mend the train section of the config") from error
 
 
 def read_sequences(path: Path):

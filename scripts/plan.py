@@ -4,13 +4,15 @@
         --model config/demo/base --tokens results/demo/tokens --out results/demo/plan.json
 
 After encode, before anything that needs a GPU. The model is built from its config on the meta device: no weights are
-read but the headers of their files. finetune and merge take the targets from here.
+read but the headers of their files. finetune and merge take the targets from here. What later stages would stop at is
+tried out as well, with their own libraries, and all that is wrong is said at once.
 """
 
 import argparse
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import MoultError, some
@@ -25,6 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--prompts", type=json.loads, default="[]", help="JSON of eval.prompts, to be tried out")
     parser.add_argument("--out", required=True, help="plan.json to write")
     parser.add_argument("--log-file", help="log file (default: logs/plan.log)")
     args = parser.parse_args()
@@ -47,7 +50,16 @@ def plan(settings: dict, args, log) -> None:
     model = empty_model(base, settings["trust_remote_code"])
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = tied_modules(model)
-    targets, model = lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied)
+    steps = count_steps(args.tokens, report, settings["train"])
+    *_, (targets, model) = all_of(
+        lambda: check_weights(base, settings["trust_remote_code"]),
+        lambda: check_attention(model.config, settings),
+        lambda: check_lengths(report, model.config),
+        lambda: check_steps(steps, settings["train"]),
+        lambda: check_prompts(args.prompts, base, args.tokens, report, settings),
+        lambda: check_train(settings, report, model),
+        lambda: lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied),
+    )
     place_in_files(targets, tensors, model)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = {target["r"] for target in targets.values()} or {settings["lora"]["r"]}
@@ -56,7 +68,6 @@ def plan(settings: dict, args, log) -> None:
     if any(target["tensor"] is None for target in targets.values()):
         merge_reasons.append("weights are stored under other names")
     serve_reasons = vllm_refuses(settings["lora"], ranks)
-    steps = count_steps(args.tokens, report, settings["train"])
     result = {
         "schema_version": 1,
         "parameters": {
@@ -79,6 +90,122 @@ def plan(settings: dict, args, log) -> None:
     tell(result, args, log)
 
 
+def all_of(*checks: Callable) -> list:
+    """What each of `checks` returns. Raises MoultError with all that is wrong, not the first only."""
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except MoultError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listing = "".join(f"\n  - {error.what}\n    -> {error.fix}" for error in errors)
+        raise MoultError(f"{len(errors)} problems:{listing}")
+    return results
+
+
+# --- what later stages would stop at ----------------------------------------------------------------------------------
+
+
+def check_weights(base: Path, trust_remote_code: bool) -> None:
+    """The files hold every weight of the model, in its shape. transformers makes up what is missing."""
+    from transformers import AutoModelForCausalLM
+
+    # On the meta device the headers of the files are read, and no weight.
+    _, info = AutoModelForCausalLM.from_pretrained(
+        base,
+        device_map="meta",
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    names = sorted(info["missing_keys"]) + sorted(
+        f"{name} (is {list(there)}, must be {list(wanted)})" for name, there, wanted in info["mismatched_keys"]
+    )
+    if names:
+        raise MoultError(
+            f"{base}: the weights lack {some(names)}", "config.json and the weights do not belong together"
+        )
+
+
+def check_attention(config, settings: dict) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = settings["attn_implementation"]
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=wanted, trust_remote_code=settings["trust_remote_code"]
+            )
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "installed" not in reason and not torch.cuda.is_available() and isinstance(error, ImportError):
+            return  # it is there, and wants a GPU to say more
+        raise MoultError(
+            f"model.attn_implementation: {wanted}: {reason}", "install what it needs, or set sdpa or null"
+        ) from error
+
+
+def check_lengths(report: dict, config) -> None:
+    """No sequence is longer than the model has positions for. Most models would train on it and answer badly."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    longest = max(report[part]["length"]["longest_kept"] for part in ("train", "val"))
+    if positions and longest > positions * max(1.0, scaling.get("factor") or 1.0):
+        raise MoultError(
+            f"a sequence has {longest:,} tokens, and the model {positions:,} positions (max_position_embeddings)",
+            "lower datasets.<name>.max_length",
+        )
+
+
+def check_steps(steps: dict, train: dict) -> None:
+    if steps["total"] == 0:
+        raise MoultError(
+            f"train: no step in {steps['sequences']:,} sequences: a batch is {steps['sequences_per_batch']:,}, and "
+            "dataloader_drop_last leaves out what does not fill one",
+            "lower train.per_device_train_batch_size, or leave dataloader_drop_last out",
+        )
+    if train["warmup_steps"] >= max(1, steps["total"]):
+        raise MoultError(
+            f"train.warmup_steps: {train['warmup_steps']:g} of {steps['total']:,} steps: the learning rate never gets "
+            "where it should",
+            "lower it; below 1 it is a share of all steps",
+        )
+
+
+def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, settings: dict) -> None:
+    """The template can show them all, and the model has the tokens and the positions."""
+    from moult.chat import Chat, prompt_of
+
+    if not prompts:
+        return
+    template = (Path(tokens) / "chat_template.jinja").read_text(encoding="utf-8") or None
+    chat = Chat(str(base), template, settings["chat_template_kwargs"], settings["trust_remote_code"])
+    for prompt in prompts:
+        ids = prompt_of(prompt, chat)[1]
+        if report["vocabulary"] and max(ids) >= report["vocabulary"]:
+            raise MoultError(
+                f"eval.prompts.{prompt['id']}: token {max(ids)} is outside the model's vocabulary of {report['vocabulary']:,}",
+                "tokenizer and model do not belong together",
+            )
+
+
+def check_train(settings: dict, report: dict, model) -> None:
+    """The train section is one that TRL takes, with all that it names installed."""
+    from moult.sft import check_trainer, trainer_config
+
+    # tf32 is refused where there is no GPU.
+    train = {name: value for name, value in settings["train"].items() if name != "tf32"}
+    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])
+    check_trainer(config, model)
+
+
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +216,12 @@ def empty_model(folder: Path, trust_remote_code: bool):
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        quantized = getattr(config, "quantization_config", None)
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+            raise MoultError(
+                f"{folder}: the model is quantized ({method})", "tune the unquantized base: merge adds to it"
+            )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
@@ -113,7 +246,14 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
+    output = model.get_output_embeddings()
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if is_linear(module) and module is not output
+        }
+    )
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     # Initialisations that look at the weights cannot run without them; the shapes are the same.
     config.init_lora_weights = True
@@ -196,16 +336,18 @@ def count_steps(tokens: str, report: dict, train: dict) -> dict:
     """How many batches and optimizer steps the run takes, as transformers counts them."""
     sequences = packed_count(tokens, report, train) if train["packing"] else report["train"]["sequences"]
     per_batch = train["per_device_train_batch_size"] * train["gpu"]
-    batches = max(1, math.ceil(sequences / per_batch))
-    per_epoch = max(1, math.ceil(batches / train["gradient_accumulation_steps"]))
+    whole = train.get("dataloader_drop_last", False)
+    batches = sequences // per_batch if whole else math.ceil(sequences / per_batch)
+    per_epoch = math.ceil(batches / train["gradient_accumulation_steps"])
     total = train.get("max_steps", -1)
-    if total <= 0:
+    if total <= 0 or batches == 0:
         total = math.ceil(per_epoch * train["num_train_epochs"])
     return {
         "sequences": sequences,
         "batches_per_epoch": batches,
         "steps_per_epoch": per_epoch,
         "total": total,
+        "sequences_per_batch": per_batch,
         "sequences_per_step": per_batch * train["gradient_accumulation_steps"],
     }
 

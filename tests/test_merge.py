@@ -27,6 +27,8 @@ TRAIN = {
     "packing": False,
     "packing_strategy": "bfd",
     "save_total_limit": 2,
+    "warmup_steps": 0,
+    "gradient_checkpointing": "auto",
 }
 
 
@@ -41,9 +43,10 @@ class Log:
 
 
 def make_plan(base: Path, tmp_path: Path, lora: dict) -> Path:
-    settings = {"lora": lora, "train": TRAIN, "dtype": "float32", "trust_remote_code": False}
+    model = {"dtype": "float32", "attn_implementation": None, "chat_template_kwargs": {}, "trust_remote_code": False}
     tokens = make_tokens(tmp_path / "tokens")
-    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), out=str(tmp_path / "plan.json")), Log())
+    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=[], out=str(tmp_path / "plan.json"))
+    plan.plan({"lora": lora, "train": TRAIN, **model}, arguments, Log())
     return tmp_path / "plan.json"
 
 

@@ -12,18 +12,21 @@ from moult.errors import MoultError
 from moult.files import read_json
 
 
-def make(base, tmp_path, lora=None, train=None, dtype="bfloat16"):
+def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
     settings = {
         "lora": {**LORA, **(lora or {})},
         "train": {**TRAIN, **(train or {})},
         "dtype": dtype,
+        "attn_implementation": attention,
+        "chat_template_kwargs": {},
         "trust_remote_code": False,
     }
     tokens = tmp_path / "tokens"
     if not tokens.exists():
         make_tokens(tokens)
     log = Log()
-    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), out=str(tmp_path / "plan.json")), log)
+    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=prompts, out=str(tmp_path / "plan.json"))
+    plan.plan(settings, arguments, log)
     return read_json(tmp_path / "plan.json"), log
 
 

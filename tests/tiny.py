@@ -68,6 +68,7 @@ def make_tokens(
         "template": {"sha256": "0" * 64},
         "stop": {"added": [], "generation_stop_ids": [2], "token_ids": [2]},
         "pad_token_id": 0,
+        "vocabulary": vocabulary,
         "max_length": length,
         "train": {"sequences": rows, "length": lengths},
         "val": {"sequences": rows, "length": lengths},

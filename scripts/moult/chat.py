@@ -6,10 +6,13 @@ the mask needs no knowledge of the template, works with templates that have no `
 have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/transformers#34172).
 """
 
+import contextlib
 import json
 import logging
 import re
+import signal
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,6 +26,9 @@ IGNORE = -100  # the label of a token that is not trained (torch's CrossEntropyL
 
 # Templates that print today's date (strftime_now) would make other tokens each day.
 TEMPLATE_DATE = date(2026, 1, 1)
+
+# Seconds of the processor's time for one rendering, which takes milliseconds.
+TEMPLATE_SECONDS = 5
 
 
 class Unrenderable(Exception):
@@ -114,14 +120,17 @@ class Chat:
     def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
         """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable."""
         try:
-            return self.tokenizer.apply_chat_template(
-                _visible(messages),
-                tools=tools,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self.template_kwargs,
-            )
+            with _time_limit():
+                return self.tokenizer.apply_chat_template(
+                    _visible(messages),
+                    tools=tools,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **self.template_kwargs,
+                )
+        except MoultError:
+            raise
         except Exception as error:  # a template can raise whatever Python can
             raise Unrenderable("template_error", f"the template refuses it: {error}") from None
 
@@ -322,13 +331,14 @@ class Chat:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        [through], [blocks] = render_jinja_template(
-            [_visible(messages)],
-            tools=tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
-        )
+        with _time_limit():
+            [through], [blocks] = render_jinja_template(
+                [_visible(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
+            )
         marked = {at for begin, end in blocks for at in range(begin, end) if not through[at].isspace()}
         begin = len(through) - len(answer)
         end = begin + max(answer.rfind(stop), 0) + len(stop)
@@ -347,6 +357,26 @@ class Chat:
                     f"the template's {{% generation %}} block holds {through[min(marked) :][:16]!r}, "
                     "which is no part of an answer",
                 )
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stop a template that loops: Jinja's sandbox limits one range, but not a loop within a loop.
+
+    The timer counts the time of this process only, so a busy machine trips nothing. Processor time has a signal of its
+    own, and each worker process a timer of its own.
+    """
+
+    def stop(number: int, frame) -> None:
+        raise MoultError(f"the chat template has not come to an end in {TEMPLATE_SECONDS} seconds", "look at its loops")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _visible(messages: list[dict]) -> list[dict]:
@@ -421,6 +451,17 @@ def stop_ids(folder: str, tokenizer) -> set[int]:
     own = read_json(path).get("eos_token_id") if path else None
     ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     return {id for id in ids if id is not None}
+
+
+def prompt_of(entry: dict, chat: Chat) -> tuple[list[dict], list[int]]:
+    """The messages of an entry of eval.prompts, and their tokens. Raises MoultError where the template cannot show them."""
+    messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+    try:
+        return messages, chat.prompt_ids(messages)
+    except Unrenderable as refusal:
+        raise MoultError(
+            f"eval.prompts.{entry['id']}: {refusal}", "mend the prompt, or choose another chat template"
+        ) from None
 
 
 def choose_template(

@@ -21,6 +21,9 @@ from moult.files import canonical, sha256_text
 # Folders below results/ that are not runs.
 RESERVED = ("prepared", "models", "datasets", "summary")
 
+# More values than any config of thousands of runs has.
+MOST_VALUES = 500_000
+
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _DATA_FILE = re.compile(r"\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|gz)$")
 
@@ -66,6 +69,8 @@ def resolve(config: dict, schema: dict) -> dict:
     Raises ConfigError with every problem that can be seen without reading data or models.
     """
     known = set(schema["properties"])
+    if _has_more_values_than(MOST_VALUES, config):
+        raise ConfigError([f"more than {MOST_VALUES:,} values; look for YAML anchors (&) that repeat each other"])
     try:
         config = _coerce(copy.deepcopy(dict(config)), schema, schema)
         problems = _not_json(config) or _schema_problems(config, schema)
@@ -89,6 +94,57 @@ def resolve(config: dict, schema: dict) -> dict:
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def duplicate_keys(path: str | Path) -> list[str]:
+    """What a YAML file says twice, with both lines: the loader would silently take the last."""
+    problems, seen = [], set()
+    try:
+        stack = [
+            (yaml.compose(Path(path).read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
+        ]
+    except yaml.YAMLError:  # JSON, with tabs
+        return []
+    while stack:
+        node, where = stack.pop()
+        if id(node) in seen:  # an anchor
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            stack += [(item, f"{where}{index}.") for index, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    problems.append(f"{where}{name}: there twice, in lines {lines[name]} and {line} of {path}")
+                lines[name] = line
+                stack.append((value, f"{where}{name}."))
+    return problems
+
+
+def links_out(config: dict) -> list[str]:
+    """What in the folders of the runs is a link to somewhere outside of paths.results: what a run writes stays within."""
+    results = Path(config["paths"]["results"])
+    root = results.resolve()
+    folders = [results / name for name in (*RESERVED, *config["runs"])]
+    inside = [entry for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    return [
+        f"{path}: a link to {path.resolve()}, outside of {results}; remove it, and move all with paths.results"
+        for path in [*folders, *inside]
+        if path.is_symlink() and not path.resolve().is_relative_to(root)
+    ]
+
+
+def _has_more_values_than(limit: int, config: dict) -> bool:
+    """Whether walking the config would take for ever: anchors make billions of values of ten lines, or an endless one."""
+    stack: list = [config]
+    for _ in range(limit):
+        if not stack:
+            return False
+        value = stack.pop()
+        stack += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return True
 
 
 def _deref(schema: dict, root: dict) -> dict:
@@ -460,19 +516,22 @@ def _encode(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _plan(config: dict, run: dict, dataset: dict) -> dict:
-    train = (
+    # What is not a number may name what is not there. Of the numbers only these say how long and how large the run is: the
+    # limits of the others are the schema's, and a new learning rate needs no new plan.
+    counts = (
         "num_train_epochs",
         "max_steps",
+        "warmup_steps",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "gpu",
-        "packing",
+        "save_total_limit",
     )
-    return {
-        "lora": run["lora"],
-        "train": _pick(run["train"], *train, "packing_strategy", "save_total_limit"),
-        **_pick(run["model"], "dtype", "trust_remote_code"),
-    }
+    words = [
+        name for name, value in run["train"].items() if isinstance(value, bool) or not isinstance(value, int | float)
+    ]
+    own = _pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    return {"lora": run["lora"], "train": _pick(run["train"], *counts, *words), **own}
 
 
 def _finetune(config: dict, run: dict, dataset: dict) -> dict:

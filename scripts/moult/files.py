@@ -112,16 +112,16 @@ def write_jsonl(path: str | Path, rows: Iterable) -> None:
             file.write(canonical(row) + "\n")
 
 
-def read_json(path: str | Path):
-    """The JSON in a file of ours. Raises MoultError where it is missing or cut short."""
+def read_json(path: str | Path, fix: str = "delete it and run again"):
+    """The JSON in a file, by default one of ours. Raises MoultError, with `fix`, where it is missing or cut short."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MoultError(f"{path} does not exist", "run the stage that makes it") from None
     except json.JSONDecodeError as error:
-        raise MoultError(f"{path}:{error.lineno}: not JSON ({error.msg})", "delete it and run again") from None
+        raise MoultError(f"{path}:{error.lineno}: not JSON ({error.msg})", fix) from None
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, brackets without end
-        raise MoultError(f"{path}: not JSON ({error})", "delete it and run again") from None
+        raise MoultError(f"{path}: not JSON ({error})", fix) from None
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_file
-from moult.weights import read_header, weight_files
+from moult.weights import AGAIN, read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (
@@ -58,14 +58,16 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
 
 def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:
     """Raises MoultError for a model that brings Python code, unless the config allows it."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise MoultError(f"{folder / 'config.json'}: no object, so this is no model folder", "check model.name")
-    code = config.get("auto_map")
-    if code and not trust_remote_code:
-        classes = code.values() if isinstance(code, dict) else [code]
+    classes = set()
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        config = read_json(file, AGAIN) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise MoultError(f"{file}: no object, so this is no model folder", "check model.name")
+        code = config.get("auto_map") or {}
+        classes.update(map(str, code.values() if isinstance(code, dict) else [code]))
+    if classes and not trust_remote_code:
         raise MoultError(
-            f"{name}: the model brings its own Python code ({some(sorted(set(map(str, classes))))})",
+            f"{name}: the model brings its own Python code ({some(sorted(classes))})",
             "read that code, then allow it with model.trust_remote_code: true",
         )
 

@@ -198,6 +198,11 @@ def _read_csv(file: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict
         header = next(reader, None)
         if header is None:
             return
+        if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+            raise MoultError(
+                f"{name}:1: the header is one column, {header[0][:60]!r}: the delimiter is not {delimiter!r}",
+                "save it with commas as .csv, or with tabs as .tsv",
+            )
         twice = sorted({column for column in header if header.count(column) > 1})
         if twice:
             raise MoultError(f"{name}:1: the header has {some(twice)} twice", "give each column a name of its own")

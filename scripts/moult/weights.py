@@ -11,6 +11,8 @@ from moult.files import read_json
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 
+AGAIN = "download or copy the model again"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -71,7 +73,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
 
 
 def _not_whole(path: Path, why: str) -> MoultError:
-    return MoultError(f"{path}: not a whole safetensors file: {why}", "download or copy the model again")
+    return MoultError(f"{path}: not a whole safetensors file: {why}", AGAIN)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -82,6 +84,8 @@ def weight_files(folder: str | Path) -> list[Path]:
             f"{folder}: no such folder",
             "check model.name; a relative path is relative to the working directory",
         )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise MoultError(f"{folder}: an adapter, no model", "set model.name to the base model that it was made for")
     if not (folder / "config.json").is_file():
         raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
     index = folder / "model.safetensors.index.json"
@@ -91,7 +95,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         if missing:
             raise MoultError(
                 f"{folder}: files of the index are missing: {some(missing)}",
-                "download or copy the model again",
+                AGAIN,
             )
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
@@ -107,14 +111,14 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def indexed_files(index: Path) -> list[str]:
     """The names of the files that an index lists. Raises MoultError if they are no safetensors files beside it."""
-    content = read_json(index)
+    content = read_json(index, AGAIN)
     places = content.get("weight_map") if isinstance(content, dict) else None
     names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
     strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if strange or not names:
         raise MoultError(
             f"{index}: lists {some(strange) or 'no files'}, where safetensors files beside it belong",
-            "download or copy the model again",
+            AGAIN,
         )
     return names
 

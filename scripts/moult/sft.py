@@ -1,0 +1,64 @@
+"""The settings of the trainer. plan tries them before a GPU is used, finetune trains with them."""
+
+from pathlib import Path
+
+from moult.errors import MoultError
+
+
+def trainer_config(settings: dict, state: str | Path, device: str, max_length: int):
+    """trl.SFTConfig of the config's `train` section, with what finetune controls itself. Raises MoultError if TRL refuses."""
+    from trl import SFTConfig
+
+    train = {name: value for name, value in settings["train"].items() if name not in ("gpu", "gradient_checkpointing")}
+    half = device == "cuda" and settings["dtype"] != "float32"
+    own = {
+        "output_dir": str(state),
+        "seed": settings["seed"],
+        "data_seed": settings["seed"],
+        "use_cpu": device == "cpu",
+        "bf16": half and settings["dtype"] == "bfloat16",
+        "fp16": half and settings["dtype"] == "float16",
+        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
+        "max_length": max_length if train["packing"] else None,
+        "eval_packing": False,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        # Finetuner keeps the checkpoints, and the best of them, itself.
+        "load_best_model_at_end": False,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        return SFTConfig(**(train | own))
+    except (TypeError, ValueError) as error:
+        raise MoultError(f"train: {str(error).splitlines()[0]}", "mend the train section of the config") from error
+
+
+def check_trainer(config, model) -> None:
+    """Raises MoultError for what Trainer would stop at later: packages that `config` needs and that are not there, a schedule
+    that lacks an argument. `model` may be without weights."""
+    from torch import nn, optim
+    from transformers import Trainer
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+    from transformers.optimization import get_scheduler
+
+    checks = {
+        "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(config.report_to)],
+        "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config, model),
+        "lr_scheduler_type": lambda: get_scheduler(
+            config.lr_scheduler_type,
+            optim.SGD([nn.Parameter()]),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        ),
+    }
+    problems = []
+    for name, check in checks.items():
+        try:
+            check()
+        except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
+    if problems:
+        raise MoultError("\n    ".join(problems), "mend the train section, or install what it needs")

@@ -1,0 +1,47 @@
+"""Print the plans of one or more runs as a table: what each will do, and what it needs.
+
+python scripts/show_plans.py results/demo/plan.json [more plan.json ...]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+GIB = 1024**3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", nargs="+", help="plan.json of one or more runs")
+    paths = [Path(path) for path in parser.parse_args().plans]
+    print(table({path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}))
+
+
+def table(plans: dict[str, dict]) -> str:
+    head = ("run", "steps", "sequences", "trained", "GPU memory", "if checkpointed", "disk", "merge", "serve")
+    rows = [head, *(row(run, plan) for run, plan in plans.items())]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(head))]
+    lines = []
+    for cells in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(cells[1:7], widths[1:7], strict=True)]
+        lines.append("  ".join([cells[0].ljust(widths[0]), *numbers, cells[7].ljust(widths[7]), cells[8]]).rstrip())
+    return "\n".join(["", *lines])
+
+
+def row(run: str, plan: dict) -> tuple[str, ...]:
+    steps, memory = plan["steps"], plan["memory"]
+    return (
+        run,
+        f"{steps['total']:,}",
+        f"{steps['sequences']:,}",
+        f"{plan['parameters']['trainable_share']:.2%}",
+        f"{memory['total'] / GIB:.1f} GiB",
+        f"{memory['total_with_gradient_checkpointing'] / GIB:.1f} GiB",
+        f"{plan['disk']['total'] / GIB:.1f} GiB",
+        plan["merge"]["how"],
+        plan["serve"]["as"],
+    )
+
+
+if __name__ == "__main__":
+    main()
