@@ -66,8 +66,8 @@ for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
 sys.path.insert(0, str(library.parent.parent.resolve()))
 
-from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, links_out, load_schema
-from moult.config import local_model, measured_as, resolve, slug, source_entries, stage_settings
+from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, load_schema
+from moult.config import local_model, measured_as, misplaced, resolve, slug, source_entries, stage_settings
 from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, sha256_text
@@ -82,7 +82,7 @@ def checked(config):
         problems += [problem for path in files for problem in duplicate_keys(path)]
     try:
         config = resolve(config, load_schema(str(schema_folder)))
-        problems += links_out(config)
+        problems += misplaced(config)
     except ConfigError as error:
         problems += error.problems
     if problems:

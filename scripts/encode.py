@@ -117,10 +117,12 @@ def encode_rows(
         listing = "\n    ".join(
             f"{count:,} {reason}, for example {first[reason]}" for reason, count in reasons.most_common()
         )
+        fix = "choose another model.chat_template (or its chat_template_kwargs)"
+        if len(refused) < len(rows):
+            fix = f"mend the rows, {fix}, or leave such rows out with datasets.<name>.unrenderable: drop"
         raise MoultError(
             f"{len(refused):,} of {len(rows):,} {part} rows cannot be shown by the chat template as they are:\n    {listing}",
-            "mend the rows, choose another model.chat_template (or its chat_template_kwargs), "
-            "or leave such rows out with datasets.<name>.unrenderable: drop",
+            fix,
         )
     lost: Counter = Counter()
     for result in results:

@@ -105,7 +105,7 @@ def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, 
     from moult.weights import read_header, read_tensors
 
     tensors = read_tensors(base)
-    parts = read_header(adapter / "adapter_model.safetensors")[1]
+    parts = read_header(adapter / "adapter_model.safetensors", "run finetune again")[1]
     jobs: dict[str, dict] = {}
     unused = set(parts)
     for module, target in targets.items():

@@ -173,8 +173,8 @@ def check_steps(steps: dict, train: dict) -> None:
         )
     if train["warmup_steps"] >= max(1, steps["total"]):
         raise MoultError(
-            f"train.warmup_steps: {train['warmup_steps']:g} of {steps['total']:,} steps: the learning rate never gets "
-            "where it should",
+            f"train.warmup_steps: {train['warmup_steps']:g} of {steps['total']:,} steps: the learning rate never "
+            "reaches its peak",
             "lower it; below 1 it is a share of all steps",
         )
 
@@ -256,6 +256,7 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
     )
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     # Initialisations that look at the weights cannot run without them; the shapes are the same.
+    check_start(config.init_lora_weights)
     config.init_lora_weights = True
     try:
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -264,12 +265,13 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
         raise MoultError(
             f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}"
         ) from error
-    targets = {}
+    targets, without_bias = {}, []
     for name, module in model.base_model.model.named_modules():
         if not (isinstance(module, BaseTunerLayer) and hasattr(module, "scaling")):
             continue
         base = module.get_base_layer()
         rows, columns = base.weight.shape
+        without_bias += [name] if base.bias is None else []
         targets[name] = {
             "r": module.r["default"],
             "scaling": float(module.scaling["default"]),
@@ -278,7 +280,24 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
             "kind": type(base).__name__,
         }
     check_targets(targets, lora, tied, head, linear)
+    if lora.get("lora_bias") and without_bias:
+        raise MoultError(
+            f"lora.lora_bias: {some(without_bias, 3)} of the base have no bias that the adapter's could be merged into",
+            "leave it out",
+        )
     return targets, model
+
+
+def check_start(init_lora_weights: bool | str) -> None:
+    """peft knows this way to begin, tried on a layer of its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    tiny = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    try:
+        get_peft_model(tiny, LoraConfig(r=1, target_modules=["0"], init_lora_weights=init_lora_weights))
+    except (ValueError, ImportError, TypeError) as error:
+        raise MoultError(f"lora.init_lora_weights: {str(error).splitlines()[0]}", "leave it out") from error
 
 
 def is_linear(module) -> bool:

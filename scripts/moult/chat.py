@@ -19,6 +19,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_text
+from moult.weights import AGAIN
 
 log = logging.getLogger("moult")
 
@@ -59,9 +60,9 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, or what tokenizers raises
-        raise MoultError(
-            f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}", "add tokenizer.json"
-        ) from error
+        if not (Path(folder) / "tokenizer.json").exists():
+            raise MoultError(f"{folder}: no tokenizer.json, and nothing to make one of", "add the tokenizer") from error
+        raise MoultError(f"{folder}: no tokenizer can be loaded: {str(error).splitlines()[0]}", AGAIN) from error
     if not tokenizer.is_fast:
         raise MoultError(
             f"{folder}: the tokenizer has no tokenizer.json",

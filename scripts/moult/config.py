@@ -123,9 +123,11 @@ def duplicate_keys(path: str | Path) -> list[str]:
     return problems
 
 
-def links_out(config: dict) -> list[str]:
+def misplaced(config: dict) -> list[str]:
     """What in the folders of the runs is a link to somewhere outside of paths.results: what a run writes stays within."""
     results = Path(config["paths"]["results"])
+    if results.exists() and not results.is_dir():
+        return [f"paths.results: {results} is a file, and must be a folder"]
     root = results.resolve()
     folders = [results / name for name in (*RESERVED, *config["runs"])]
     inside = [entry for folder in folders if folder.is_dir() for entry in folder.iterdir()]
@@ -234,13 +236,15 @@ def _describe(error, schema: dict) -> list[str]:
         choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in error.schema["enum"]]
         close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return [f"{where}: {value!r} is none of {', '.join(map(str, choices))}{hint}"]
+        return [f"{where}: {value!r} is none of {some(choices, 12)}{hint}"]
     if error.validator == "required":
         missing = [key for key in error.schema["required"] if key not in value]
         return [f"{where}.{key}: missing" for key in missing]
     if error.validator in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         sign = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}[error.validator]
         return [f"{where}: must be {sign} {error.validator_value}, got {value!r}"]
+    if error.validator == "format":
+        return [f"{where}: {value!r} is no regular expression: {error.cause}"]
     meaning = error.schema.get("description", "")
     return [f"{where}: {error.message}{f' ({meaning})' if meaning else ''}"]
 

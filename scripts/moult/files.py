@@ -49,10 +49,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = _partial(path)
     try:
-        yield partial
-        fsync(partial)
-        partial.replace(path)
-        fsync(path.parent)
+        with _named(path):
+            yield partial
+            fsync(partial)
+            partial.replace(path)
+            fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -65,7 +66,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     outgoing = partial.with_name(f"{partial.name}-old")
     partial.mkdir()
     try:
-        yield partial
+        with _named(path):
+            yield partial
         for file in sorted(partial.rglob("*")):
             # safetensors writes its files with mode 0600, whatever the umask: others must be able to serve them.
             if file.is_file():
@@ -80,6 +82,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         for left in (partial, outgoing):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of the disk says what was written: Python names a file that cannot be opened, and none that cannot grow."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _partial(path: Path) -> Path:

@@ -63,8 +63,7 @@ def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:
         config = read_json(file, AGAIN) if file.is_file() else {}
         if not isinstance(config, dict):
             raise MoultError(f"{file}: no object, so this is no model folder", "check model.name")
-        code = config.get("auto_map") or {}
-        classes.update(map(str, code.values() if isinstance(code, dict) else [code]))
+        classes.update(re.findall(r"[\w.-]+\.\w+", str(config.get("auto_map") or "")))
     if classes and not trust_remote_code:
         raise MoultError(
             f"{name}: the model brings its own Python code ({some(sorted(classes))})",

@@ -208,13 +208,36 @@ def _open_log(path: Path):
     attempts = path.parent / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
     attempt = attempts / f"{path.stem}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
-    file = attempt.open("a", encoding="utf-8", buffering=1, errors="backslashreplace")
+    file = _LogFile(attempt.open("a", encoding="utf-8", buffering=1, errors="backslashreplace"))
     path.unlink(missing_ok=True)
     try:
         path.hardlink_to(attempt)
     except OSError:  # a file system without hard links
         path.symlink_to(attempt.relative_to(path.parent))
     return file
+
+
+class _LogFile:
+    """A full disk stops the work where that needs it, with its own message; what no longer fits into the log is lost."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.file.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
 
 
 @contextlib.contextmanager

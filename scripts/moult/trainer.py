@@ -276,6 +276,11 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
             trainer.model.enable_input_require_grads()
         fits, loss = _try_batch(trainer, batch)
         if fits:
+            if not math.isfinite(loss):
+                raise MoultError(
+                    f"the loss of the longest batch ({shape}) is {loss} before the first step",
+                    "the base's weights are damaged, or too large for float16: download them again, or set model.dtype: bfloat16",
+                )
             check_finite({"loss": loss}, 0)
             log.info("longest batch (%s) fits; loss %.3f", shape, loss)
             return

@@ -26,8 +26,10 @@ class Tensor:
     end: int
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
-    """The raw header of a safetensors file (with its length in front) and its tensors. Raises MoultError if it is not whole.
+def read_header(path: Path, fix: str = AGAIN) -> tuple[bytes, dict[str, Tensor]]:
+    """The raw header of a safetensors file (with its length in front) and its tensors.
+
+    Raises MoultError, with `fix`, if it is not whole.
 
     Format: 8 bytes with the header's length, the header as JSON, the tensors. github.com/huggingface/safetensors#format
     """
@@ -35,18 +37,22 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if prefix == b"version ":
+            raise MoultError(
+                f"{path}: a pointer of Git LFS, not the weights", "git lfs pull, or download the model again"
+            )
         if len(prefix) < 8 or length > min(size - 8, 100_000_000):
-            raise _not_whole(path, "its header is longer than the file")
+            raise _not_whole(path, fix, "its header is longer than the file")
         raw = file.read(length)
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError):
-        raise _not_whole(path, "its header is not JSON") from None
+        raise _not_whole(path, fix, "its header is not JSON") from None
     if not isinstance(entries, dict):
-        raise _not_whole(path, "its header is no object")
+        raise _not_whole(path, fix, "its header is no object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _not_whole(path, "its metadata is no object of texts")
+        raise _not_whole(path, fix, "its metadata is no object of texts")
     tensors = {}
     start = 8 + length
     for name, entry in entries.items():
@@ -58,22 +64,22 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         except (KeyError, TypeError, ValueError):
             plain = False
         if not plain:
-            raise _not_whole(path, f"the header's entry of {name} is not one")
+            raise _not_whole(path, fix, f"the header's entry of {name} is not one")
         if end - begin != expected:
-            raise _not_whole(path, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}")
+            raise _not_whole(path, fix, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}")
         tensors[name] = Tensor(name, path.name, entry["dtype"], shape, start + begin, start + end)
     last = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != last:
-            raise _not_whole(path, f"{tensor.name} does not begin where the tensor before it ends")
+            raise _not_whole(path, fix, f"{tensor.name} does not begin where the tensor before it ends")
         last = tensor.end
     if size != last:
-        raise _not_whole(path, f"it has {size:,} bytes, and its header says {last:,}")
+        raise _not_whole(path, fix, f"it has {size:,} bytes, and its header says {last:,}")
     return prefix + raw, tensors
 
 
-def _not_whole(path: Path, why: str) -> MoultError:
-    return MoultError(f"{path}: not a whole safetensors file: {why}", AGAIN)
+def _not_whole(path: Path, fix: str, why: str) -> MoultError:
+    return MoultError(f"{path}: not a whole safetensors file: {why}", fix)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
