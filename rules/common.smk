@@ -176,8 +176,8 @@ def dataset_files(wildcards):
             try:
                 files += map(str, expand_source(entry["path"], dataset["split"]))
             except MoultError as error:
-                if not rows_are_there(wildcards.ds):
-                    return []  # prepare will say it, and other runs go on
+                if not workflow.dryrun and not rows_are_there(wildcards.ds):
+                    return []  # prepare will say it, in one table with what is wrong with other runs
                 # Whatever else is raised here Snakemake takes for a rule that does not apply, and goes on with old rows.
                 raise SystemExit(f"datasets.{wildcards.ds}.source: {error}") from None
         else:

@@ -271,7 +271,7 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
             continue
         base = module.get_base_layer()
         rows, columns = base.weight.shape
-        without_bias += [name] if base.bias is None else []
+        without_bias += [name] if getattr(base, "bias", None) is None else []
         targets[name] = {
             "r": module.r["default"],
             "scaling": float(module.scaling["default"]),

@@ -1,6 +1,7 @@
 """Token ids and labels: every gate with the case that trips it, and what holds for any conversation."""
 
 import json
+import signal
 import unicodedata
 from functools import cache
 
@@ -25,8 +26,10 @@ from tokenizers_for_tests import (
     user,
 )
 
+import encode
 from moult.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
 from moult.errors import MoultError
+from moult.parallel import ordered_map
 
 SHIPPED = str(ROOT / "config" / "chat_templates")
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Finds it.", "parameters": {}}}]
@@ -100,7 +103,7 @@ def test_syntax_error_says_the_line(text, line, tmp_path):
 
 
 def test_folder_without_tokenizer(tmp_path):
-    with pytest.raises(MoultError, match="no tokenizer can be loaded"):
+    with pytest.raises(MoultError, match=r"no tokenizer\.json, and nothing to make one of"):
         load_tokenizer(str(tmp_path))
 
 
@@ -116,11 +119,41 @@ def test_template_that_raises(make):
     )
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [LOOP + PLAIN, "{% generation %}{% endgeneration %}" + LOOP + PLAIN])
+def test_template_that_loops(template, make, monkeypatch):
+    monkeypatch.setattr("moult.chat.TEMPLATE_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(MoultError, match="the chat template has not come to an end"):
+        make(template).encode({"messages": ASKED})
+    assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_template_that_loops_in_a_worker_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("moult.chat.TEMPLATE_SECONDS", 0.2)
+    folder = str(make_tokenizer(tmp_path / "model"))
+    rows = [{"id": str(n), "group": "", "source": 0, "messages": ASKED} for n in range(4)]
+    with pytest.raises(MoultError, match="the chat template has not come to an end"):
+        ordered_map(encode.encode_row, rows, 2, "rows", encode.set_chat, (folder, LOOP + PLAIN), chunk=1)
+
+
 @pytest.mark.parametrize(
-    "what", ["{{ 1 // 0 }}", "{{ 10.0 ** 999 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 10.0 ** 999 }}", "Result too large"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{{ messages.clear() }}", "unsafe"),
+    ],
 )
-def test_template_that_cannot_be_computed(what, make):
-    assert refusal(make(what + PLAIN), ASKED)[0] == "template_error"
+def test_template_that_the_sandbox_stops(template, message, make):
+    reason, said = refusal(make(template + PLAIN), ASKED)
+    assert reason == "template_error" and message in said
 
 
 def test_template_that_meets_something_undefined(make):

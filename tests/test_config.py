@@ -12,12 +12,14 @@ from conftest import ROOT
 from moult.config import (
     ConfigError,
     dataset_slug,
+    duplicate_keys,
     encoded_as,
     is_local,
     load_schema,
     local_model,
     measured_as,
     merged,
+    misplaced,
     resolve,
     slug,
     stage_settings,
@@ -118,8 +120,8 @@ REFUSED = [
     ("eval: {prompts: [{id: p, prompt: x, messages: [{}]}]}", "eval.prompts.p: give either prompt or messages"),
     ("eval: {prompts: [{id: p, prompt: x, expect: {exact: true}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {prompts: [{id: p, prompt: x, expect: {match: (a)}}]}", "eval.prompts.p.expect: true and match compare …"),
-    ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is not a 'regex' …"),
-    ("eval: {row_expect: {regex: 'a{1,99999999999}'}}", "eval.row_expect.regex: 'a{1,99999999999}' is not a 'regex' …"),
+    ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is no regular expression: …"),
+    ("eval: {row_expect: {regex: 'a{1,99999999999}'}}", "eval.row_expect.regex: 'a{1,99999999999}' is no regular expression: …"),
     ("eval: {row_expect: {match: abc}}", "eval.row_expect.match: has no group; put the part that is compared in ( )"),
     ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
@@ -438,3 +440,37 @@ def test_distinct_names_have_distinct_folders():
     assert len({text.lower() for text in slugs}) == len(names) + len(parts)
     assert slugs[0] == "a--b"
     assert not [text for text in slugs if "/" in text or text.startswith(".")]
+
+
+# --- what the values do not show --------------------------------------------------------------------------------------
+
+
+def test_keys_that_are_there_twice_are_found_with_their_lines(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "seed: 1\nlora: &l {r: 4}\ndatasets:\n  d:\n    source: [{path: a, path: b}]\nseed: 2\nruns: {v: {lora: *l}}\n"
+    )
+    assert sorted(duplicate_keys(path)) == [
+        f"datasets.d.source.0.path: there twice, in lines 5 and 5 of {path}",
+        f"seed: there twice, in lines 1 and 6 of {path}",
+    ]
+    path.write_text('{\n\t"seed": 1\n}')  # JSON, and no YAML
+    assert duplicate_keys(path) == []
+
+
+def test_links_that_leave_the_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk" / "a" / "tokens").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "results").symlink_to("disk")  # all of them elsewhere is fine
+    (tmp_path / "disk" / "b").symlink_to("a")
+    assert misplaced(config()) == []
+    (tmp_path / "disk" / "b").unlink()
+    (tmp_path / "disk" / "a" / "merged").symlink_to(tmp_path / "other")
+    [problem] = misplaced(config())
+    assert problem.startswith(f"results/a/merged: a link to {tmp_path / 'other'}, outside of results")
+
+
+def test_a_config_of_a_thousand_runs_is_not_too_large():
+    runs = {f"r{index}": {"dataset": "a", "train": {"max_steps": index + 1}} for index in range(1000)}
+    assert len(resolve(yaml.safe_load(BASE) | {"runs": runs}, SCHEMA)["runs"]) > 1000

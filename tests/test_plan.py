@@ -1,5 +1,6 @@
 """plan: everything that can be known of a run before a GPU is spent on it."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -107,6 +108,7 @@ def test_targets_that_cannot_come_out_right_are_refused(lora, model, message, fi
         ({}, 8),  # 16 rows in batches of 2
         ({"gradient_accumulation_steps": 3}, 3),
         ({"per_device_train_batch_size": 5}, 4),
+        ({"per_device_train_batch_size": 5, "dataloader_drop_last": True}, 3),
         ({"num_train_epochs": 2.5}, 20),
         ({"gpu": 4}, 2),
         ({"max_steps": 7}, 7),
@@ -192,3 +194,46 @@ def test_parameters_of_a_model_of_useful_size(tmp_path):
     model = plan.empty_model(tmp_path / "base", False)
     assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == 494_032_768
+
+
+def refused(*arguments, **settings) -> MoultError:
+    with pytest.raises(MoultError) as error:
+        make(*arguments, **settings)
+    return error.value
+
+
+def test_sequences_longer_than_the_model_are_refused_unless_its_positions_are_scaled(tmp_path):
+    base = make_model(tmp_path / "base", max_position_embeddings=16)
+    error = refused(base, tmp_path)
+    assert error.what == "a sequence has 24 tokens, and the model 16 positions (max_position_embeddings)"
+    config = read_json(base / "config.json")
+    scaled = {**config["rope_parameters"], "rope_type": "linear", "factor": 2.0}
+    (base / "config.json").write_text(json.dumps({**config, "rope_parameters": scaled}))
+    assert make(base, tmp_path)[0]["steps"]["total"] == 8
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    base = make_model(tmp_path / "base", max_position_embeddings=16)
+    train = {"warmup_steps": 8, "report_to": "comet_ml", "optim": "adamw_bnb_8bit"}
+    error = refused(base, tmp_path, {"target_modules": ["nope"]}, train, attention="flash_attention_2")
+    assert error.what.startswith("5 problems:\n")
+    for said in ("attn_implementation", "16 positions", "warmup_steps: 8 of 8", "report_to", "optim", "target_modules"):
+        assert said in error.what
+
+
+def test_a_package_that_wants_a_gpu_to_say_more_is_left_to_it(tmp_path, monkeypatch):
+    """flash-attn is there, and this machine has no GPU: the job that trains may have one."""
+    from transformers import AutoModelForCausalLM
+
+    def wants_a_gpu(*arguments, **settings):
+        raise ImportError("FlashAttention2 needs a GPU with compute capability 8.0")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", wants_a_gpu)
+    plan.check_attention(None, {"attn_implementation": "flash_attention_2", "trust_remote_code": False})
+
+
+def test_a_schedule_that_was_tried_out_is_the_one_that_trains(tmp_path):
+    base = make_model(tmp_path / "base")
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr"}
+    assert "lr_scheduler_kwargs" in refused(base, tmp_path, train=schedule).what
+    make(base, tmp_path, train={**schedule, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}})

@@ -327,77 +327,51 @@ def test_help_answers_without_heavy_imports(script):
 
 GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
 
-BAD = {
-    "wrong column": (
-        {"columns": {"prompt": "q"}},
-        GOOD,
-        {},
-        ["rows.jsonl:1: has the columns completion, prompt", "mapped columns that are not there: q"],
-    ),
-    "empty dataset": ({}, [], {}, ["rows.jsonl: no rows"]),
-    "malformed JSONL": ({}, [*GOOD[:2], '{"prompt": "a", ', GOOD[3]], {}, ["rows.jsonl:3: not JSON"]),
-    "unknown key": ({"langauges": ["en"]}, GOOD, {}, ["datasets.d.langauges: unknown key; did you mean languages?"]),
-    "no such file": (
-        {"source": "missing.jsonl"},
-        GOOD,
-        {},
-        ["datasets.d.source: missing.jsonl: no such file or folder"],
-    ),
-    "everything filtered away": (
-        {"languages": ["ja"]},
-        GOOD,
-        {},
-        ["no training row is left of 40", "language_en", "datasets.<name>.languages"],
-    ),
-    "no assistant turn": (
-        {},
-        [{"messages": [{"role": "user", "content": "Hi"}]}],
-        {},
-        ["rows.jsonl:1: has no assistant turn (roles: user)"],
-    ),
-    "max_length cuts every row": (
-        {"max_length": 8},
-        GOOD,
-        {},
-        ["are longer than max_length 8", "raise datasets.<name>.max_length"],
-    ),
-    "targets that match nothing": (
-        {},
-        GOOD,
-        {"lora": {"target_modules": ["nope"]}},
-        ["lora.target_modules", "nope", "q_proj"],
-    ),
-    "no such model": ({}, GOOD, {"model": {"name": "./nowhere"}}, ["nowhere: no such folder", "check model.name"]),
-}
 
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_clear_message(case, tmp_path):
-    dataset, rows, settings, messages = BAD[case]
+@pytest.mark.slow
+def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
     folder = checkout(tmp_path)
-    write_rows(folder, rows)
-    config = {"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl", **dataset}}, **settings}
+    write_rows(folder, GOOD)
+    write_rows(folder, [*GOOD, '{"prompt": '], "cut.jsonl")
+    config = {
+        "model": {"name": "config/demo/base"},
+        "datasets": {
+            "demo": None,
+            "d": {"source": "rows.jsonl"},
+            "cut": {"source": "cut.jsonl"},
+            "short": {"source": "rows.jsonl", "max_length": 8},
+            "gone": {"source": "gone.jsonl"},
+        },
+        "runs": {
+            "cut-r64": {"dataset": "cut", "lora": {"r": 64}},
+            "bad": {"dataset": "d", "lora": {"target_modules": ["nope"]}, "train": {"warmup_steps": 99}},
+        },
+    }
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
-    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
-    for message in messages:
-        assert message in output
-    assert "Traceback" not in output
-    assert not (folder / "results" / "d" / "plan.json").exists()
-    assert not list(folder.glob("results/**/*.tmp-*"))
-    if case in ("everything filtered away", "malformed JSONL"):
-        assert not list((folder / "results" / "prepared").rglob("*.jsonl"))
+    output = snakemake(folder, "plan", "--configfile", "mine.yaml", code=1)
+    table = output[output.index("4 stages have failed:") :]
+    for row in (
+        r"^bad +plan +2 problems:\n",
+        r"^cut, cut-r64 +prepare +cut.jsonl:41: not JSON: .*\n(.*\n)? +-> mend that line\n +log: logs/cut/prepare.log",
+        r"^gone +prepare +gone.jsonl: no such file or folder\n",
+        r"^short +encode +all 38 train sequences are longer than max_length 8\n",
+    ):
+        assert re.search(row, table, re.MULTILINE), table
+    assert (folder / "results/d/plan.json").exists()
+    for name in ("cut", "short", "gone"):
+        del config["datasets"][name]
+    config["runs"] = {"d-r4": {"dataset": "d", "lora": {"r": 4}}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    output = snakemake(folder, "plan", "--configfile", "mine.yaml")
+    assert re.search(r"^run +steps.*serve\nd +\d.*merged\nd-r4 +\d.*merged$", output, re.MULTILINE), output
 
 
-def test_not_utf8_names_the_line(tmp_path):
-    folder = checkout(tmp_path)
-    (folder / "rows.jsonl").write_bytes(
-        b'{"prompt": "a", "completion": "b"}\n{"prompt": "caf\xe9", "completion": "b"}\n'
-    )
-    (folder / "mine.yaml").write_text(
-        yaml.safe_dump({"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl"}}})
-    )
-    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
-    assert "rows.jsonl:2: not UTF-8 (byte 0xe9)" in output and "iconv" in output
+@pytest.mark.slow
+def test_a_source_that_has_gone_costs_no_rows(again):
+    (again / "config/demo/data/house_format.jsonl").unlink()
+    output = snakemake(again, TARGET, code=1)
+    assert "datasets.demo.source: config/demo/data/house_format.jsonl: no such file or folder" in output
+    assert (again / "results/prepared/demo/train.jsonl").exists()
 
 
 def test_a_base_without_a_template_needs_one_named(tmp_path):

@@ -19,6 +19,9 @@ from pathlib import Path
 import yaml
 from workflow import FOLDERS, ROOT, write_rows
 
+# In the environment of all cases, as a token: neither console nor log may show it.
+SECRET = "correct-horse-battery-staple"
+
 # Sound: 40 rows, the demo's base as `base`, two steps.
 ROWS = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
 CONFIG = {

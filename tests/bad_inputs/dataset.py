@@ -2,7 +2,7 @@
 
 import gzip
 
-from bad_inputs.case import ROWS, Case, write
+from bad_inputs.case import ROWS, SECRET, Case, write
 
 GOOD = '{"prompt": "How many?", "completion": "Two."}\n'
 
@@ -24,24 +24,24 @@ CASES = [
     Case(
         "no such file",
         (
-            "prepare failed: nowhere.jsonl: no such file or folder\n"
-            "what to do: check datasets.<name>.source; it is relative to the working directory"
+            "datasets.d.source: nowhere.jsonl: no such file or folder\n"
+            "  -> check datasets.<name>.source; it is relative to the working directory"
         ),
         data(source="nowhere.jsonl"),
     ),
     Case(
         "a pattern that matches nothing",
         (
-            "prepare failed: parts/*.jsonl: no file matches\n"
-            "what to do: check the pattern; it is relative to the working directory"
+            "datasets.d.source: parts/*.jsonl: no file matches\n"
+            "  -> check the pattern; it is relative to the working directory"
         ),
         data(source="parts/*.jsonl"),
     ),
     Case(
         "a folder without data",
         (
-            "prepare failed: folder: holds no data files\n"
-            "what to do: supported: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, each also with .gz"
+            "datasets.d.source: folder: holds no data files\n"
+            "  -> supported: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, each also with .gz"
         ),
         **named("folder/notes.txt", "no rows", source="folder"),
     ),
@@ -315,17 +315,17 @@ CASES = [
     Case(
         "a folder with a brace in its name",
         (
-            "prepare failed: {x}/rows.jsonl: Snakemake takes { and } in a name for a wildcard\n"
-            "what to do: rename the file or folder"
+            "datasets.d.source: {x}/rows.jsonl: Snakemake takes { and } in a name for a wildcard\n"
+            "  -> rename the file or folder"
         ),
         **named("{x}/rows.jsonl", GOOD),
     ),
     Case(
-        "a name that looks like a token",
-        (
-            "prepare failed: ***.jsonl: no such file or folder\n"
-            "what to do: check datasets.<name>.source; it is relative to the working directory"
-        ),
-        data(source="hf_abcdefghijklmnopqrstuvwxyz.jsonl"),
+        "a secret in the data",
+        "prepare failed: 1 of 1 rows cannot be training rows:\n"
+        "    rows.jsonl:1: has the columns ***, and needs messages; conversations; instruction + output; "
+        "prompt + completion; text\n"
+        "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
+        rows=[{SECRET: "a"}],
     ),
 ]
