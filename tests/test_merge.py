@@ -309,7 +309,7 @@ def test_headers_that_lie_are_named(tmp_path):
         (whole[:-100], "its header says"),
         (whole[:4], "its header is longer than the file"),
         ((10**9).to_bytes(8, "little") + whole[8:], "its header is longer than the file"),
-        (whole[:8] + b"x" + whole[9:], "its header is not JSON"),
+        (whole[:8] + b"x" + whole[9:], "its header is not a JSON object"),
         (whole + b"more", "its header says"),
         (header([]), "its header is no object"),
         (header({"__metadata__": [1]}), "its metadata is no object of texts"),

@@ -71,8 +71,9 @@ def table(failures: list[Failure], width: int | None = None) -> str:
         return f"{cells[0]:<{first}}  {cells[1]:<{second}}  {cells[2]}".rstrip()
 
     plural = "s have" if len(rows) > 1 else " has"
-    lines = ["", f"{len(rows)} stage{plural} failed:", "", line("runs", "stage", "what is wrong -> what to do")]
-    lines.append(line("-" * first, "-" * second, "-" * third))
+    title = "what is wrong -> what to do"
+    lines = ["", f"{len(rows)} stage{plural} failed:", "", line("runs", "stage", title)]
+    lines.append(line("-" * first, "-" * second, "-" * len(title)))
     for runs, stage, failure in rows:
         text = _wrapped(failure.what, third)
         if failure.fix:
