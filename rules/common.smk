@@ -214,7 +214,7 @@ def launcher(wildcards):
 
 def tell_failures():
     """Below Snakemake's own lines: what has failed since the start, for all runs, in one table."""
-    found = failures_since(started, Path(config["pathvars"].get("logs", "logs")))
+    found = failures_since(started, Path(workflow.pathvars.apply("<logs>")))
     if found:
         print(table([failure._replace(runs=runs_of(failure)) for failure in found]), file=sys.stderr)
 

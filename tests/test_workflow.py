@@ -322,6 +322,38 @@ def test_help_answers_without_heavy_imports(script):
     assert "argparse" in imported and not imported & HEAVY
 
 
+# --- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+def test_as_a_module_all_stages_agree_on_where_the_results_are(tmp_path):
+    ours = checkout(tmp_path / "moult")
+    (tmp_path / "Snakefile").write_text(
+        f"""
+module moult:
+    snakefile: {str(ours / "Snakefile")!r}
+    config: {{"model": {{"name": "a/model"}}, "datasets": {{"d": {{"source": "a/dataset"}}}}}}
+    pathvars:
+        results="out/tuned",
+        logs="out/logs",
+
+use rule * from moult as moult_*
+"""
+    )
+    output = snakemake(tmp_path, "-n", "-p", "out/tuned/d/metrics.json")
+    assert re.search(r"^moult_finetune +1$", output, re.MULTILINE)
+    assert '"path":"out/tuned/datasets/a--dataset--train' in output
+    assert "results/" not in output.replace("out/tuned/", "")
+
+
+def test_failures_are_told_again_wherever_the_logs_are(tmp_path):
+    folder = checkout(tmp_path)
+    write_rows(folder, [])
+    config = {"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl"}}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "pathvars": {"logs": "elsewhere"}}))
+    output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
+    assert "\nprepare failed: rows.jsonl: no rows" in output
+
+
 # --- bad input, as a user meets it ------------------------------------------------------------------------------------
 
 
