@@ -63,7 +63,7 @@ def score(settings: dict, args, log) -> None:
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers),
+        "verdict": verdict(likelihood, answers, len({row["group"] for row in rows}), settings["eval"]["confidence"]),
         "data": {
             "sequences": len(rows),
             "groups": len({row["group"] for row in rows}),
@@ -173,11 +173,14 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
-    """Nats per token of each source of a mix."""
-    paths = {file["source"]: file["path"] for file in prepared["sources"]}
+    """Nats per token of each source that the validation rows are from."""
+    files = defaultdict(list)
+    for file in prepared["val_sources"] or prepared["sources"]:
+        files[file["source"]].append(file["path"])
+    names = {source: some(paths, 1) for source, paths in files.items()}
     totals: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
     for base, tuned in zip(sides["base"]["likelihood"], sides["tuned"]["likelihood"], strict=True):
-        total = totals[f"{base['source']}: {paths.get(base['source'], '')}"]
+        total = totals[f"{base['source']}: {names[base['source']]}"]
         total["base"] += base["nll"]
         total["tuned"] += tuned["nll"]
         total["tokens"] += base["tokens"]
@@ -254,11 +257,15 @@ def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(likelihood: dict | None, answers: dict) -> dict:
+def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float) -> dict:
     """helped: something is better and nothing worse; hurt: the reverse; else inconclusive. What counts is an interval of
     the paired difference that leaves out 0. Whether answers stop is told, and does not count: a model that answers at
-    more length stops less often within max_new_tokens."""
+    more length stops less often within max_new_tokens.
+
+    The bootstrap cannot see what is not in the sample, and makes a point of one group. So the likelihood counts from as
+    many groups on as would not all lean the same way by chance (sign test; 6 at 95 %)."""
     evidence = {}  # what: (difference, whether more is better, unit)
+    enough = math.ceil(1 - math.log2(1 - confidence))
     if likelihood:
         evidence["validation loss"] = (likelihood["difference"]["nll_per_token"], -1, "nats per token")
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
@@ -270,10 +277,13 @@ def verdict(likelihood: dict | None, answers: dict) -> dict:
     reasons = []
     for name, (difference, sign, unit) in evidence.items():
         low, high = sorted(sign * limit for limit in difference["interval"])
-        kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+        too_few = name == "validation loss" and groups < enough
+        kind = "unclear" if too_few or low <= 0 <= high else "better" if low > 0 else "worse"
         found[kind].append(name)
         shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
+        if too_few:
+            reasons[-1] += f" (of {groups} groups of validation rows, and {enough} are needed)"
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")

@@ -126,6 +126,16 @@ def test_figures_are_sums_over_tokens(tmp_path):
     assert metrics["by_source"]["1: two.jsonl"]["tokens"] == sum(row["tokens"] for row in rows if row["source"] == 1)
 
 
+def test_sources_are_those_of_the_validation_rows(tmp_path):
+    """With a val_source its numbers are not the training sources'; several files of one source have one name."""
+    make_sides(tmp_path)
+    metadata = read_json(tmp_path / "metadata.json")
+    names = [("held", 0), ("out", 0), ("other", 1)]
+    files = [{"path": f"{name}.jsonl", "sha256": "0", "source": source} for name, source in names]
+    write_json(tmp_path / "metadata.json", {**metadata, "val_sources": files})
+    assert list(run(tmp_path)["by_source"]) == ["0: held.jsonl and 1 more", "1: other.jsonl"]
+
+
 def test_the_same_measurements_give_the_same_file(tmp_path):
     make_sides(tmp_path)
     run(tmp_path)
@@ -168,6 +178,17 @@ def test_samples_show_both_answers_and_their_checks(tmp_path):
 def test_verdict(sides, expected, tmp_path):
     make_sides(tmp_path, **sides)
     assert run(tmp_path)["verdict"]["verdict"] == expected
+
+
+@pytest.mark.parametrize(("rows", "word"), [(2, "inconclusive"), (10, "inconclusive"), (12, "helped")])
+def test_few_groups_are_no_evidence(rows, word, tmp_path):
+    """Two rows are a group here. That 5 groups are all better happens by chance once in 16 times, of 6 once in 32."""
+    make_sides(tmp_path, noise=0.0, rows=rows)
+    metrics = run(tmp_path, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
+    assert metrics["verdict"]["verdict"] == word
+    if word == "inconclusive":
+        reason = f"(of {rows // 2} groups of validation rows, and 6 are needed)"
+        assert metrics["verdict"]["reasons"][0].endswith(reason)
 
 
 def test_a_verdict_names_its_evidence(tmp_path):
