@@ -30,6 +30,7 @@ rule plan_run:
         "<logs>/{run}/plan.log",
     benchmark:
         "<benchmarks>/{run}/plan.jsonl"
+    priority: 1  # before evaluate_base, which needs a GPU
     resources:
         mem_mb=8000,
         runtime=30,

@@ -174,6 +174,17 @@ EDITS = {
         set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
         {"evaluate_base", "evaluate_tuned", "score"},
     ),
+    "the rank and an eval prompt": (
+        lambda folder: (
+            set_key("runs", "demo", "lora", "r", value=16)(folder),
+            set_key("runs", "demo", "eval", "prompts", value=[PROMPT])(folder),
+        ),
+        {"plan_run", "evaluate_base", *AFTER_FINETUNE},
+    ),
+    "the dtype": (
+        set_key("runs", "demo", "model", "dtype", value="float16"),
+        {"plan_run", "evaluate_base", *AFTER_FINETUNE},
+    ),
     "what an answer is checked for": (set_key("runs", "demo", "eval", "row_expect", value={"json": True}), {"score"}),
     "the level of the intervals": (set_key("eval", "confidence", value=0.9), {"score"}),
     "the languages": (set_key("datasets", "demo", "languages", value=["en", "fr"]), set(STAGES) - {"inspect_model"}),
