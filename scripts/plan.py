@@ -244,6 +244,7 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
     """{module: what LoRA does to it}, and the model with LoRA in place. Raises MoultError for what cannot come out right."""
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
@@ -265,6 +266,12 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
         raise MoultError(
             f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}"
         ) from error
+    if isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
+        raise MoultError(
+            f"lora.trainable_token_indices: {head} has the embedding's weight, and TRL's fused loss cannot use it wrapped "
+            "(TRL 1.16)",
+            "set lora.modules_to_save: [embed_tokens] and ensure_weight_tying: true instead",
+        )
     targets, without_bias = {}, []
     for name, module in model.base_model.model.named_modules():
         if not (isinstance(module, BaseTunerLayer) and hasattr(module, "scaling")):
@@ -323,7 +330,7 @@ def check_targets(targets: dict, lora: dict, tied: set[str], head: str | None, l
     if hit:
         raise MoultError(
             f"lora.target_modules: {some(hit)} share one weight (tied embeddings), and merging LoRA into one changes both",
-            "leave them out; to train new tokens, set lora.trainable_token_indices",
+            "leave them out; to train new tokens, set lora.modules_to_save: [embed_tokens] and ensure_weight_tying: true",
         )
     if head in targets:
         raise MoultError(

@@ -116,3 +116,14 @@ def test_enums_and_literals_become_choices():
     assert config_docs.field_schema(kind | str | None) == {"enum": ["a", "b", None]}
     assert config_docs.field_schema(Literal["x", "y"]) == {"enum": ["x", "y"]}
     assert config_docs.field_schema(Literal["x", "x_[number of steps]"]) == {"type": ["string"]}
+
+
+def test_no_sentence_of_the_schema_is_cut_at_a_comma():
+    """YAML takes `{description: this, and that}` for two keys, the second without a value."""
+
+    def cut(value) -> list[str]:
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        found = [str(key) for key in value if " " in str(key)] if isinstance(value, dict) else []
+        return found + [key for item in items for key in cut(item)]
+
+    assert cut(SCHEMA) == []

@@ -91,6 +91,15 @@ def test_scaling_and_rank_of_each_layer(tmp_path):
         ({"target_modules": ["q_proj", "lm_head"]}, {}, "lm_head cannot be tuned", "leave lm_head out"),
         ({"modules_to_save": ["embed_tokens"]}, {"tie_word_embeddings": True}, "is tied", "ensure_weight_tying"),
         ({"r": 0}, {}, "r", ""),
+        ({"init_lora_weights": "eva"}, {}, "cannot start from eva", "pissa"),
+        ({"init_lora_weights": "nonsense"}, {}, "cannot start from nonsense", "pissa"),
+        ({"lora_bias": True}, {}, "of the base have no bias", "leave it out"),
+        (
+            {"trainable_token_indices": [5]},
+            {"tie_word_embeddings": True},
+            "lm_head has the embedding's weight",
+            "modules_to_save: [embed_tokens]",
+        ),
     ],
 )
 def test_targets_that_cannot_come_out_right_are_refused(lora, model, message, fix, tmp_path):
@@ -139,6 +148,8 @@ def test_packing_needs_fewer_steps(tmp_path):
         ({"init_lora_weights": "pissa"}, "peft", ["init_lora_weights"]),
         ({"rank_pattern": {"q_proj": 2}}, "streamed", ["rank_pattern"]),
         ({"r": 600}, "streamed", ["rank over 512"]),
+        ({"velora_config": {}}, "peft", ["velora_config"]),
+        ({"trainable_token_indices": [5]}, "peft", ["trainable_token_indices"]),
     ],
 )
 def test_how_it_is_merged_and_whether_vllm_serves_the_adapter(lora, merge, refused, tmp_path):

@@ -1,15 +1,27 @@
 """What is known of a LoRA config without training: how its adapter can be merged, and whether vLLM serves it as it is."""
 
+import re
+
 # vLLM 0.32/0.33, config/lora.py: the ranks that --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# The values of init_lora_weights that need nothing but the base's weights. The others (eva, corda, lora_ga, loftq) need a
+# pass over the data or a quantized base; peft would start some of them otherwise, without a word.
+STARTS = r"gaussian|orthogonal|olora|mica|pissa(_niter_\d+)?"
+
 
 def lora_config(settings: dict, inference: bool = False):
-    """peft.LoraConfig of the config's `lora` section. Raises MoultError for values that peft refuses."""
+    """peft.LoraConfig of the config's `lora` section. Raises MoultError for values that peft refuses, or would misread."""
     from peft import LoraConfig
 
     from moult.errors import MoultError
 
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and not re.fullmatch(STARTS, start):
+        raise MoultError(
+            f"lora.init_lora_weights: Moult cannot start from {start}",
+            "set true, false, gaussian, orthogonal, olora, mica, pissa or pissa_niter_<number>",
+        )
     try:
         return LoraConfig(task_type="CAUSAL_LM", inference_mode=inference, **settings)
     except (TypeError, ValueError) as error:
@@ -25,15 +37,13 @@ def needs_peft(settings: dict) -> list[str]:
         "lora_bias": settings.get("lora_bias"),
         "trainable_token_indices": settings.get("trainable_token_indices"),
         "target_parameters": settings.get("target_parameters"),
-        "layer_replication": settings.get("layer_replication"),
         "init_lora_weights": isinstance(settings.get("init_lora_weights"), str)
         and settings["init_lora_weights"] not in ("gaussian", "orthogonal"),
         "use_qalora": settings.get("use_qalora"),
-        "use_bdlora": settings.get("use_bdlora"),
-        "kasa_config": settings.get("kasa_config"),
-        "velora_config": settings.get("velora_config"),
-        "monteclora_config": settings.get("monteclora_config"),
-        "alora_invocation_tokens": settings.get("alora_invocation_tokens"),
+        "use_bdlora": settings.get("use_bdlora") is not None,
+        "kasa_config": settings.get("kasa_config") is not None,
+        "velora_config": settings.get("velora_config") is not None,
+        "monteclora_config": settings.get("monteclora_config") is not None,
     }
     return sorted(name for name, given in reasons.items() if given)
 
