@@ -126,6 +126,7 @@ REFUSED = [
     ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
     ("train: {eval_strategy: no}", "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_…"),
+    ("train: {save_strategy: no}", "train.save_strategy: 'no' leaves no best by validation loss; set load_best_…"),
     ("train: {packing: true, padding_free: true}", "train.padding_free: packing has it already; leave it out"),
 ]
 

@@ -387,10 +387,11 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
     if pattern is not None and not re.compile(pattern).groups:
         problems.append("eval.row_expect.match: has no group; put the part that is compared in ( )")
     train = run["train"]
-    if train["load_best_model_at_end"] and train["eval_strategy"] == "no":
-        problems.append(
-            "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_model_at_end: false"
-        )
+    problems += [
+        f"train.{key}: 'no' leaves no best by validation loss; set load_best_model_at_end: false"
+        for key in ("eval_strategy", "save_strategy")
+        if train["load_best_model_at_end"] and train[key] == "no"
+    ]
     if train["packing"] and dataset is not None and train.get("padding_free"):
         problems.append("train.padding_free: packing has it already; leave it out")
     return problems
