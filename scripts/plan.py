@@ -263,9 +263,10 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MoultError(
-            f"lora.target_modules: {reason}", f"linear layers of this model: {some(linear, 20)}"
-        ) from error
+        hint = f"linear layers of this model: {some(linear, 20)}"
+        if config.target_modules in linear:
+            hint = f"make it a list, [{config.target_modules}]: a text is a regular expression for the whole name"
+        raise MoultError(f"lora.target_modules: {reason}", hint) from error
     if isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
         raise MoultError(
             f"lora.trainable_token_indices: {head} has the embedding's weight, and TRL's fused loss cannot use it wrapped "

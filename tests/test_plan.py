@@ -76,6 +76,7 @@ def test_scaling_and_rank_of_each_layer(tmp_path):
         ({"target_modules": ["nope"]}, {}, "nope", "q_proj"),
         ({"target_modules": ["q_proj", "gate"]}, {}, "nothing is named gate", "gate_proj"),
         ({"target_modules": "no_such.*"}, {}, "no_such", "q_proj"),
+        ({"target_modules": "q_proj"}, {}, "q_proj not found", "make it a list, [q_proj]"),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
             {"tie_word_embeddings": True},
