@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
     parser.add_argument("--merge-check", help="JSON to write: merged model against base plus adapter")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log-file", help="log file (default: logs/evaluate_model.log)")
+    parser.add_argument("--log-file", help="log file (default: logs/evaluate.log)")
     args = parser.parse_args()
 
     from moult.stage import stage

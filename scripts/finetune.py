@@ -337,6 +337,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             },
             "training_loss": [entry["loss"] for entry in history if "loss" in entry][-1:],
             "chosen": "lowest validation loss" if keep_best else "last step",
+            "settings": settings,
             "fingerprint": sha256_text(canonical(fingerprint)),
             "versions": versions(),
             "hardware": hardware(device),

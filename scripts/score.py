@@ -88,6 +88,7 @@ def score(settings: dict, args, log) -> None:
                 for file in prepared["sources"] + prepared["val_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
+            "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype")},
             "adapter_sha256": adapter["adapter_sha256"],
             "merged_files": merge["files"],
             "versions": adapter["versions"],

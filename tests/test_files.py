@@ -131,6 +131,7 @@ def test_hashes(tmp_path):
     (tmp_path / "d/sub").mkdir(parents=True)
     (tmp_path / "d/sub/b").write_bytes(b"b")
     (tmp_path / "d/a").write_bytes(b"")
+    (tmp_path / "d/.snakemake_timestamp").touch()
     expected = {"a": hashlib.sha256(b"").hexdigest(), "sub/b": hashlib.sha256(b"b").hexdigest()}
     assert sha256_folder(tmp_path / "d") == expected
     assert sha256_file(tmp_path / "d/sub/b") == expected["sub/b"]

@@ -14,6 +14,14 @@ from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.statistics import bootstrap, paired_difference, wilson
 
+SETTINGS = {
+    "lora": {"r": 4},
+    "train": {"learning_rate": 1.0},
+    "dtype": "bfloat16",
+    "seed": 3,
+    "trust_remote_code": False,
+}
+ADAPTER = {"adapter_sha256": "a", "versions": {}, "hardware": {}, "step": 7}
 EVAL = {
     "perplexity": True,
     "confidence": 0.95,
@@ -86,7 +94,7 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
     sources = [{"path": f"{name}.jsonl", "sha256": "0", "source": number} for number, name in enumerate(("one", "two"))]
     write_json(folder / "metadata.json", {"overlap": {"rows": 0}, "sources": sources, "val_sources": []})
     write_json(folder / "tokens" / "report.json", {"template": {"sha256": "t"}})
-    write_json(folder / "adapter.json", {"adapter_sha256": "a", "versions": {}, "hardware": {}, "step": 7})
+    write_json(folder / "adapter.json", {**ADAPTER, "settings": SETTINGS})
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
 
 
@@ -124,6 +132,12 @@ def test_figures_are_sums_over_tokens(tmp_path):
         "rows_shared_with_train": 0,
     }
     assert metrics["by_source"]["1: two.jsonl"]["tokens"] == sum(row["tokens"] for row in rows if row["source"] == 1)
+
+
+def test_the_settings_of_the_training_are_told(tmp_path):
+    make_sides(tmp_path)
+    training = {"lora": {"r": 4}, "train": {"learning_rate": 1.0}, "dtype": "bfloat16"}
+    assert run(tmp_path)["provenance"]["training"] == training
 
 
 def test_sources_are_those_of_the_validation_rows(tmp_path):

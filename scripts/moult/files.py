@@ -27,11 +27,10 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_folder(folder: str | Path) -> dict[str, str]:
-    """{relative path: sha256} of every file below `folder`."""
+    """{relative path: sha256} of every file below `folder`, but for the one that Snakemake puts there."""
     folder = Path(folder)
-    return {
-        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".snakemake_timestamp"]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def fsync(path: str | Path) -> None:
