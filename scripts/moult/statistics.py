@@ -31,8 +31,23 @@ def bootstrap(numerators, denominators, confidence: float, resamples: int, seed:
         ratios.append((weights @ numerators) / (weights @ denominators)[:, None])
     ratios = np.concatenate(ratios)
     ratios = np.concatenate([ratios, ratios[:, -1:] - ratios[:, :1]], axis=1)
-    tail = (1 - confidence) / 2
+    tail = (1 - _widened(confidence, clusters)) / 2
     return np.quantile(ratios, [tail, 1 - tail], axis=0).T.tolist()
+
+
+def _widened(confidence: float, clusters: int) -> float:
+    """The level at which the quantiles of the bootstrap cover `confidence`.
+
+    Those of few clusters are too narrow: at 95 % and 10 clusters, one interval in ten left out the truth. Hesterberg's
+    expanded percentile interval (arXiv:1411.5279); Student's t from Abramowitz and Stegun, 26.7.5.
+    """
+    if clusters < 2:
+        return confidence
+    normal, df = NormalDist(), clusters - 1
+    z = normal.inv_cdf((1 + confidence) / 2)
+    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    return 2 * normal.cdf(math.sqrt(clusters / df) * t) - 1
 
 
 def wilson(passed: int, n: int, confidence: float) -> list[float]:
