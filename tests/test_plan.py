@@ -233,6 +233,12 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         assert said in error.what
 
 
+def test_settings_that_trl_refuses(tmp_path):
+    base = make_model(tmp_path / "base")
+    error = refused(base, tmp_path, train={"optim": "no_such_optimizer"})
+    assert error.what.startswith("train: ") and "no_such_optimizer" in error.what
+
+
 def test_a_package_that_wants_a_gpu_to_say_more_is_left_to_it(tmp_path, monkeypatch):
     """flash-attn is there, and this machine has no GPU: the job that trains may have one."""
     from transformers import AutoModelForCausalLM
