@@ -16,6 +16,7 @@ from fcntl import ioctl
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -313,6 +314,55 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     assert process.wait(timeout=10) == 143
     assert "demo terminated; run the same command again to go on" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.py", "logs"]
+
+
+def namespace() -> str:
+    path = Path("/proc/self/ns/pid")
+    return str(path.readlink()) if path.exists() else ""
+
+
+@pytest.mark.parametrize("when", ["while it works", "before it has begun"])
+def test_a_stage_ends_when_its_snakemake_is_gone(when, tmp_path):
+    start('log.info("at work")\ntime.sleep(60)', tmp_path)
+    starter = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    if when == "before it has begun":
+        starter.kill(), starter.wait()
+    environment = {"PYTHONPATH": str(ROOT / "scripts"), "MOULT_STARTED_BY": f"{starter.pid}@{namespace()}"}
+    process = subprocess.Popen(
+        [sys.executable, "demo.py"], cwd=tmp_path, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    )
+    if when == "while it works":
+        assert "at work" in process.stderr.readline()
+        starter.kill(), starter.wait()
+    assert "the Snakemake that has started this is gone" in process.stderr.read()
+    assert process.wait(timeout=10) == 143
+
+
+def test_a_snakemake_that_cannot_be_seen_is_not_missed(run, monkeypatch):
+    """In a container the number may be another process's, or nobody's."""
+    monkeypatch.setenv("MOULT_STARTED_BY", "999999999@pid:[1]")
+    assert run("time.sleep(1.5)").code == 0
+
+
+def test_the_workers_of_a_killed_stage_end(tmp_path):
+    code = """
+    from moult.parallel import ordered_map
+    ordered_map(time.sleep, [60, 60], workers=2, what="naps", setup=log.info, setup_args=("at work",), chunk=1)
+    """
+    start(code, tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "demo.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "at work" in process.stderr.readline() and "at work" in process.stderr.readline()
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    assert len(workers) == 2
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    process.communicate()
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -246,16 +247,28 @@ def processes_in(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs /proc")
-def test_a_killed_snakemake_leaves_no_trainer_and_the_same_command_goes_on(demo, tmp_path):
+@pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
+def test_an_ended_snakemake_leaves_no_trainer_and_the_same_command_goes_on(how, demo, tmp_path):
     folder = checkout(tmp_path)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", TARGET]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell ignores it for what runs in its background, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     log = folder / "results" / "demo" / "trainer_state" / "training_log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 4):
         time.sleep(0.1)
-    process.kill()
-    process.wait()
-    assert list((folder / ".snakemake" / "locks").iterdir())
+    if how == "killed":
+        process.kill()
+    else:  # a terminal sends it to the whole group
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    assert bool(list((folder / ".snakemake" / "locks").glob("*"))) == (how == "killed")
     deadline = time.monotonic() + 30
     while processes_in(folder) and time.monotonic() < deadline:
         time.sleep(0.2)

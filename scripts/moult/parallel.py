@@ -1,7 +1,10 @@
 """The same function over many items, in several processes, with one progress bar and the results in order."""
 
 import multiprocessing
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +39,8 @@ def ordered_map(
         # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         try:
-            with ProcessPoolExecutor(min(workers, len(chunks)), context, setup, setup_args) as pool:
+            start = (os.getpid(), setup, setup_args)
+            with ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, start) as pool:
                 for part in pool.map(_apply, [function] * len(chunks), chunks):
                     results += part
                     bar.update(len(part))
@@ -46,6 +50,17 @@ def ordered_map(
                 "give the rule more memory (mem_mb) or fewer threads",
             ) from None
     return results
+
+
+def _start_worker(parent: int, setup: Callable, setup_args: tuple) -> None:
+    def watch() -> None:
+        # The queue that a worker waits at stays open without its other end: it would wait for ever.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    setup(*setup_args)
 
 
 def _apply(function: Callable, part: Sequence) -> list:
