@@ -121,7 +121,10 @@ REFUSED = [
     ("eval: {prompts: [{id: p, prompt: x, expect: {exact: true}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {prompts: [{id: p, prompt: x, expect: {match: (a)}}]}", "eval.prompts.p.expect: true and match compare …"),
     ("eval: {row_expect: {regex: (}}", "eval.row_expect.regex: '(' is no regular expression: …"),
-    ("eval: {row_expect: {regex: 'a{1,99999999999}'}}", "eval.row_expect.regex: 'a{1,99999999999}' is no regular expression: …"),
+    (
+        "eval: {row_expect: {regex: 'a{1,99999999999}'}}",
+        "eval.row_expect.regex: 'a{1,99999999999}' is no regular expression: …",
+    ),
     ("eval: {row_expect: {match: abc}}", "eval.row_expect.match: has no group; put the part that is compared in ( )"),
     ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),

@@ -66,7 +66,9 @@ def read_header(path: Path, fix: str = AGAIN) -> tuple[bytes, dict[str, Tensor]]
         if not plain:
             raise _not_whole(path, fix, f"the header's entry of {name} is not one")
         if end - begin != expected:
-            raise _not_whole(path, fix, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}")
+            raise _not_whole(
+                path, fix, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}"
+            )
         tensors[name] = Tensor(name, path.name, entry["dtype"], shape, start + begin, start + end)
     last = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
