@@ -70,7 +70,7 @@ from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, 
 from moult.config import local_model, measured_as, misplaced, resolve, slug, source_entries, stage_settings
 from moult.errors import MoultError
 from moult.failures import failures_since, table
-from moult.files import canonical, sha256_text
+from moult.files import canonical, glance, sha256_text
 from moult.sources import expand as expand_source
 
 
@@ -91,6 +91,7 @@ def checked(config):
 
 
 config = checked(config)
+encoders, base_measurers = encoded_as(config), measured_as(config)
 
 
 # --- code: tracked by content, not by time ---
@@ -139,12 +140,12 @@ def base_model(wildcards):
 
 def tokens(name):
     """Input: a file that encode wrote for the run, or for another one with the same model and data."""
-    return lambda wildcards: f"<results>/{encoded_as(config, wildcards.run)}/tokens/{name}"
+    return lambda wildcards: f"<results>/{encoders[wildcards.run]}/tokens/{name}"
 
 
 def measured_base(name):
     """Input: the base's measurement, shared by all runs that ask it the same."""
-    return lambda wildcards: f"<results>/{measured_as(config, wildcards.run)}/base/{name}"
+    return lambda wildcards: f"<results>/{base_measurers[wildcards.run]}/base/{name}"
 
 
 def runs_by_model(local):
@@ -160,11 +161,18 @@ def settings_of_model(slug, runs):
     return canonical(stage_settings(config, "fetch_model", runs[slug]))
 
 
-def local_model_files(run):
+def local_model_files(wildcards):
     """Input: the files of a local model, but for its card. A missing folder is reported by the stage, in plain words."""
+    run = local_models[wildcards.model]
     folder = Path(local_model(config["runs"][run]["model"], config["paths"]))
     files = [path for path in folder.glob("*") if path.is_file() and path.suffix != ".md"]
     return sorted(str(path) for path in files if not path.name.startswith("."))
+
+
+def glances(files):
+    """Param: what local input files hold, at a glance. Snakemake goes by time, and does not see a file that was put in
+    place of another with its old time (cp -p, rsync -a, mv)."""
+    return lambda wildcards: [glance(path) for path in files(wildcards) if not path.startswith("<results>")]
 
 
 def dataset_files(wildcards):
@@ -225,8 +233,8 @@ def runs_of(failure):
     slugs = {"models": lambda run: [model_slug(run)], "datasets": dataset_slugs}
     owners = {
         "prepare.log": lambda run: config["runs"][run]["dataset"],
-        "encode.log": lambda run: encoded_as(config, run),
-        "evaluate_base.log": lambda run: measured_as(config, run),
+        "encode.log": encoders.get,
+        "evaluate_base.log": base_measurers.get,
     }
     if owner in slugs:
         return [run for run in config["runs"] if failure.log.stem in slugs[owner](run)]

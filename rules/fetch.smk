@@ -51,7 +51,7 @@ rule fetch_model:
 rule inspect_model:
     """Local model folder -> manifest. The folder is used in place."""
     input:
-        files=lambda wildcards: local_model_files(local_models[wildcards.model]),
+        files=local_model_files,
     output:
         manifest="<results>/models/{model}.json",
     log:
@@ -64,6 +64,7 @@ rule inspect_model:
     params:
         settings=lambda wildcards: settings_of_model(wildcards.model, local_models),
         name=lambda wildcards: config["runs"][local_models[wildcards.model]]["model"]["name"],
+        contents=glances(local_model_files),
         folder=lambda wildcards: local_model(config["runs"][local_models[wildcards.model]]["model"], config["paths"]),
         script=script_of("fetch_model"),
         code=code_hash("fetch_model"),

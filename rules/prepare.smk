@@ -23,6 +23,7 @@ rule prepare:
         runtime=120,
     params:
         settings=settings("prepare"),
+        contents=glances(dataset_files),
         script=script_of("prepare"),
         code=code_hash("prepare"),
     shell:

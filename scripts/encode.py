@@ -71,7 +71,8 @@ def encode(settings: dict, args, log) -> None:
         report[part] |= count_tokens(sequences[part])
         check_vocabulary(part, sequences[part], vocabulary)
         warn_of_lost_characters(part, report[part], log)
-    stop = check_stop_tokens(made["train"], sequences["train"], chat)
+    plain = {row["id"] for row in rows["train"] if "text" in row}
+    stop = check_stop_tokens(made["train"], sequences["train"], plain, chat)
     report |= {
         "pad_token_id": chat.pad_id,
         "stop": stop,
@@ -281,20 +282,23 @@ def warn_of_lost_characters(part: str, report: dict, log) -> None:
         )
 
 
-def check_stop_tokens(made: list[dict], sequences: list[dict], chat) -> dict:
+def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], chat) -> dict:
     """Which tokens end the trained turns, and whether generation already stops at them.
 
-    Turns show how they end as they were `made`; `sequences` are those that are left, some of them cut.
+    Turns show how they end as they were `made`; `sequences` are those that are left, some of them cut; `plain` the ids of
+    plain text.
     `added` are those where generation does not stop: the template ends turns with a special token that
     generation_config does not name (a base model with a chat template, usually). merge and finetune write them into it.
     """
     trained = sorted(token for token in turn_ends(made) if token in chat.stop_ids or token in chat.special_ids)
     ends = turn_ends(sequences)
     learnt = sum(ends[token] for token in trained)
-    # Only truncation leaves a turn without its end.
-    if learnt < ends.total() / 2:
+    # Only truncation leaves a turn without its end. Plain text may be cut: it is no turn.
+    turns = turn_ends([sequence for sequence in sequences if sequence["id"] not in plain])
+    ended = sum(turns[token] for token in trained)
+    if ended < turns.total() / 2:
         raise MoultError(
-            f"only {learnt:,} of {ends.total():,} trained turns end with a stop token: the model would not learn to stop",
+            f"only {ended:,} of {turns.total():,} trained turns end with a stop token: the model would not learn to stop",
             "raise datasets.<name>.max_length, or set overlength: drop",
         )
     return {

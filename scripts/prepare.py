@@ -132,14 +132,21 @@ def prepare(settings: dict, args, log) -> None:
 
 def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row], list[dict]]:
     """All rows that can be training rows, and the files that they came from with their hashes."""
-    from moult.files import sha256_file
+    from moult.files import read_json, sha256_file
     from moult.sources import expand, read_rows
     from moult.stage import progress
 
     files = []
     for index, source in enumerate(sources):
+        # fetch_dataset writes beside the rows what they are.
+        hub = (
+            {"hub": source["hub"], "commit": read_json(Path(source["path"]).with_suffix(".json"))["commit"]}
+            if "hub" in source
+            else {}
+        )
         for path in expand(source["path"], settings["split"]):
-            files.append({"path": str(path), "source": index, "sha256": sha256_file(path), "rows": 0, "format": None})
+            facts = {"path": str(path), "source": index, "sha256": sha256_file(path), **hub}
+            files.append({**facts, "rows": 0, "format": None})
     names = Counter(Path(file["path"]).name for file in files)
     paths = Counter(file["path"] for file in files)
     rows: list[Row] = []

@@ -39,11 +39,13 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true", help="import torch and look at the device")
     args = parser.parse_args()
 
+    from moult.config import encoded_as, measured_as
     from moult.errors import MoultError
 
     try:
         config = read_config(args.configfile)
-        runs = {name: paths(config, name) for name in chosen_runs(config, args.run)}
+        shared = encoded_as(config), measured_as(config)
+        runs = {name: paths(config, name, *shared) for name in chosen_runs(config, args.run)}
         print(FORMATS[args.format](runs, args))
     except MoultError as error:
         sys.exit(f"print_runtime: {error}")
@@ -77,9 +79,9 @@ def chosen_runs(config: dict, run: str | None) -> list[str]:
     return [run]
 
 
-def paths(config: dict, name: str) -> dict[str, str | int]:
+def paths(config: dict, name: str, encoders: dict, base_measurers: dict) -> dict[str, str | int]:
     """Where a run's things are, and what it is made of. The keys are the variables of --format env."""
-    from moult.config import encoded_as, local_model, measured_as, slug
+    from moult.config import local_model, slug
 
     run = config["runs"][name]
     results = config["paths"]["results"]
@@ -91,11 +93,11 @@ def paths(config: dict, name: str) -> dict[str, str | int]:
         "BASE_MODEL": run["model"]["name"],
         "BASE_MODEL_DIR": model or f"{results}/models/{slug(run['model']['name'], run['model']['revision'])}",
         "PREPROCESS_DIR": f"{results}/prepared/{run['dataset']}",
-        "TOKENS_DIR": f"{results}/{encoded_as(config, name)}/tokens",
+        "TOKENS_DIR": f"{results}/{encoders[name]}/tokens",
         "TRAINER_STATE_DIR": f"{folder}/trainer_state",
         "ADAPTER_DIR": f"{folder}/adapter",
         "MERGED_DIR": f"{folder}/merged",
-        "BASE_MEASUREMENT_DIR": f"{results}/{measured_as(config, name)}/base",
+        "BASE_MEASUREMENT_DIR": f"{results}/{base_measurers[name]}/base",
         "METRICS": f"{folder}/metrics.json",
         "LOG_DIR": f"logs/{name}",
         "GPUS": run["train"]["gpu"],

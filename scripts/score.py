@@ -84,7 +84,7 @@ def score(settings: dict, args, log) -> None:
         "provenance": {
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [
-                {name: file[name] for name in ("path", "sha256")}
+                {"name": data_name(file), "commit": file.get("commit"), "sha256": file["sha256"]}
                 for file in prepared["sources"] + prepared["val_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
@@ -177,7 +177,7 @@ def by_source(sides: dict, prepared: dict) -> dict:
     """Nats per token of each source that the validation rows are from."""
     files = defaultdict(list)
     for file in prepared["val_sources"] or prepared["sources"]:
-        files[file["source"]].append(file["path"])
+        files[file["source"]].append(data_name(file))
     names = {source: some(paths, 1) for source, paths in files.items()}
     totals: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
     for base, tuned in zip(sides["base"]["likelihood"], sides["tuned"]["likelihood"], strict=True):
@@ -189,6 +189,13 @@ def by_source(sides: dict, prepared: dict) -> dict:
         name: {"base": t["base"] / t["tokens"], "tuned": t["tuned"] / t["tokens"], "tokens": t["tokens"]}
         for name, t in totals.items()
     }
+
+
+def data_name(file: dict) -> str:
+    """The hub id, or what is fit to be published of a path."""
+    from moult.models import public_name
+
+    return file.get("hub") or public_name(file["path"])
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

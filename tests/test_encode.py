@@ -289,6 +289,17 @@ def test_text_rows(run, tmp_path):
     assert done.report["template"]["sha256"] == sha256_text("")
 
 
+CUTTING = {"overlength": "truncate", "max_length": 32, "max_token_loss": 1}
+
+
+def test_plain_text_may_be_cut(run):
+    """It is no turn, and need not end."""
+    long = "Once upon a time. " * 20
+    done = run(rows(long, long, long), rows("Twice."), chat_template=None, **CUTTING)
+    assert done.report["train"]["length"]["truncated"] == 3
+    assert (done.report["stop"]["trained_ends"], done.report["stop"]["with_stop_token"]) == (3, 0)
+
+
 @pytest.mark.parametrize(
     ("what", "contents", "settings"),
     [

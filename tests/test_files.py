@@ -11,6 +11,7 @@ from moult.files import (
     atomic_file,
     atomic_folder,
     canonical,
+    glance,
     read_json,
     read_jsonl,
     sha256_file,
@@ -158,3 +159,13 @@ def test_a_missing_and_a_cut_file_are_said_so(tmp_path):
 )
 def test_a_long_list_is_shown_in_part(items, text):
     assert some(items) == text
+
+
+def test_a_glance_tells_files_apart(tmp_path):
+    path = tmp_path / "weights"
+    seen = set()
+    for content in (b"", b"a", b"ab", bytes(10_000_000), b"\1" + bytes(9_999_999), bytes(9_999_999) + b"\1"):
+        path.write_bytes(content)
+        seen.add(glance(path))
+    assert len(seen) == 6
+    assert glance(tmp_path / "none") == glance(tmp_path) == ""

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, examples
@@ -430,6 +432,17 @@ def test_a_group_that_is_too_large_stays_in_train(tmp_path):
     result = run(tmp_path, source=write(tmp_path / "rows.jsonl", rows), val_size=5)
     assert len(result.val) == 5
     assert result.train_summary["groups"] == 6
+
+
+def test_the_commit_of_a_hub_dataset_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [source] = stage_input(source="org/math")["sources"]
+    path = tmp_path / source["path"]
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(pairs(20)), path)
+    path.with_suffix(".json").write_text('{"commit": "c0ffee"}')
+    [told] = run(tmp_path, source="org/math").sources
+    assert (told["hub"], told["commit"], told["path"]) == ("org/math", "c0ffee", source["path"])
 
 
 def test_a_given_validation_set_is_kept_and_its_rows_leave_train(tmp_path):

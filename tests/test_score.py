@@ -134,6 +134,20 @@ def test_figures_are_sums_over_tokens(tmp_path):
     assert metrics["by_source"]["1: two.jsonl"]["tokens"] == sum(row["tokens"] for row in rows if row["source"] == 1)
 
 
+def test_the_data_have_names_to_publish(tmp_path):
+    make_sides(tmp_path)
+    metadata = read_json(tmp_path / "metadata.json")
+    metadata["sources"][0] |= {"path": "/home/somebody/one.jsonl"}
+    metadata["sources"][1] |= {"path": "results/datasets/org--two.parquet", "hub": "org/two", "commit": "c" * 40}
+    write_json(tmp_path / "metadata.json", metadata)
+    metrics = run(tmp_path)
+    assert metrics["provenance"]["data"] == [
+        {"name": "one.jsonl", "commit": None, "sha256": "0"},
+        {"name": "org/two", "commit": "c" * 40, "sha256": "0"},
+    ]
+    assert set(metrics["by_source"]) == {"0: one.jsonl", "1: org/two"}
+
+
 def test_the_settings_of_the_training_are_told(tmp_path):
     make_sides(tmp_path)
     training = {"lora": {"r": 4}, "train": {"learning_rate": 1.0}, "dtype": "bfloat16"}

@@ -160,6 +160,19 @@ def checkout_back_and_forth(folder: Path) -> None:
 PROMPT = {"id": "more", "prompt": "What is the capital of Italy?", "expect": {"contains": "Rome"}}
 AFTER_FINETUNE = {"finetune", "merge", "evaluate_tuned", "score"}
 
+
+def put_older(name):
+    """Another file of the same size, with a time of long ago, as cp -p and rsync -a leave it."""
+
+    def edit(folder):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-2000] + content[-2000:].swapcase())
+        os.utime(path, (0, 0))
+
+    return edit
+
+
 EDITS = {
     "nothing": (lambda folder: None, set()),
     "touch everything": (touch_everything, set()),
@@ -198,6 +211,11 @@ EDITS = {
         set(STAGES) - {"inspect_model"},
     ),
     "a file of the base": (append("config/demo/base/generation_config.json", "\n"), set(STAGES) - {"prepare"}),
+    "other weights, older ones": (put_older("config/demo/base/model.safetensors"), set(STAGES) - {"prepare"}),
+    "other rows, older ones": (
+        put_older("config/demo/data/house_format.jsonl"),
+        set(STAGES) - {"inspect_model"},
+    ),
     "the base's card": (append("config/demo/base/README.md"), set()),
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),

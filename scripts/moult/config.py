@@ -70,12 +70,14 @@ def resolve(config: dict, schema: dict) -> dict:
     """
     known = set(schema["properties"])
     if _has_more_values_than(MOST_VALUES, config):
-        raise ConfigError([f"more than {MOST_VALUES:,} values; look for YAML anchors (&) that repeat each other"])
+        raise ConfigError(
+            [f"more than {MOST_VALUES:,} values; look for YAML anchors (&) that repeat or hold each other"]
+        )
     try:
         config = _coerce(copy.deepcopy(dict(config)), schema, schema)
         problems = _not_json(config) or _schema_problems(config, schema)
     except RecursionError:
-        problems = ["something in it is nested too deeply to read, or holds itself (a YAML alias)"]
+        problems = ["something in it is nested too deeply to read"]
     if problems:
         raise ConfigError(problems)
     removed = {name for name, dataset in config.get("datasets", {}).items() if dataset is None}
@@ -251,7 +253,8 @@ def _describe(error, schema: dict) -> list[str]:
 
 def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
     """What was probably meant: a key of that section with a similar name, or the section that has this key."""
-    close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    short_for = [name for name in known if "".join(word[:1] for word in name.split("_")) == key]  # lr
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.6) or short_for
     if close:
         return f"{where}: unknown key; did you mean {close[0]}?"
     homes = []
@@ -443,29 +446,37 @@ def source_entries(source, dataset: dict) -> list[dict]:
 # --- what runs share --------------------------------------------------------------------------------------------------
 
 
-def encoded_as(config: dict, run: str) -> str:
-    """The run whose tokens `run` uses: of those with the same dataset, model and template the dataset's own, or else the
-    first by name."""
-    return _owner(config, run, _tokens_depend_on)
+def encoded_as(config: dict) -> dict[str, str]:
+    """{run: the run whose tokens it uses}. Of those with the same dataset, model and template that is the dataset's own; or
+    else the first by name, of those that have tokens if there are any, so that a new run changes no old one."""
+    return _owners(config, "tokens/report.json", lambda run: _tokens_depend_on(config, run))
 
 
-def measured_as(config: dict, run: str) -> str:
-    """The run whose measurement of the base `run` uses: likewise, of those with the same tokens that also ask the same."""
-    return _owner(config, run, lambda run: [_tokens_depend_on(run), _evaluate(config, run, {})])
+def measured_as(config: dict) -> dict[str, str]:
+    """{run: the run whose measurement of the base it uses}: likewise, of those with the same tokens that also ask the same."""
+    return _owners(
+        config,
+        "base/likelihood.jsonl",
+        lambda run: [_tokens_depend_on(config, run), _evaluate(config, config["runs"][run], {})],
+    )
 
 
-def _tokens_depend_on(run: dict) -> dict:
-    return _pick(run["model"], "name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
+def _tokens_depend_on(config: dict, name: str) -> list:
+    run = config["runs"][name]
+    keys = ("name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
+    return [run["dataset"], _pick(run["model"], *keys)]
 
 
-def _owner(config: dict, run: str, depends_on: Callable) -> str:
-    wanted = config["runs"][run]
-    alike = [
-        name
-        for name, settings in config["runs"].items()
-        if settings["dataset"] == wanted["dataset"] and canonical(depends_on(settings)) == canonical(depends_on(wanted))
-    ]
-    return wanted["dataset"] if wanted["dataset"] in alike else min(alike)
+def _owners(config: dict, file: str, depends_on: Callable[[str], list]) -> dict[str, str]:
+    alike: dict[str, list[str]] = {}
+    for name in config["runs"]:
+        alike.setdefault(canonical(depends_on(name)), []).append(name)
+    owners = {}
+    for names in alike.values():
+        own = config["runs"][names[0]]["dataset"]
+        made = [name for name in names if Path(config["paths"]["results"], name, file).exists()]
+        owners |= dict.fromkeys(names, own if own in names else min(made or names))
+    return owners
 
 
 # --- what each stage reads --------------------------------------------------------------------------------------------
@@ -502,7 +513,7 @@ def _prepare(config: dict, name: str) -> dict:
     }
     for entry in [*sources["sources"], *sources["val_sources"]]:
         if not is_local(entry["path"]):
-            entry["path"] = fetched_dataset(config, dataset, entry["path"])
+            entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
 
 

@@ -33,6 +33,21 @@ def sha256_folder(folder: str | Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
+def glance(path: str | Path) -> str:
+    """A hash of a file's size and of 16 blocks spread over it: tells files apart that differ in more than a few places,
+    without reading all of a large one. A missing file has none."""
+    try:
+        size = Path(path).stat().st_size
+        seen = hashlib.sha256(str(size).encode())
+        with Path(path).open("rb") as file:
+            for place in range(16):
+                file.seek(max(0, size - 4096) * place // 15)
+                seen.update(file.read(4096))
+    except OSError:
+        return ""
+    return seen.hexdigest()[:16]
+
+
 def fsync(path: str | Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -100,7 +100,7 @@ def check(config: dict) -> None:
     resolved = resolve(config, SCHEMA)
     assert canonical(resolve(resolved, SCHEMA)) == result
     for run in resolved["runs"]:
-        assert encoded_as(resolved, run) in resolved["runs"] and measured_as(resolved, run) in resolved["runs"]
+        assert encoded_as(resolved)[run] in resolved["runs"] and measured_as(resolved)[run] in resolved["runs"]
         for stage in STAGES:
             canonical(stage_settings(resolved, stage, run)).encode()
     for dataset in resolved["datasets"]:
