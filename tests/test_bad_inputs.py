@@ -22,6 +22,7 @@ def test_bad_input(case, tmp_path):
     end = go(case, tmp_path, {"MOULT_TEST_TOKEN": SECRET})
     assert end.code == case.code, end.console
     assert re.fullmatch(re.escape(case.says).replace(re.escape("<...>"), ".*"), end.said), end.said
+    assert "what to do: unexpected" not in end.said
     assert "Traceback" not in end.console and SECRET not in end.console
     assert not [path for path in end.outputs if path.exists()]
     assert not list(tmp_path.rglob("*.tmp-*"))

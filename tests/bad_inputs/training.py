@@ -25,8 +25,9 @@ CASES = [
     Case(
         "tied embeddings",
         (
-            "plan failed: AttributeError: 'Embedding' object has no attribute 'bias'\n"
-            "what to do: unexpected; the log has the traceback with the values of all variables"
+            "plan failed: lora.target_modules: model.embed_tokens share one weight (tied embeddings), "
+            "and merging LoRA into one changes both\n"
+            "what to do: leave them out; to train new tokens, set lora.trainable_token_indices"
         ),
         {"lora": {"target_modules": ["q_proj", "embed_tokens"]}},
     ),
