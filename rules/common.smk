@@ -22,14 +22,21 @@ def hold_folder():
     """Keep the working directory for this Snakemake, and take off a lock that a killed one has left in it.
 
     Snakemake's own lock does not die with its holder. This one does: each Snakemake holds it shared while it lives, so if
-    it can be had alone, nobody is at work here.
+    it can be had alone, nobody is at work here. Some cluster file systems lock for each machine apart: what another
+    machine has locked is left to `snakemake --unlock`.
     """
     try:
         Path(".snakemake").mkdir(exist_ok=True)
-        lock = Path(".snakemake/moult.lock").open("a")
+        lock = Path(".snakemake/moult.lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(".snakemake/locks", ignore_errors=True)
+            lock.seek(0)
+            machine = os.uname().nodename
+            if lock.read() in ("", machine) or not any(Path(".snakemake/locks").glob("*")):
+                shutil.rmtree(".snakemake/locks", ignore_errors=True)
+                lock.truncate(0)
+                lock.write(machine)
+                lock.flush()
         except BlockingIOError:
             pass  # Snakemake's lock says whether the two go together
         fcntl.flock(lock, fcntl.LOCK_SH)

@@ -309,6 +309,9 @@ def test_a_lock_of_a_snakemake_that_is_alive_stays(demo, tmp_path):
     with (folder / ".snakemake" / "moult.lock").open("a") as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)
         assert "Directory cannot be locked" in snakemake(folder, TARGET, code=1)
+    (folder / ".snakemake" / "moult.lock").write_text("another machine")
+    assert "Directory cannot be locked" in snakemake(folder, TARGET, code=1)
+    (folder / ".snakemake" / "moult.lock").write_text(os.uname().nodename)
     shutil.rmtree(folder / "config" / "demo" / "data")  # it gets past the lock, and stops at the missing file
     assert "Directory cannot be locked" not in snakemake(folder, TARGET, code=1)
 
