@@ -40,6 +40,8 @@ def attempt(run: Run, fault: tuple | None = None, code: int = 0) -> str:
 
 
 def in_fork(arguments: list[str], said: str, fault: tuple | None) -> None:
+    # Otherwise DataLoader's workers would be children of a server of their own, which outlives a killed trainer.
+    multiprocessing.set_start_method("fork", force=True)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv = arguments
     if fault:
