@@ -311,7 +311,7 @@ def test_headers_that_lie_are_named(tmp_path):
         ((10**9).to_bytes(8, "little") + whole[8:], "its header is longer than the file"),
         (whole[:8] + b"x" + whole[9:], "its header is not a JSON object"),
         (whole + b"more", "its header says"),
-        (header([]), "its header is no object"),
+        (header([]), "its header is not a JSON object"),
         (header({"__metadata__": [1]}), "its metadata is no object of texts"),
         (
             header({"a": {"dtype": "U8", "shape": [-1, -4], "data_offsets": [0, 4]}}),

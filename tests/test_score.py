@@ -137,7 +137,7 @@ def test_figures_are_sums_over_tokens(tmp_path):
 def test_the_data_have_names_to_publish(tmp_path):
     make_sides(tmp_path)
     metadata = read_json(tmp_path / "metadata.json")
-    metadata["sources"][0] |= {"path": "/home/somebody/one.jsonl"}
+    metadata["sources"][0] |= {"path": "/data/one.jsonl"}
     metadata["sources"][1] |= {"path": "results/datasets/org--two.parquet", "hub": "org/two", "commit": "c" * 40}
     write_json(tmp_path / "metadata.json", metadata)
     metrics = run(tmp_path)

@@ -58,7 +58,7 @@ def with_code(tmp_path):
 def test_code_of_a_model_never_runs_unasked(with_code, monkeypatch):
     """Not when it is looked at, and neither if a stage is given the folder by hand, past that check."""
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asks whether to trust it"))
-    with pytest.raises(MoultError, match=r"brings its own Python code \(evil\.Config, evil\.Model\)"):
+    with pytest.raises(MoultError, match=r"brings its own Python code \(evil\.Config, evil\.Model, evil\.Tokenizer\)"):
         describe(with_code, "evil", trust_remote_code=False)
     for load in (lambda: plan.empty_model(with_code, False), lambda: load_tokenizer(str(with_code), False)):
         with pytest.raises(MoultError):

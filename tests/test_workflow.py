@@ -396,7 +396,8 @@ def test_failures_are_told_again_wherever_the_logs_are(tmp_path):
     config = {"model": {"name": "config/demo/base"}, "datasets": {"d": {"source": "rows.jsonl"}}}
     (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "pathvars": {"logs": "elsewhere"}}))
     output = snakemake(folder, "results/d/plan.json", "--configfile", "mine.yaml", code=1)
-    assert "\nprepare failed: rows.jsonl: no rows" in output
+    assert re.search(r"^d +prepare +rows\.jsonl: no rows$", output, re.MULTILINE)
+    assert "log: elsewhere/d/prepare.log" in output
 
 
 # --- bad input, as a user meets it ------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def read_header(path: Path, fix: str = AGAIN) -> tuple[bytes, dict[str, Tensor]]
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError):
-        raise _not_whole(path, fix, "its header is not JSON") from None
+        entries = None
     if not isinstance(entries, dict):
-        raise _not_whole(path, fix, "its header is no object")
+        raise _not_whole(path, fix, "its header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _not_whole(path, fix, "its metadata is no object of texts")
