@@ -164,12 +164,12 @@ CASES = [
     ),
     Case(
         "anchors that multiply",
-        problems("more than 500,000 values; look for YAML anchors (&) that repeat each other"),
+        problems("more than 500,000 values; look for YAML anchors (&) that repeat or hold each other"),
         bomb(),
     ),
     Case(
         "an anchor in itself",
-        problems("more than 500,000 values; look for YAML anchors (&) that repeat each other"),
+        problems("more than 500,000 values; look for YAML anchors (&) that repeat or hold each other"),
         "model: {chat_template_kwargs: {a: &a [*a]}}",
     ),
     Case(

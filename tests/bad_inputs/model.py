@@ -177,8 +177,8 @@ CASES = [
     Case(
         "an index that leaves the folder",
         (
-            "fetch_model failed: base/model.safetensors.index.json: names files outside of its folder: "
-            "../other/model.safetensors\n"
+            "fetch_model failed: base/model.safetensors.index.json: lists ../other/model.safetensors, "
+            "where safetensors files beside it belong\n"
             "what to do: download or copy the model again"
         ),
         make=index({NORM: "../other/model.safetensors"}),

@@ -27,7 +27,8 @@ CASES = [
         (
             "plan failed: lora.target_modules: model.embed_tokens share one weight (tied embeddings), "
             "and merging LoRA into one changes both\n"
-            "what to do: leave them out; to train new tokens, set lora.trainable_token_indices"
+            "what to do: leave them out; to train new tokens, set lora.modules_to_save: [embed_tokens] and "
+            "ensure_weight_tying: true"
         ),
         {"lora": {"target_modules": ["q_proj", "embed_tokens"]}},
     ),
@@ -43,8 +44,8 @@ CASES = [
     Case(
         "a start that peft does not know",
         (
-            "plan failed: lora.init_lora_weights: Unknown initialization init_lora_weights='nope'\n"
-            "what to do: leave it out"
+            "plan failed: lora.init_lora_weights: Moult cannot start from nope\n"
+            "what to do: set true, false, gaussian, orthogonal, olora, mica, pissa or pissa_niter_<number>"
         ),
         {"lora": {"init_lora_weights": "nope"}},
     ),
