@@ -143,7 +143,7 @@ def test_template_that_loops_in_a_worker_process(tmp_path, monkeypatch):
     ("template", "message"),
     [
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ 10.0 ** 999 }}", "Result too large"),
+        ("{{ 10.0 ** 999 }}", "out of range"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),

@@ -50,7 +50,7 @@ def stages(config: dict, threads: int) -> None:
     encode.encode(stage_settings(config, "encode", "odd"), arguments, LOG)
     plan.plan(
         stage_settings(config, "plan", "odd"),
-        SimpleNamespace(model="base", tokens=tokens, out=f"{folder}/plan.json"),
+        SimpleNamespace(model="base", tokens=tokens, prompts=[], out=f"{folder}/plan.json"),
         LOG,
     )
 
@@ -85,6 +85,7 @@ def test_any_rows_through_the_stages(checkout, monkeypatch, rows, **dataset):
         "max_token_loss": 1.0,
     }
     config = resolve({"model": {"name": "./base"}, "datasets": {"odd": dataset}}, SCHEMA)
+    shutil.rmtree("results", ignore_errors=True)
     before = sha256_folder(checkout)
     outcomes = []
     for threads in (1, 2):
