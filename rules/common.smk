@@ -47,10 +47,6 @@ def hold_folder():
 
 held_folder = hold_folder() if workflow.is_main_process else None
 
-# Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
-own_namespace = Path("/proc/self/ns/pid")
-environ["MOULT_STARTED_BY"] = f"{os.getpid()}@{own_namespace.readlink() if own_namespace.exists() else ''}"
-
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
 environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
 
@@ -67,7 +63,7 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-for module in ("__init__", "errors", "files", "config", "failures", "sources"):
+for module in ("__init__", "errors", "files", "config", "failures", "sources", "stage"):
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
@@ -79,6 +75,10 @@ from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
 from moult.sources import expand as expand_source
+from moult.stage import process_name
+
+# Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
+environ["MOULT_STARTED_BY"] = process_name()
 
 
 def checked(config):

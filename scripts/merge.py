@@ -12,6 +12,7 @@ times the largest tensor. What cannot be streamed (DoRA, modules_to_save, ...) g
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from moult.errors import MoultError, some
@@ -59,8 +60,9 @@ def main() -> None:
 def merge(settings: dict, args, log) -> None:
     from moult.device import limit_threads, versions
     from moult.export import copy_tokenizer, write_generation_config
-    from moult.files import atomic_folder, read_json, sha256_folder, write_json
+    from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
     from moult.models import open_model
+    from moult.weights import weight_files
 
     limit_threads(args.threads)
     base, manifest = open_model(args.model)
@@ -71,6 +73,7 @@ def merge(settings: dict, args, log) -> None:
     streamed = plan["merge"]["how"] == "streamed"
     # First all that can be wrong, then the first byte.
     jobs = plan_jobs(base, adapter, plan["targets"]) if streamed else {}
+    check_space(args.merged, sum(path.stat().st_size for path in weight_files(base)))
     with atomic_folder(args.merged) as folder:
         if streamed:
             stream(base, adapter, folder, jobs, log)
@@ -247,13 +250,12 @@ def check_layout(base: Path, folder: Path, streamed: bool) -> None:
     """
     from moult.weights import read_tensors
 
-    def form(place: Path) -> list:
-        return sorted(
-            (tensor.name if streamed else "", tensor.shape, tensor.dtype) for tensor in read_tensors(place).values()
-        )
+    def form(place: Path) -> Counter:
+        tensors = read_tensors(place).values()
+        return Counter((tensor.name if streamed else "", tensor.shape, tensor.dtype) for tensor in tensors)
 
     before, after = form(base), form(folder)
-    differ = [entry for entry in [*before, *after] if before.count(entry) != after.count(entry)]
+    differ = sorted(((before - after) + (after - before)).elements())
     if differ:
         raise MoultError(f"{folder}: differs from the base in {some(differ)}", "this is a bug in merge, or of peft's")
 

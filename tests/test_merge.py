@@ -1,6 +1,9 @@
 """merge: bit for bit what peft merges, in little memory, and never half a model."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,8 +17,9 @@ from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
 
 import merge
 import plan
+from moult import weights
 from moult.errors import MoultError
-from moult.files import read_json
+from moult.files import read_json, sha256_folder
 from moult.weights import read_header, read_tensors
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -299,6 +303,46 @@ def test_an_index_lists_safetensors_files_beside_it(places, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(MoultError, match=r"index\.json: lists .* where safetensors files beside it belong"):
         read_tensors(folder)
+
+
+def test_a_kill_between_shards_leaves_nothing_that_passes_for_whole(tmp_path, monkeypatch):
+    base = make_model(tmp_path / "base", shard="30KB")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA)
+    make_plan(base, tmp_path, LORA)
+    merged, _ = run_merge(base, adapter, tmp_path)
+    whole = sha256_folder(merged)
+    merged.rename(tmp_path / "old")
+    (tmp_path / "merge.json").unlink()
+    second, child = sorted(base.glob("*.safetensors"))[1], os.fork()
+    if child == 0:
+        header = weights.read_header
+
+        def read_header_or_die(path, *fix):
+            if path == second and list(tmp_path.glob("merged.tmp-*/*.safetensors")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return header(path, *fix)
+
+        weights.read_header = read_header_or_die
+        try:
+            run_merge(base, adapter, tmp_path)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not merged.exists() and not (tmp_path / "merge.json").exists() and list(tmp_path.glob("merged.tmp-*"))
+    run_merge(base, adapter, tmp_path)
+    assert sha256_folder(merged) == whole and not list(tmp_path.glob("merged.tmp-*"))
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_first_byte(tmp_path, monkeypatch):
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA)
+    make_plan(base, tmp_path, LORA)
+    size = (base / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(MoultError, match=rf"merged: {size:,} bytes are needed, and {size - 1:,} are free"):
+        run_merge(base, adapter, tmp_path)
+    assert not list(tmp_path.glob("merged*"))
 
 
 def test_headers_that_lie_are_named(tmp_path):

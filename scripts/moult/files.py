@@ -108,6 +108,17 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
+def check_space(path: str | Path, needed: int) -> None:
+    """Raises MoultError if `needed` bytes do not fit where `path` is to be."""
+    folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MoultError(
+            f"{path}: {needed:,} bytes are needed, and {free:,} are free",
+            "free space, or set paths.results to a folder on another disk, and run the same command again",
+        )
+
+
 def _partial(path: Path) -> Path:
     """Where to write what is to become `path`; what a killed process has left there is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -166,15 +166,24 @@ def _free_space(path) -> str:
     return f"{shutil.disk_usage(folder).free:,} bytes are free"
 
 
+def process_name() -> str:
+    """This process for MOULT_STARTED_BY: its id, and the namespace that the number belongs to."""
+    return f"{os.getpid()}@{_namespace()}"
+
+
+def _namespace() -> str:
+    path = Path("/proc/self/ns/pid")
+    return str(path.readlink()) if path.exists() else ""
+
+
 def _end_with_starter() -> None:
     """Terminate this stage when the Snakemake that has started it is gone, so that a killed one leaves no trainer behind.
 
-    Its process id comes in the environment, with the namespace that the number belongs to (rules/common.smk). Run by hand,
-    or in a container that does not see that process, nothing is watched.
+    Which one that is comes in the environment (rules/common.smk). Run by hand, or in a container that does not see that
+    process, nothing is watched.
     """
     starter, _, namespace = os.environ.get("MOULT_STARTED_BY", "").partition("@")
-    mine = Path("/proc/self/ns/pid")
-    if not starter.isdigit() or namespace != (str(mine.readlink()) if mine.exists() else ""):
+    if not starter.isdigit() or namespace != _namespace():
         return
 
     def watch() -> None:
