@@ -132,15 +132,33 @@ def test_differences_are_named():
     assert checkpoints.differences(FINGERPRINT, FINGERPRINT) == []
     other = {"settings": {"lr": 2, "r": 2}, "tokens": {"train": "b"}, "more": 1}
     assert checkpoints.differences(FINGERPRINT, other) == ["more", "settings.lr", "tokens.train"]
+    old, new = {"settings": {"train": {"lr": 1}}}, {"settings": {"train": {"lr": 2, "max_steps": None}}}
+    assert checkpoints.differences(old, new) == ["settings.train.lr", "settings.train.max_steps"]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (2, 4, 10, 12):
-        make(tmp_path, step)
-    checkpoints.prune(tmp_path, keep=2, best=4)
+        make(tmp_path, step, best=min(step, 4))
+    checkpoints.prune(tmp_path, keep=2, with_best=True)
     assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [4, 10, 12]
-    checkpoints.prune(tmp_path, keep=1, best=None)
+    checkpoints.prune(tmp_path, keep=1, with_best=False)
     assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [12]
+
+
+def test_after_a_new_best_the_checkpoint_before_it_can_still_be_used(tmp_path):
+    for step, best in ((2, 2), (4, 2), (6, 6)):
+        make(tmp_path, step, best)
+        checkpoints.prune(tmp_path, keep=2, with_best=True)
+    corrupt(tmp_path / "checkpoint-6")
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, with_best=True) == tmp_path / "checkpoint-4"
+
+
+def test_damage_to_an_older_checkpoint_does_not_cost_the_best(tmp_path):
+    for step in (2, 4, 6):
+        make(tmp_path, step, best=2)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("[")
+    checkpoints.prune(tmp_path, keep=2, with_best=True)
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, with_best=True) == tmp_path / "checkpoint-6"
 
 
 def hold(state: Path, seconds: float) -> subprocess.Popen:

@@ -87,11 +87,9 @@ def differences(old: dict, new: dict) -> list[str]:
     """The names of what differs between two fingerprints."""
     names = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, ...), new.get(key, ...)  # a key that is not there is not one that is null
         if isinstance(before, dict) and isinstance(after, dict):
-            names += [
-                f"{key}.{name}" for name in sorted(set(before) | set(after)) if before.get(name) != after.get(name)
-            ]
+            names += [f"{key}.{name}" for name in differences(before, after)]
         elif before != after:
             names.append(key)
     return names
@@ -201,10 +199,18 @@ def restore_log(state: Path, checkpoint: Path | None) -> None:
     write_text(state / TRAINING_LOG, (checkpoint / TRAINING_LOG).read_text(encoding="utf-8") if checkpoint else "")
 
 
-def prune(state: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one, and what could not be resumed from."""
-    for folder in checkpoint_folders(state)[:-keep]:
-        if step_of(folder) != best:
+def prune(state: Path, keep: int, with_best: bool) -> None:
+    """Delete all but the `keep` newest checkpoints, and what could not be resumed from.
+
+    `with_best`: keep the best one before each of them, too; without it an older one is not to be resumed from.
+    """
+    folders = checkpoint_folders(state)
+    needed = set(folders[-keep:])
+    for folder in folders[-keep:] if with_best else ():
+        with contextlib.suppress(MoultError, LookupError, TypeError, ValueError):  # it was damaged meanwhile
+            needed.add(best_before(folder))
+    for folder in folders:
+        if folder not in needed:
             shutil.rmtree(folder)
     for folder in state.glob("broken-*"):
         shutil.rmtree(folder)

@@ -113,7 +113,7 @@ class Finetuner(SFTTrainer):
             if self.is_world_process_zero():
                 shutil.copyfile(self.state_folder / TRAINING_LOG, staged / TRAINING_LOG)
                 seal(staged, self.state_folder, self.fingerprint)
-                prune(self.state_folder, self.keep, self.state.best_global_step if self.keep_best else None)
+                prune(self.state_folder, self.keep, self.keep_best)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._cannot_save(error) from error
         finally:

@@ -82,7 +82,7 @@ def test_the_newest_whole_one_is_found(tmp_path, best, with_best, changes, manif
     expected = next((step for step in reversed(STEPS) if usable(step)), None)
     found = checkpoints.newest_whole(state, FINGERPRINT, with_best)
     assert (checkpoints.step_of(found) if found else None) == expected
-    checkpoints.prune(state, 1, best)
+    checkpoints.prune(state, 1, with_best)
 
 
 def alter(path, change) -> None:
