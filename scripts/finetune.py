@@ -51,6 +51,9 @@ def main() -> None:
         fingerprint = make_fingerprint(settings, args)
         with locked(state) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
+                if args.resume_from:
+                    # First: claiming would move a checkpoint of the run's own aside.
+                    check_given(Path(args.resume_from), fingerprint, settings["train"]["load_best_model_at_end"])
                 claim(state, fingerprint)
             finetune(settings, args, state, fingerprint, stop, log)
 
@@ -102,7 +105,7 @@ def make_fingerprint(settings: dict, args) -> dict:
 
 
 def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
-    from moult.checkpoints import newest_whole, restore_log, step_of
+    from moult.checkpoints import adopt, newest_whole, restore_log, step_of
     from moult.files import read_json
 
     device = pick_device(args.threads, settings["train"]["gpu"])
@@ -111,7 +114,7 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
 
     def find_checkpoint() -> Path | None:
         if args.resume_from:
-            return given_checkpoint(args.resume_from, state, fingerprint, keep_best)
+            return adopt(Path(args.resume_from), state, keep_best)
         return newest_whole(state, fingerprint, keep_best)
 
     resume = from_main_process(find_checkpoint, device)
@@ -169,15 +172,14 @@ def pick_device(threads: int, gpus: int) -> str:
     return device
 
 
-def given_checkpoint(path: str, state: Path, fingerprint: dict, keep_best: bool) -> Path:
-    """The checkpoint of --resume-from. Raises MoultError if it is not whole or of another run, and says what differs."""
-    from moult.checkpoints import adopt, differences, fault_of
+def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
+    """Raises MoultError if the checkpoint of --resume-from is not whole or of another run, and says what differs."""
+    from moult.checkpoints import differences, fault_of
     from moult.files import read_json
 
-    folder = Path(path)
-    fault = fault_of(folder, fingerprint, keep_best)
+    fault = fault_of(folder, fingerprint, keep_best) if folder.is_dir() else "no such folder"
     if fault is None:
-        return adopt(folder, state, keep_best)
+        return
     theirs = folder.parent / "fingerprint.json"
     differs = some(differences(read_json(theirs), fingerprint)) if theirs.exists() else ""
     raise MoultError(

@@ -309,7 +309,7 @@ def test_another_learning_rate_never_resumes_the_old_weights(run, undisturbed):
     changed = run(settings(learning_rate=2e-3))
     copy_state(undisturbed, changed)
     done = changed.go()
-    assert "settings.train" in done.stderr and "moved to old-1" in done.stderr
+    assert "settings.train.learning_rate" in done.stderr and "moved to old-1" in done.stderr
     fresh = run(settings(learning_rate=2e-3), "fresh")
     fresh.go()
     assert changed.adapter() == fresh.adapter() != undisturbed.adapter()
@@ -329,8 +329,17 @@ def test_resume_from_a_checkpoint_of_another_run_says_what_differs(run, undistur
     changed = run(settings(learning_rate=2e-3))
     checkpoint = next((undisturbed.folder / "state").glob("checkpoint-*"))
     done = changed.go("--resume-from", str(checkpoint), code=1)
-    assert "it is of another run (differs in: settings.train)" in done.stderr
+    assert "it is of another run (differs in: settings.train.learning_rate)" in done.stderr
     assert "give a checkpoint of the same settings" in done.stderr
+
+
+def test_resume_from_a_checkpoint_of_its_own_with_other_settings_moves_nothing(run, undisturbed):
+    changed = run(settings(learning_rate=2e-3))
+    copy_state(undisturbed, changed)
+    checkpoint = next((changed.folder / "state").glob("checkpoint-*"))
+    done = changed.go("--resume-from", str(checkpoint), code=1)
+    assert "it is of another run (differs in: settings.train.learning_rate)" in done.stderr
+    assert checkpoint.is_dir() and "moved" not in done.stderr
 
 
 def test_resume_from_a_checkpoint_elsewhere(run, undisturbed):
