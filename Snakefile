@@ -19,14 +19,6 @@ include: "rules/common.smk"
 container: config["container"]
 
 
-pathvars:
-    results=config["paths"]["results"],
-
-
-# Where a module's user has put them instead, the scripts must know it too.
-config["paths"]["results"] = workflow.pathvars.apply("<results>")
-
-
 wildcard_constraints:
     run="|".join(map(re.escape, config["runs"])) or "(?!)",
     ds="|".join(map(re.escape, config["datasets"])) or "(?!)",

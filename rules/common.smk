@@ -89,15 +89,27 @@ def checked(config):
         problems += [problem for path in files for problem in duplicate_keys(path)]
     try:
         config = resolve(config, load_schema(str(schema_folder)))
-        problems += misplaced(config)
     except ConfigError as error:
         problems += error.problems
-    if problems:
-        raise WorkflowError(str(ConfigError(problems)))
+    refuse(problems)
     return config
 
 
+def refuse(problems):
+    if problems:
+        raise WorkflowError(str(ConfigError(problems)))
+
+
 config = checked(config)
+
+
+pathvars:
+    results=config["paths"]["results"],
+
+
+# Where a module's user has put them instead, the scripts must know it too.
+config["paths"]["results"] = workflow.pathvars.apply("<results>")
+refuse(misplaced(config))
 encoders, base_measurers = encoded_as(config), measured_as(config)
 
 

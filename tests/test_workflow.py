@@ -390,6 +390,30 @@ use rule * from moult as moult_*
     assert "results/" not in output.replace("out/tuned/", "")
 
 
+def test_as_a_module_a_new_run_changes_no_old_one(tmp_path):
+    ours = checkout(tmp_path / "moult")
+    runs = {name: {"dataset": "d", "model": {"name": "a/model", "revision": "v2"}} for name in ("new", "old")}
+    config = {"model": {"name": "a/model"}, "datasets": {"d": {"source": "a/dataset"}}, "runs": runs}
+    (tmp_path / "Snakefile").write_text(
+        f"""
+module moult:
+    snakefile: {str(ours / "Snakefile")!r}
+    config: {config!r}
+    pathvars:
+        results="out/tuned",
+
+use rule * from moult as moult_*
+"""
+    )
+    made = tmp_path / "out/tuned/old/tokens/report.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    output = snakemake(tmp_path, "-n", "-p", "out/tuned/new/plan.json")
+    assert "--tokens out/tuned/old/tokens" in output
+    (made.parent.parent / "adapter").symlink_to(ours)
+    assert "outside of out/tuned" in snakemake(tmp_path, "-n", "out/tuned/new/plan.json", code=1)
+
+
 def test_failures_are_told_again_wherever_the_logs_are(tmp_path):
     folder = checkout(tmp_path)
     write_rows(folder, [])
