@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,17 +14,17 @@ import os, sys
 sys.path.insert(0, {scripts!r})
 from moult.errors import MoultError
 from moult.stage import stage
-with stage("prepare", "logs/d/prepare.log"):
+with stage("prepare", "logs/d/{log}"):
     {body}
 """
 
 
 @pytest.fixture
 def attempt(tmp_path):
-    def run(body: str) -> None:
+    def run(body: str, log: str = "prepare.log") -> None:
         from workflow import ROOT
 
-        script = SCRIPT.format(scripts=str(ROOT / "scripts"), body=body)
+        script = SCRIPT.format(scripts=str(ROOT / "scripts"), body=body, log=log)
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
 
     return run
@@ -50,6 +51,24 @@ def test_unfinished_and_interrupted(attempt, tmp_path):
     assert found(tmp_path) == [("prepare", "unfinished: stopped by SIGTERM", "run it again")]
     attempt("raise KeyboardInterrupt")
     assert found(tmp_path) == [("prepare", "interrupted; run the same command again to go on", "")]
+
+
+@pytest.mark.parametrize(
+    ("rank0", "rank1"),
+    [
+        ("raise MoultError('bad')", "raise SystemExit(75)"),
+        ("raise SystemExit(75)", "raise MoultError('bad')"),
+        ("raise MoultError('bad')", "os.kill(os.getpid(), 9)"),
+    ],
+)
+def test_of_several_processes_the_one_that_has_failed_counts(rank0, rank1, attempt, tmp_path):
+    attempt(rank0)
+    attempt(rank1, "prepare.log.rank1")
+    (tmp_path / "logs/d/attempts/notes.log").touch()
+    for log in (tmp_path / "logs/d/attempts").iterdir():
+        until = time.time() + (".log-" in log.name)
+        os.utime(log, (until, until))
+    assert found(tmp_path) == [("prepare", "bad", "")]
 
 
 def test_killed_without_a_word(attempt, tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import textwrap
+from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from typing import NamedTuple
 from moult.errors import some
 
 _RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\w+) +(?:([\w.]+): )?", re.MULTILINE)
+_ATTEMPT = re.compile(r"(?P<stage>.*?)(\.log)?-(?P<begun>\d{8}T\d{6})-\d+$")
+_TERMINATED = "terminated;"
+_KILLED = "killed without a word"
 _LAST_WORD = re.compile(r"(\w+) (?:failed: )?(.*)", re.DOTALL)
 
 
@@ -26,13 +30,30 @@ class Failure(NamedTuple):
 
 def failures_since(started: float, logs: Path) -> list[Failure]:
     """The stages whose last attempt since `started` (seconds since the epoch) has failed, in the order of their logs."""
-    latest: dict[Path, Path] = {}
-    for attempt in sorted(logs.glob("**/attempts/*.log"), key=lambda path: path.stat().st_mtime):
-        stage = re.sub(r"(\.log)?-\d{8}T\d{6}-\d+$", "", attempt.stem)  # of several processes one log is enough
-        if attempt.stat().st_mtime >= started:
-            latest[attempt.parent.parent / f"{stage}.log"] = attempt
-    found = [_failure(log, attempt) for log, attempt in sorted(latest.items())]
+    attempts: dict[Path, list[Path]] = {}
+    for attempt in sorted(logs.glob("**/attempts/*.log"), key=_written, reverse=True):
+        name = _ATTEMPT.match(attempt.stem)
+        if name and _written(attempt) >= started:
+            attempts.setdefault(attempt.parent.parent / f"{name['stage']}.log", []).append(attempt)
+    found = [_last_failure(log, newest_first) for log, newest_first in sorted(attempts.items())]
     return [failure for failure in found if failure]
+
+
+def _written(attempt: Path) -> float:
+    return attempt.stat().st_mtime
+
+
+def _last_failure(log: Path, attempts: list[Path]) -> Failure | None:
+    """Why the last attempt has failed; `attempts` begin with the newest.
+
+    Of several processes (torchrun) each has a log, and when one fails the others are stopped: what it has said counts.
+    """
+    newest = _failure(log, attempts[0])
+    if newest is None:
+        return None
+    begun = datetime.strptime(f"{_ATTEMPT.match(attempts[0].stem)['begun']}+0000", "%Y%m%dT%H%M%S%z").timestamp()
+    others = [_failure(log, attempt) for attempt in attempts[1:] if _written(attempt) >= begun]
+    return min([newest, *filter(None, others)], key=lambda failure: failure.what.startswith((_TERMINATED, _KILLED)))
 
 
 def _failure(log: Path, attempt: Path) -> Failure | None:
@@ -45,7 +66,7 @@ def _failure(log: Path, attempt: Path) -> Failure | None:
         return Failure(stage, what, (fix and fix.group(1)) or "", log, [])
     if any(re.fullmatch(r"\w+ done in [\d.]+ s", text) for *_, text in records) or _runs(attempt):
         return None
-    return Failure(log.stem, "killed without a word, most often for want of memory", "give it more memory", log, [])
+    return Failure(log.stem, f"{_KILLED}, most often for want of memory", "give it more memory", log, [])
 
 
 def _runs(attempt: Path) -> bool:

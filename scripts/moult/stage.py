@@ -189,7 +189,7 @@ def _end_with_starter() -> None:
     def watch() -> None:
         while _alive(int(starter)):
             time.sleep(1)
-        log.error("the Snakemake that has started this is gone")
+        log.warning("the Snakemake that has started this is gone")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
