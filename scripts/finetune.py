@@ -6,7 +6,8 @@
         --training-log results/demo/training_log.jsonl
 
 After plan, before merge. On several GPUs: the same behind `torchrun --nproc-per-node N`. Checkpoints go to --state, and
-the same command goes on from the newest whole one. SIGTERM and SIGINT save at the end of the step and exit with 75.
+the same command goes on from the newest whole one. SIGTERM, SIGINT and SIGUSR2 (for Slurm's --signal) save at the end of
+the step and exit with 75, of which torchrun makes a 1.
 The adapter is a checkpoint's, so it is published by copying: the one with the lowest validation loss, or the last.
 """
 
@@ -278,7 +279,7 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
         )
     if step < total:
         raise MoultError(
-            f"stopped by {stop.received} at step {step:,} of {total:,}; checkpoint saved",
+            f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {total:,}; checkpoint saved",
             "run the same command again to go on",
             UNFINISHED,
         )

@@ -1,5 +1,6 @@
 """checkpoints: one that is not whole is never taken for one that is."""
 
+import errno
 import json
 import os
 import subprocess
@@ -179,6 +180,15 @@ def test_the_lock_is_free_when_its_holder_is_killed(tmp_path):
     holder.kill()
     holder.wait()
     with checkpoints.locked(tmp_path, patience=0):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_trainer(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    with pytest.raises(MoultError, match="has no locks"), checkpoints.locked(tmp_path):
         pass
 
 

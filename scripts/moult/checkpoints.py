@@ -45,9 +45,14 @@ def locked(state: Path, patience: float = 120) -> Iterator[None]:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except (BlockingIOError, PermissionError):  # the two ways to say that it is held
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
+            except OSError as error:
+                raise MoultError(
+                    f"{state}: cannot be kept from a second trainer: its file system has no locks ({error.strerror})",
+                    "put paths.results on a file system that has (NFS: mounted without nolock)",
+                ) from error
             if time.monotonic() > deadline:
                 raise MoultError(
                     f"{state}: another trainer is at work on this run ({holder})",
