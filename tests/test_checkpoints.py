@@ -146,6 +146,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoint_folders(tmp_path)] == [12]
 
 
+def test_checkpoints_later_than_the_one_asked_for_go_aside(tmp_path):
+    checkpoints.claim(tmp_path, FINGERPRINT)
+    for step in (2, 4, 6):
+        make(tmp_path, step)
+    given = checkpoints.adopt(tmp_path / "checkpoint-2", tmp_path, with_best=False)
+    make(tmp_path, 3)
+    checkpoints.prune(tmp_path, keep=1, with_best=False)
+    assert given == tmp_path / "checkpoint-2"
+    assert checkpoints.newest_whole(tmp_path, FINGERPRINT, with_best=False) == tmp_path / "checkpoint-3"
+    names = {path.name for path in (tmp_path / "old-1").iterdir()}
+    assert names == {"fingerprint.json", "checkpoint-4", "checkpoint-6"}
+
+
 def test_after_a_new_best_the_checkpoint_before_it_can_still_be_used(tmp_path):
     for step, best in ((2, 2), (4, 2), (6, 6)):
         make(tmp_path, step, best)

@@ -5,7 +5,7 @@
     trainer_state/checkpoint-<step>/    with manifest.json: size and hash of every file
     trainer_state/training_log.jsonl    as far as training has come; each checkpoint holds it as far as its step
     trainer_state/staging/              a checkpoint that is being written
-    trainer_state/old-<n>/              what another fingerprint has left
+    trainer_state/old-<n>/              what another fingerprint has left, or was later than a --resume-from
 
 The folder is no output of a rule, so Snakemake never deletes it. transformers writes its checkpoints file by file and
 takes the one with the highest number, whole or not (huggingface/transformers#40691 and others); here each is written
@@ -78,14 +78,19 @@ def claim(state: Path, fingerprint: dict) -> None:
         differs = differences(old, fingerprint)
         if not differs:
             return
-        aside = next(folder for number in range(1, 10_000) if not (folder := state / f"old-{number}").exists())
-        aside.mkdir()
+        aside = _new_aside(state)
         # The fingerprint goes last: after a kill in between, the rest is still known to be another's.
         for entry in [*checkpoint_folders(state), state / TRAINING_LOG, path]:
             if entry.exists():
                 entry.rename(aside / entry.name)
         log.warning("%s is of other settings (%s): moved to %s, starting anew", state, some(differs), aside.name)
     write_json(path, fingerprint)
+
+
+def _new_aside(state: Path) -> Path:
+    aside = next(folder for number in range(1, 10_000) if not (folder := state / f"old-{number}").exists())
+    aside.mkdir()
+    return aside
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -186,7 +191,7 @@ def newest_whole(state: Path, fingerprint: dict, with_best: bool) -> Path | None
 
 
 def adopt(folder: Path, state: Path, with_best: bool) -> Path:
-    """Copy a checkpoint from elsewhere, and the best one before it, into `state`. Returns the copy."""
+    """Copy a checkpoint from elsewhere, and the best one before it, into `state`; later ones go aside. Returns the copy."""
     best = best_before(folder) if with_best else None
     for source in filter(None, (best, folder)):
         if source.parent.resolve() != state.resolve():
@@ -196,6 +201,14 @@ def adopt(folder: Path, state: Path, with_best: bool) -> Path:
             shutil.rmtree(state / source.name, ignore_errors=True)
             staged.rename(state / source.name)
     shutil.rmtree(state / STAGING, ignore_errors=True)
+    later = [other for other in checkpoint_folders(state) if step_of(other) > step_of(folder)]
+    if later:
+        # Left here, they would be the newest, and what is saved from now on would be pruned.
+        aside = _new_aside(state)
+        shutil.copyfile(state / "fingerprint.json", aside / "fingerprint.json")
+        for other in later:
+            other.rename(aside / other.name)
+        log.warning("%s: moved to %s", some(other.name for other in later), aside.name)
     return state / folder.name
 
 
