@@ -111,6 +111,9 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
 
     device = pick_device(args.threads, settings["train"]["gpu"])
     total = read_json(args.plan)["steps"]["total"]
+    wanted = settings["train"].get("max_steps", -1)
+    if wanted > 0 and wanted != total:
+        raise MoultError(f"train.max_steps is {wanted:,}, and {args.plan} is of {total:,} steps", "make the plan again")
     keep_best = settings["train"]["load_best_model_at_end"]
 
     def find_checkpoint() -> Path | None:
@@ -267,8 +270,6 @@ def read_sequences(path: Path):
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
-    if trainer.args.max_steps > 0:
-        total = trainer.args.max_steps
     stop.training = True
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.training = False

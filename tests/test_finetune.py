@@ -478,6 +478,14 @@ def test_exactly_zero_is_no_loss():
         check_finite({"loss": 1.0, "grad_norm": float("inf")}, 3)
 
 
+def test_a_plan_of_other_steps_is_refused_before_the_training(run):
+    stopped = run()
+    stopped.config = settings(max_steps=7)
+    done = stopped.go(code=1)
+    assert "train.max_steps is 7, and" in done.stderr and "make the plan again" in done.stderr
+    assert "training on" not in done.stderr
+
+
 def test_weights_that_are_missing_are_named(run, tmp_path):
     lacking = make_model(tmp_path / "lacking", kind="qwen3", tie_word_embeddings=True)
     tokenizer(lacking)
