@@ -144,12 +144,7 @@ def settings_of(changes: dict, args) -> dict:
 
 
 def finetune_arguments(folder: Path, settings: dict, base: Path, tokens: Path) -> list:
-    plan = {
-        "lora": settings["lora"],
-        "train": settings["train"],
-        "dtype": settings["dtype"],
-        "trust_remote_code": False,
-    }
+    plan = {name: value for name, value in settings.items() if name != "seed"} | {"chat_template_kwargs": {}}
     log = ("--log-file", folder / "stage.log")
     stage(
         "plan", "--settings", json.dumps(plan), "--model", base, "--tokens", tokens, "--out", folder / "plan.json", *log
