@@ -78,6 +78,7 @@ class StopSignal:
 def make_fingerprint(settings: dict, args) -> dict:
     """What the weights depend on. A checkpoint of another fingerprint would be resumed without a word, to another result:
     a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23)."""
+    from moult.checkpoints import FORMAT
     from moult.device import versions
     from moult.files import sha256_file
     from moult.models import open_model
@@ -94,6 +95,7 @@ def make_fingerprint(settings: dict, args) -> dict:
     )
     train = {name: value for name, value in settings["train"].items() if name not in harmless}
     return {
+        "format": FORMAT,
         "settings": {**settings, "train": train},
         "tokens": {name: sha256_file(tokens / name) for name in ("train.parquet", "val.parquet")},
         "model": open_model(args.model)[1]["files"],

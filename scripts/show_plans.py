@@ -5,6 +5,7 @@ python scripts/show_plans.py results/demo/plan.json [more plan.json ...]
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 GIB = 1024**3
@@ -14,7 +15,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="+", help="plan.json of one or more runs")
     paths = [Path(path) for path in parser.parse_args().plans]
-    print(table({path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}))
+    plans = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    print(table(plans))
+    print(room(plans, shutil.disk_usage(paths[0].parent).free))
+
+
+def room(plans: dict[str, dict], free: int) -> str:
+    """Whether what all runs write fits together. Each run's plan has looked at it alone."""
+    needed = sum(plan["disk"]["total"] for plan in plans.values())
+    text = f"disk: {needed / GIB:.1f} GiB for all runs, and {free / GIB:.1f} GiB are free"
+    return text if needed <= free else f"WARNING: {text}: run some at a time, or set paths.results to another disk"
 
 
 def table(plans: dict[str, dict]) -> str:

@@ -11,6 +11,7 @@ from tiny import make_model, make_tokens
 import plan
 from moult.errors import MoultError
 from moult.files import read_json
+from show_plans import GIB, room
 
 
 def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
@@ -255,3 +256,11 @@ def test_a_schedule_that_was_tried_out_is_the_one_that_trains(tmp_path):
     schedule = {"lr_scheduler_type": "cosine_with_min_lr"}
     assert "lr_scheduler_kwargs" in refused(base, tmp_path, train=schedule).what
     make(base, tmp_path, train={**schedule, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}})
+
+
+def test_runs_that_fit_alone_and_not_together_are_told():
+    plans = {name: {"disk": {"total": 2 * GIB}} for name in ("one", "other")}
+    assert room(plans, 4 * GIB) == "disk: 4.0 GiB for all runs, and 4.0 GiB are free"
+    assert room(plans, 3 * GIB).startswith(
+        "WARNING: disk: 4.0 GiB for all runs, and 3.0 GiB are free: run some at a time"
+    )

@@ -27,6 +27,7 @@ from moult.files import canonical, fsync, read_json, sha256_folder, sha256_text,
 
 log = logging.getLogger("moult")
 
+FORMAT = 1  # of a checkpoint's files; another one is not resumed from
 MANIFEST = "manifest.json"
 STAGING = "staging"
 TRAINING_LOG = "training_log.jsonl"
