@@ -293,6 +293,26 @@ def test_a_later_attempt_does_not_erase_what_an_earlier_one_said(run, tmp_path, 
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+def test_sigterm_in_a_callback_of_the_interpreter_ends_the_stage_too(run):
+    """Python swallows what is raised there."""
+    result = run("""
+        import signal
+        class Swallowing:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)
+        Swallowing()
+        log.info("swallowed")
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(1.5)  # cleaning up is not disturbed
+            log.info("cleaned up")
+    """)
+    assert result.code == 143
+    assert "swallowed" in result.stderr and "cleaned up" in result.stderr and "demo terminated" in result.stderr
+
+
 def test_sigterm_leaves_nothing_half_written(tmp_path):
     code = """
     with atomic_file("out.json") as file, atomic_folder("folder") as folder:

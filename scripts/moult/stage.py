@@ -110,6 +110,7 @@ def stage(
         ) from None
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
+        stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
         stream = stack.enter_context(_capture_output(file))
         _console = _Console(stream, name, quiet)
         _set_up_logging(file)
@@ -210,7 +211,15 @@ def _alive(process: int) -> bool:
 def _exit_on_signal(number: int, frame: types.FrameType | None) -> None:
     # Raising lets `atomic_folder` and the like clean up, which dying from the signal, or from a second one, would not.
     signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, _exit_if_swallowed)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
     raise SystemExit(TERMINATED)
+
+
+def _exit_if_swallowed(number: int, frame: types.FrameType | None) -> None:
+    # What is raised in a callback of the interpreter's (of a weak reference, `__del__`) is swallowed, and the work goes on.
+    if not isinstance(sys.exc_info()[1], SystemExit):
+        raise SystemExit(TERMINATED)
 
 
 def _open_log(path: Path):

@@ -373,7 +373,8 @@ def attempts(folder: Path, stage: str = "*") -> dict[str, int]:
 
 
 def names(folder: Path) -> set[str]:
-    found = [path for name in ("logs", "benchmarks") for path in (folder / name).glob("*/*") if path.is_file()]
+    # No benchmarks: Snakemake writes one when a stage has ended, and one that was killed meanwhile does not.
+    found = [path for path in (folder / "logs").glob("*/*") if path.is_file()]
     return {path.relative_to(folder).as_posix() for path in found}
 
 
