@@ -457,7 +457,7 @@ def report(rounds: list[Round], seconds: float) -> str:
     if lost:
         lines.append(
             f"| steps lost, of {STEPS}, in {len(lost)} kills while training | "
-            f"median {statistics.median(lost):g}, largest {max(lost)} (a checkpoint every {SAVE_STEPS}) |"
+            f"median {statistics.median(lost):g}, largest {max(lost)} (a checkpoint every {SAVE_STEPS}; in `last` every epoch) |"
         )
     lines += ["", "| stage | kills | survived |", "|---|---|---|"]
     for stage in dict.fromkeys(DECK):
