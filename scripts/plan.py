@@ -257,7 +257,6 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
     )
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     # Initialisations that look at the weights cannot run without them; the shapes are the same.
-    check_start(config.init_lora_weights)
     config.init_lora_weights = True
     try:
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -294,18 +293,6 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
             "leave it out",
         )
     return targets, model
-
-
-def check_start(init_lora_weights: bool | str) -> None:
-    """peft knows this way to begin, tried on a layer of its own."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    tiny = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    try:
-        get_peft_model(tiny, LoraConfig(r=1, target_modules=["0"], init_lora_weights=init_lora_weights))
-    except (ValueError, ImportError, TypeError) as error:
-        raise MoultError(f"lora.init_lora_weights: {str(error).splitlines()[0]}", "leave it out") from error
 
 
 def is_linear(module) -> bool:
