@@ -56,7 +56,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_attention(model.config, settings),
         lambda: check_lengths(report, model.config),
         lambda: check_steps(steps, settings["train"]),
-        lambda: check_prompts(args.prompts, base, args.tokens, report, settings),
+        lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
         lambda: lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied),
     )
@@ -153,15 +153,19 @@ def check_attention(config, settings: dict) -> None:
 
 def check_lengths(report: dict, config) -> None:
     """No sequence is longer than the model has positions for. Most models would train on it and answer badly."""
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    longest = max(report[part]["length"]["longest_kept"] for part in ("train", "val"))
-    if positions and longest > positions * max(1.0, scaling.get("factor") or 1.0):
+    longest, positions = max(report[part]["length"]["longest_kept"] for part in ("train", "val")), positions_of(config)
+    if longest > positions:
         raise MoultError(
-            f"a sequence has {longest:,} tokens, and the model {positions:,} positions (max_position_embeddings)",
+            f"a sequence has {longest:,} tokens, and the model {positions:,.0f} positions (max_position_embeddings)",
             "lower datasets.<name>.max_length",
         )
+
+
+def positions_of(config) -> float:
+    """How many positions the model has, stretched ones (rope scaling) too."""
+    config = config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return (getattr(config, "max_position_embeddings", None) or math.inf) * max(1.0, scaling.get("factor") or 1.0)
 
 
 def check_steps(steps: dict, train: dict) -> None:
@@ -179,7 +183,7 @@ def check_steps(steps: dict, train: dict) -> None:
         )
 
 
-def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, settings: dict) -> None:
+def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, config, settings: dict) -> None:
     """The template can show them all, and the model has the tokens and the positions."""
     from moult.chat import Chat, prompt_of
 
@@ -193,6 +197,12 @@ def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, se
             raise MoultError(
                 f"eval.prompts.{prompt['id']}: token {max(ids)} is outside the model's vocabulary of {report['vocabulary']:,}",
                 "tokenizer and model do not belong together",
+            )
+        if len(ids) >= positions_of(config):
+            raise MoultError(
+                f"eval.prompts.{prompt['id']}: {len(ids):,} tokens, and the model has {positions_of(config):,.0f} positions "
+                "(max_position_embeddings), for the answer too",
+                "shorten it",
             )
 
 
@@ -248,14 +258,9 @@ def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, d
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if is_linear(module) and module is not output
-        }
-    )
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    head = next((name for name, module in model.named_modules() if module is output), None)
+    layers = [name for name, module in model.named_modules() if is_linear(module) and name != head]
+    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
     # Initialisations that look at the weights cannot run without them; the shapes are the same.
     config.init_lora_weights = True
     try:

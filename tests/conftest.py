@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from workflow import ROOT, checkout, snakemake
 
-# The same examples each time, about a minute in all; `--hypothesis-profile=long` looks at others, for as long as an hour.
+# The same examples each time, about a minute in all; `--hypothesis-profile=long` looks at others, and at more.
 EVERYWHERE = {
     "deadline": None,
     "database": None,

@@ -232,4 +232,13 @@ CASES = [
         rows=[{"text": f"Once upon {n} times."} for n in range(40)],
         make=edit_json("base/tokenizer_config.json", eos_token=None),
     ),
+    Case(
+        "a prompt that is longer than the model",
+        (
+            "plan failed: eval.prompts.p: <...> tokens, and the model has <...> positions (max_position_embeddings), for "
+            "the answer too\n"
+            "what to do: shorten it"
+        ),
+        prompts(prompt="How many? " * 1000),
+    ),
 ]
