@@ -9,21 +9,21 @@ from moult.weights import AGAIN, read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (
-    *(
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.h5",
-        "*.msgpack",
-        "*.onnx*",
-        "*.gguf",
-        "*.tflite",
-        "*.ot",
-        "*.nemo",
-        "*.md5",
-    ),
-    *(".*", "*/.*", "original/*"),
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "*.gguf",
+    "*.tflite",
+    "*.ot",
+    "*.nemo",
+    "*.md5",
+    ".*",
+    "*/.*",
+    "original/*",
 )
 
 
