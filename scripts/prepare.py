@@ -138,12 +138,9 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
 
     files = []
     for index, source in enumerate(sources):
-        # fetch_dataset writes beside the rows what they are.
-        hub = (
-            {"hub": source["hub"], "commit": read_json(Path(source["path"]).with_suffix(".json"))["commit"]}
-            if "hub" in source
-            else {}
-        )
+        hub = {}
+        if "hub" in source:  # fetch_dataset writes beside the rows what they are
+            hub = {"hub": source["hub"], "commit": read_json(Path(source["path"]).with_suffix(".json"))["commit"]}
         for path in expand(source["path"], settings["split"]):
             facts = {"path": str(path), "source": index, "sha256": sha256_file(path), **hub}
             files.append({**facts, "rows": 0, "format": None})
