@@ -60,13 +60,14 @@ def score(settings: dict, args, log) -> None:
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
+    groups = len({row["group"] for row in rows})
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers, len({row["group"] for row in rows}), settings["eval"]["confidence"]),
+        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"]),
         "data": {
             "sequences": len(rows),
-            "groups": len({row["group"] for row in rows}),
+            "groups": groups,
             "trained_tokens": sum(row["tokens"] for row in rows),
             "trained_bytes": sum(row["bytes"] for row in rows),
             "rows_shared_with_train": prepared["overlap"]["rows"],
