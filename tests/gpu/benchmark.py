@@ -16,7 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from moult.config import load_schema, resolve, stage_settings
+from moult.files import canonical
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
 
 SHAPE = {
     "hidden_size": 896,
@@ -80,77 +86,50 @@ def make_base(folder: Path, data: Path, shape: dict) -> Path:
     return folder
 
 
-def make_tokens(args, base: Path) -> Path:
-    source = {"path": str(args.data / "datasets/gsm8k/train.jsonl"), "weight": 1, "format": "auto"}
-    source["columns"] = {"prompt": "question", "completion": "answer"}
-    prepared = args.out / "prepared"
-    rows = {
-        "sources": [source],
-        "val_sources": [],
-        "split": "train",
-        "max_rows": 100 if args.tiny else None,
-        "languages": [],
-        "language_detector": "langdetect",
-        "unknown_language": "drop",
-        "broken": "error",
-        "sample_size": "full",
-        "val_size": 0.02,
-        "seed": 0,
-    }
-    tokens = {
+def settings(stage_name: str, args, train: dict) -> str:
+    """What the rule of a stage would pass it, for a config with these differences from the defaults."""
+    dataset = {
+        "source": str(args.data.resolve() / "datasets/gsm8k/train.jsonl"),
+        "columns": {"prompt": "question", "completion": "answer"},
         "max_length": 1024,
-        "overlength": "drop",
-        "max_token_loss": 0.1,
-        "unrenderable": "error",
-        "chat_template": None,
-        "chat_template_kwargs": {"enable_thinking": False},
-        "trust_remote_code": False,
+        "val_size": 0.02,
     }
+    config = {
+        "model": {"name": str(args.out.resolve() / "base"), "chat_template_kwargs": {"enable_thinking": False}},
+        "datasets": {"gsm8k": dataset},
+        "train": {
+            "max_steps": args.steps,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "eval_steps": 0.5,
+            "save_steps": 0.25,
+            "logging_steps": 5,
+            **train,
+        },
+    }
+    if args.tiny:
+        dataset["max_rows"] = 100
+        config["train"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    return canonical(stage_settings(resolve(config, load_schema(str(ROOT / "config"))), stage_name, "gsm8k"))
+
+
+def make_tokens(args, base: Path) -> Path:
+    prepared = args.out / "prepared"
     files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
     log = ("--log-file", args.out / "stage.log")
-    stage("prepare", "--settings", json.dumps(rows), *files, "--metadata", prepared / "metadata.json", *log)
+    stage(
+        "prepare", "--settings", settings("prepare", args, {}), *files, "--metadata", prepared / "metadata.json", *log
+    )
     out = ("--out", args.out / "tokens")
-    stage("encode", "--settings", json.dumps(tokens), "--model", base, *files, *out, "--threads", 4, *log)
+    stage("encode", "--settings", settings("encode", args, {}), "--model", base, *files, *out, "--threads", 4, *log)
     return args.out / "tokens"
 
 
-def settings_of(changes: dict, args) -> dict:
-    train = {
-        "gpu": 1,
-        "learning_rate": 2e-4,
-        "num_train_epochs": 2,
-        "max_steps": args.steps,
-        "per_device_train_batch_size": 1 if args.tiny else 8,
-        "gradient_accumulation_steps": 1 if args.tiny else 2,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "max_grad_norm": 1.0,
-        "packing": False,
-        "packing_strategy": "bfd",
-        "gradient_checkpointing": "auto",
-        "load_best_model_at_end": True,
-        "eval_strategy": "steps",
-        "eval_steps": 0.5,
-        "save_strategy": "steps",
-        "save_steps": 0.25,
-        "save_total_limit": 2,
-        "logging_steps": 1 if args.tiny else 5,
-        "report_to": "none",
-        **changes,
-    }
-    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    model = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False}
-    return {"seed": 0, "lora": lora, "train": train, **model}
-
-
-def finetune_arguments(folder: Path, settings: dict, base: Path, tokens: Path) -> list:
-    plan = {name: value for name, value in settings.items() if name != "seed"} | {"chat_template_kwargs": {}}
-    log = ("--log-file", folder / "stage.log")
-    stage(
-        "plan", "--settings", json.dumps(plan), "--model", base, "--tokens", tokens, "--out", folder / "plan.json", *log
-    )
+def finetune_arguments(folder: Path, train: dict, args, base: Path, tokens: Path) -> list:
+    read, plan, log = ("--model", base, "--tokens", tokens), folder / "plan.json", ("--log-file", folder / "stage.log")
+    stage("plan", "--settings", settings("plan", args, train), *read, "--out", plan, *log)
     return [
-        *("--settings", json.dumps(settings), "--model", base, "--tokens", tokens, "--plan", folder / "plan.json"),
+        *("--settings", settings("finetune", args, train), *read, "--plan", plan),
         *("--state", folder / "state", "--adapter", folder / "adapter", "--summary", folder / "adapter.json"),
         *("--training-log", folder / "training_log.jsonl", "--threads", 8, *log),
     ]
@@ -158,7 +137,7 @@ def finetune_arguments(folder: Path, settings: dict, base: Path, tokens: Path) -
 
 def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
     folder = args.out / name.replace(" ", "-")
-    seconds = stage("finetune", *finetune_arguments(folder, settings_of(changes, args), base, tokens))
+    seconds = stage("finetune", *finetune_arguments(folder, changes, args, base, tokens))
     history = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     speeds = sorted(entry["tokens_per_second"] for entry in history[1:] if "tokens_per_second" in entry)
     memory = json.loads((folder / "plan.json").read_text())["memory"]
@@ -175,7 +154,7 @@ def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
 def resume_case(args, base: Path, tokens: Path) -> str:
     """Stop the packed run in the middle, go on, and compare with the undisturbed one."""
     folder = args.out / "resumed"
-    arguments = finetune_arguments(folder, settings_of(CASES["packed"], args), base, tokens)
+    arguments = finetune_arguments(folder, CASES["packed"], args, base, tokens)
     process = subprocess.Popen([sys.executable, SCRIPTS / "finetune.py", *map(str, arguments)])
     log = folder / "state" / "training_log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
