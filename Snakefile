@@ -41,5 +41,9 @@ rule all:
         expand("<results>/{run}/metrics.json", run=config["runs"]),
 
 
+onstart:
+    look_after_slurm()
+
+
 onerror:
     tell_failures()

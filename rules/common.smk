@@ -3,10 +3,13 @@
 Nothing heavier than yaml and jsonschema is imported here, because Snakemake reads this again in every job.
 """
 
+import errno
 import fcntl
+import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from functools import lru_cache
@@ -14,6 +17,8 @@ from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 
 started = time.time()
 
@@ -23,8 +28,9 @@ def hold_folder():
 
     Snakemake's own lock does not die with its holder. This one does: each Snakemake holds it shared while it lives, so if
     it can be had alone, nobody is at work here. Some cluster file systems lock for each machine apart: what another
-    machine has locked is left to `snakemake --unlock`.
+    machine has locked is left to `snakemake --unlock`. Returns the lock, if there is one, and whether nobody else is at work.
     """
+    alone = False
     try:
         Path(".snakemake").mkdir(exist_ok=True)
         lock = Path(".snakemake/moult.lock").open("a+")
@@ -33,6 +39,7 @@ def hold_folder():
             lock.seek(0)
             machine = os.uname().nodename
             if lock.read() in ("", machine) or not any(Path(".snakemake/locks").glob("*")):
+                alone = True
                 shutil.rmtree(".snakemake/locks", ignore_errors=True)
                 lock.truncate(0)
                 lock.write(machine)
@@ -40,12 +47,12 @@ def hold_folder():
         except BlockingIOError:
             pass  # Snakemake's lock says whether the two go together
         fcntl.flock(lock, fcntl.LOCK_SH)
-        return lock
+        return lock, alone
     except OSError:  # a read-only folder, or a file system without locks
-        return None
+        return None, False
 
 
-held_folder = hold_folder() if workflow.is_main_process else None
+held_folder, alone_here = hold_folder() if workflow.is_main_process else (None, False)
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
 environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
@@ -63,7 +70,7 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-for module in ("__init__", "errors", "files", "config", "failures", "sources", "stage"):
+for module in ("__init__", "errors", "files", "config", "failures", "slurm", "sources", "stage"):
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
@@ -75,6 +82,7 @@ from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
 from moult.sources import expand as expand_source
+from moult.slurm import stop_left_over, watch
 from moult.stage import process_name
 
 # Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
@@ -233,10 +241,81 @@ def chat_template_file(wildcards):
     return [template] if template and Path(template).is_file() else []
 
 
-def launcher(wildcards):
-    """Param: what starts finetune: one process per GPU."""
-    gpus = config["runs"][wildcards.run]["train"]["gpu"]
-    return "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus}"
+# --- resources ---
+
+
+def growing(amount):
+    """Resource: half as much again at each attempt, up to twice. On one machine it is only tried once."""
+    return lambda wildcards, attempt: grown(amount, attempt)
+
+
+def grown(amount, attempt):
+    return int(amount * min(1 + (attempt - 1) / 2, 2))
+
+
+def planned(resource):
+    """Resource of finetune: what plan.json has worked out, growing."""
+
+    def read(wildcards, input, attempt):
+        job = json.loads(Path(input.plan).read_text(encoding="utf-8")).get("job")
+        if job is None:  # of an older Moult: plan will make it again
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(input.plan))
+        return grown(job[resource], attempt)
+
+    return read
+
+
+def launcher(wildcards, input, threads):
+    """Param: what starts finetune: one process per GPU, on each node. Not tracked: plan and settings say how many."""
+    train = config["runs"][wildcards.run]["train"]
+    here, nodes = train["gpu"] // train["nodes"], train["nodes"]
+    if nodes == 1:
+        return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
+    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_container()):
+        raise WorkflowError(
+            f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
+            "(srun is not in the image)"
+        )
+    # srun puts one torchrun on each node; they meet at the node on which srun itself runs, the first. The plugin strips
+    # SLURM_* of all but the job's id, so the layout is said again.
+    return (
+        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} --gres=gpu:{here} "
+        f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} --rdzv-backend=c10d "
+        '--rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:$((20000 + SLURM_JOB_ID % 10000)) "$@"\' finetune'
+    )
+
+
+def on_several_nodes(value):
+    """Resource that finetune has only where it takes several nodes."""
+    return lambda wildcards: value(config["runs"][wildcards.run]["train"]) if several_nodes(wildcards) else None
+
+
+def several_nodes(wildcards):
+    return config["runs"][wildcards.run]["train"]["nodes"] > 1
+
+
+# --- before the first job, and after a failure ---
+
+
+def on_slurm():
+    return type(workflow.executor_settings).__module__.startswith("snakemake_executor_plugin_slurm")
+
+
+def in_container():
+    return DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+
+
+def look_after_slurm():
+    """Deal with what the Slurm plugin leaves open (moult/slurm.py). A run without Slurm may follow one with it."""
+    if shutil.which("squeue") is None:
+        return
+    try:
+        if alone_here:
+            stop_left_over(Path.cwd(), logger.warning)
+        if on_slurm():
+            watch(Path.cwd(), logger.warning)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(f"Slurm does not say which jobs there are: {error}")
 
 
 def tell_failures():

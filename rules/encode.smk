@@ -22,10 +22,12 @@ rule encode:
         "<logs>/{run}/encode.log",
     benchmark:
         "<benchmarks>/{run}/encode.jsonl"
+    group:
+        "data-{run}"
     threads: 4
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=growing(8000),
+        runtime=growing(120),
     params:
         settings=settings("encode"),
         script=script_of("encode"),

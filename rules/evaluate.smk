@@ -26,8 +26,8 @@ rule evaluate_base:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=growing(16000),
+        runtime=growing(240),
     params:
         settings=settings("evaluate_base"),
         script=script_of("evaluate_model"),
@@ -58,11 +58,13 @@ rule evaluate_tuned:
         "<logs>/{run}/evaluate_tuned.log",
     benchmark:
         "<benchmarks>/{run}/evaluate_tuned.jsonl"
+    group:
+        "measure-{run}"
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=growing(16000),
+        runtime=growing(240),
     params:
         settings=settings("evaluate_tuned"),
         script=script_of("evaluate_model"),

@@ -26,8 +26,14 @@ rule finetune:
     threads: 4
     resources:
         gpu=lambda wildcards: config["runs"][wildcards.run]["train"]["gpu"],
-        mem_mb=32000,
-        runtime=1440,
+        mem_mb=planned("mem_mb"),
+        runtime=planned("runtime"),
+        # Slurm may spread GPUs over nodes otherwise.
+        nodes=lambda wildcards: config["runs"][wildcards.run]["train"]["nodes"],
+        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),
+        mpi=on_several_nodes(lambda train: "srun"),  # the rule calls srun itself
+        tasks=on_several_nodes(lambda train: train["nodes"]),
+        tasks_per_gpu=on_several_nodes(lambda train: 0),  # the plugin would take `tasks` for it
     params:
         settings=settings("finetune"),
         script=script_of("finetune"),

@@ -21,10 +21,12 @@ rule merge:
         "<logs>/{run}/merge.log",
     benchmark:
         "<benchmarks>/{run}/merge.jsonl"
+    group:
+        "measure-{run}"
     threads: 4
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=growing(8000),
+        runtime=growing(120),
     params:
         settings=settings("merge"),
         script=script_of("merge"),

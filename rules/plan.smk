@@ -31,9 +31,11 @@ rule plan_run:
     benchmark:
         "<benchmarks>/{run}/plan.jsonl"
     priority: 1  # before evaluate_base, which needs a GPU
+    group:
+        "data-{run}"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         settings=settings("plan"),
         script=script_of("plan"),

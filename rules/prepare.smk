@@ -17,10 +17,12 @@ rule prepare:
         "<logs>/{ds}/prepare.log",
     benchmark:
         "<benchmarks>/{ds}/prepare.jsonl"
+    group:
+        "data-{ds}"
     threads: 4
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=growing(8000),
+        runtime=growing(120),
     params:
         settings=settings("prepare"),
         contents=glances(dataset_files),

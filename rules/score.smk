@@ -24,9 +24,11 @@ rule score:
         "<logs>/{run}/score.log",
     benchmark:
         "<benchmarks>/{run}/score.jsonl"
+    group:
+        "measure-{run}"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         settings=settings("score"),
         script=script_of("score"),

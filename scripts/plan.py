@@ -79,6 +79,7 @@ def plan(settings: dict, args, log) -> None:
         "steps": steps,
         "memory": estimate_memory(model, base_parameters, trainable, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),
+        "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
         "serve": {
             "as": "merged" if serve_reasons else "adapter or merged",
@@ -431,6 +432,24 @@ def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
         "adapter": adapter,
         "merged": merged,
         "total": checkpoints + adapter + merged,
+    }
+
+
+def estimate_job(base: int, steps: dict, settings: dict, report: dict) -> dict:
+    """What finetune asks of a cluster for its first attempt; a job that needs more gets more at the next, and goes on.
+
+    mem_mb, on each node: 6,000 for Python, CUDA and the data, and the base once for each process, which loads it there.
+    runtime, minutes: 30, and 6 operations per parameter and token (forward, backward through the frozen base, and forward
+    again with gradient checkpointing) and a quarter for validation, at 25 TFLOP/s on each GPU, which is slow; at most a day,
+    the limit of many partitions.
+    """
+    train = settings["train"]
+    width = {"bfloat16": 2, "float16": 2, "float32": 4}[settings["dtype"]]
+    tokens = steps["total"] * steps["sequences_per_step"] * report["train"]["tokens"] / steps["sequences"]
+    minutes = 30 + 1.25 * 6 * base * tokens / (25e12 * train["gpu"]) / 60
+    return {
+        "mem_mb": math.ceil(6000 + train["gpu"] // train["nodes"] * base * width / 1e6),
+        "runtime": math.ceil(min(minutes, 24 * 60)),
     }
 
 

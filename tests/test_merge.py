@@ -28,6 +28,7 @@ TRAIN = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,
     "gpu": 1,
+    "nodes": 1,
     "packing": False,
     "packing_strategy": "bfd",
     "save_total_limit": 2,

@@ -175,6 +175,23 @@ def test_memory_grows_with_what_it_is_made_of(tmp_path):
     assert small["total"] == sum(small[part] for part in parts)
 
 
+def test_what_finetune_asks_of_a_cluster(tmp_path, monkeypatch):
+    base = make_model(tmp_path / "base")
+    result, _ = make(base, tmp_path)
+    assert result["job"] == {"mem_mb": 6001, "runtime": 31}  # nothing to load, and half an hour to begin with
+    steps = {"total": 1000, "sequences_per_step": 16, "sequences": 100}
+    report = {"train": {"tokens": 100 * 512}}
+
+    def job(base, **train):
+        return plan.estimate_job(base, steps, {"train": {"gpu": 1, "nodes": 1, **train}, "dtype": "bfloat16"}, report)
+
+    # 7.5 operations x 7e9 parameters x 8.192 M tokens / 25e12 = 4 h 47 min
+    assert job(7e9) == {"mem_mb": 20_000, "runtime": 317}
+    assert job(7e9, gpu=4) == {"mem_mb": 62_000, "runtime": 102}
+    assert job(7e9, gpu=4, nodes=2)["mem_mb"] == 34_000  # of each
+    assert job(7e10)["runtime"] == 24 * 60
+
+
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     base = make_model(tmp_path / "base")
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Namespace(free=1000))

@@ -70,7 +70,7 @@ def make_tokens(
         "pad_token_id": 0,
         "vocabulary": vocabulary,
         "max_length": length,
-        "train": {"sequences": rows, "length": lengths},
+        "train": {"sequences": rows, "tokens": rows * length, "length": lengths},
         "val": {"sequences": rows, "length": lengths},
     }
     (folder / "report.json").write_text(json.dumps(report))

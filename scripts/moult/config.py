@@ -370,6 +370,9 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
     if not run["model"].get("name"):
         problems.append(f"model.name: missing (run {name} needs it); a hub id or a local folder")
     ids = [prompt["id"] for prompt in run["eval"]["prompts"]]
+    gpus, nodes = run["train"]["gpu"], run["train"]["nodes"]
+    if gpus % nodes:
+        problems.append(f"train.gpu is {gpus} and train.nodes {nodes}: each node takes as many, so make it a multiple")
     problems += [f"eval.prompts: the id {id} is there twice" for id in sorted({id for id in ids if ids.count(id) > 1})]
     for prompt in run["eval"]["prompts"]:
         if ("prompt" in prompt) == ("messages" in prompt):
@@ -541,6 +544,7 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "gpu",
+        "nodes",
         "save_total_limit",
     )
     words = [
@@ -551,9 +555,10 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _finetune(config: dict, run: dict, dataset: dict) -> dict:
-    return _pick(run, "lora", "train", "seed") | _pick(
-        run["model"], "dtype", "attn_implementation", "trust_remote_code"
-    )
+    # On how many nodes its processes are is the launcher's business (rules/common.smk).
+    train = {name: value for name, value in run["train"].items() if name != "nodes"}
+    own = _pick(run["model"], "dtype", "attn_implementation", "trust_remote_code")
+    return {"train": train, **_pick(run, "lora", "seed"), **own}
 
 
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:

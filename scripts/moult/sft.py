@@ -9,7 +9,8 @@ def trainer_config(settings: dict, state: str | Path, device: str, max_length: i
     """trl.SFTConfig of the config's `train` section, with what finetune controls itself. Raises MoultError if TRL refuses."""
     from trl import SFTConfig
 
-    train = {name: value for name, value in settings["train"].items() if name not in ("gpu", "gradient_checkpointing")}
+    not_theirs = ("gpu", "nodes", "gradient_checkpointing")
+    train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     half = device == "cuda" and settings["dtype"] != "float32"
     own = {
         "output_dir": str(state),

@@ -1,0 +1,99 @@
+"""What snakemake-executor-plugin-slurm (2.8.0) leaves open: jobs that outlive their Snakemake, and jobs that Slurm gives up.
+
+Snakemake calls `stop_left_over` and `watch` before the first job (rules/common.smk). Both speak to Slurm through squeue,
+scancel and scontrol only.
+"""
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# The plugin names its jobs so, behind a prefix of the user's if there is one.
+_NAME = re.compile(r"(.+_)?[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
+# Final for Slurm. The plugin waits for a requeue that never comes: PREEMPTED where PreemptMode is CANCEL, NODE_FAIL with
+# slurm-requeue where Slurm does not put the job back.
+_GIVEN_UP = ("PREEMPTED", "NODE_FAIL")
+_ENDED = (*_GIVEN_UP, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
+
+
+class Job(NamedTuple):
+    id: str
+    state: str  # in full: RUNNING, PENDING, ...
+    what: str  # the plugin's comment: rule_<rule>_wildcards_<wildcards>
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    """This user's jobs that a Snakemake in `folder` has submitted, ended ones too while Slurm remembers them (MinJobAge).
+
+    Raises OSError or subprocess.SubprocessError if Slurm does not answer.
+    """
+    command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%j|%Z|%k"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    jobs = (line.split("|", 4) for line in answer.splitlines())
+    return [
+        Job(id, state, what) for id, state, name, where, what in jobs if where == str(folder) and _NAME.fullmatch(name)
+    ]
+
+
+def stop_left_over(folder: Path, warn: Callable[[str], None], patience: float = 900, every: float = 2) -> None:
+    """End the jobs that a Snakemake left in `folder` when it was killed, and wait until they are gone.
+
+    A new Snakemake does not know them, and would start the same stages beside them (plugin issue 109). A finetune gets SIGTERM,
+    saves at the end of its step, and goes on in its new job. After `patience` seconds Slurm kills what is left.
+    """
+    began, told, killed = time.monotonic(), False, False
+    while left := [job for job in jobs_of(folder) if job.state not in _ENDED]:
+        if not told:
+            told = True
+            warn(
+                f"Stopping {len(left)} Slurm jobs of an earlier Snakemake in this folder: {', '.join(job.id for job in left)}"
+            )
+            _call("scancel", "--state=PENDING", *(job.id for job in left))
+            _call("scancel", "--signal=TERM", *(job.id for job in left))
+        elif not killed and time.monotonic() - began > patience:
+            killed = True
+            warn(f"They still run after {patience:,.0f} seconds: killing them")
+            _call("scancel", *(job.id for job in left))
+        time.sleep(every)
+
+
+def watch(folder: Path, warn: Callable[[str], None], every: float = 20) -> Callable[[], None]:
+    """From now on, put back into the queue what Slurm has given up; the plugin then sees it waiting, as it expects.
+
+    Runs in a thread until this process ends, or what is returned is called.
+    """
+    known = {job.id for job in jobs_of(folder)}
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(every):
+            try:
+                given_up = [job for job in jobs_of(folder) if job.id not in known and job.state in _GIVEN_UP]
+            except (OSError, subprocess.SubprocessError):
+                continue  # a controller that restarts
+            for job in given_up:
+                fault = _call("scontrol", "requeue", job.id)
+                outcome = (
+                    f"cannot be put back ({fault}): stop Snakemake and start it again"
+                    if fault
+                    else "put back into the queue"
+                )
+                warn(f"Slurm job {job.id} ({job.what}) is {job.state}, and Slurm leaves it at that: {outcome}")
+                if fault:
+                    known.add(job.id)
+
+    threading.Thread(target=work, daemon=True).start()
+    return stop.set
+
+
+def _call(*command: str) -> str:
+    """What was wrong, or nothing."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return answer.stderr.strip() if answer.returncode else ""

@@ -1,0 +1,108 @@
+"""moult.slurm against a Slurm of three scripts; tests/integration/test_slurm.py has the real one."""
+
+import os
+import subprocess
+import time
+
+import pytest
+
+from moult.slurm import Job, jobs_of, stop_left_over, watch
+
+UUID = "c352fdd3-6442-42db-9870-eeead72ebd20"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder with `queue` (what squeue prints), `calls` (what was asked of the others); `after` is run by each of them."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    scripts = {
+        "squeue": f"cat {tmp_path}/queue",
+        "scancel": f'echo scancel "$@" >> {tmp_path}/calls; . {tmp_path}/after',
+        "scontrol": f'echo scontrol "$@" >> {tmp_path}/calls; . {tmp_path}/after',
+    }
+    for name, script in scripts.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    for name in ("queue", "calls", "after"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def line(id, state, where, name=UUID, what="rule_finetune_wildcards_demo"):
+    return f"{id}|{state}|{name}|{where}|{what}\n"
+
+
+def test_jobs_are_those_of_a_snakemake_in_the_folder(slurm):
+    queue = [
+        line(1, "RUNNING", slurm),
+        line(2, "RUNNING", slurm / "elsewhere"),
+        line(3, "RUNNING", slurm, name="bash"),
+        line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="a|b"),
+    ]
+    (slurm / "queue").write_text("".join(queue))
+    assert jobs_of(slurm) == [Job("1", "RUNNING", "rule_finetune_wildcards_demo"), Job("4", "COMPLETED", "a|b")]
+
+
+def test_a_slurm_that_does_not_answer_is_no_empty_queue(slurm):
+    (slurm / "bin/squeue").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        jobs_of(slurm)
+
+
+def test_left_over_jobs_get_a_signal_and_are_waited_for(slurm):
+    (slurm / "queue").write_text(line(1, "RUNNING", slurm) + line(2, "PENDING", slurm) + line(3, "FAILED", slurm))
+    (slurm / "after").write_text(f'case "$*" in *TERM*) : > {slurm}/queue;; esac\n')
+    said = []
+    stop_left_over(slurm, said.append, every=0.01)
+    assert said == ["Stopping 2 Slurm jobs of an earlier Snakemake in this folder: 1, 2"]
+    assert (slurm / "calls").read_text() == "scancel --state=PENDING 1 2\nscancel --signal=TERM 1 2\n"
+
+
+def test_what_ignores_the_signal_is_killed(slurm):
+    (slurm / "queue").write_text(line(1, "RUNNING", slurm))
+    (slurm / "after").write_text(f'case "$*" in 1) : > {slurm}/queue;; esac\n')
+    said = []
+    stop_left_over(slurm, said.append, patience=0.1, every=0.01)
+    assert (slurm / "calls").read_text().splitlines()[-1] == "scancel 1" and "killing them" in said[1]
+
+
+def test_nothing_is_stopped_where_nothing_runs(slurm):
+    (slurm / "queue").write_text(line(1, "TIMEOUT", slurm) + line(2, "PREEMPTED", slurm))
+    stop_left_over(slurm, pytest.fail)
+    assert (slurm / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL"])
+def test_what_slurm_has_given_up_is_put_back(state, slurm):
+    old = line(1, state, slurm)  # of an earlier Snakemake
+    (slurm / "queue").write_text(old)
+    said = []
+    stop = watch(slurm, said.append, every=0.01)
+    (slurm / "after").write_text(f"printf '%s' '{line(2, 'PENDING', slurm)}' > {slurm}/queue\n")
+    (slurm / "queue").write_text(old + line(2, state, slurm) + line(3, "CANCELLED", slurm))
+    wait_for(lambda: said)
+    stop()
+    assert said == [
+        f"Slurm job 2 (rule_finetune_wildcards_demo) is {state}, and Slurm leaves it at that: put back into the queue"
+    ]
+    assert (slurm / "calls").read_text() == "scontrol requeue 2\n"
+
+
+def test_what_cannot_be_put_back_is_said_once(slurm):
+    said = []
+    stop = watch(slurm, said.append, every=0.01)
+    (slurm / "after").write_text("echo Job not allowed >&2; exit 1\n")
+    (slurm / "queue").write_text(line(2, "PREEMPTED", slurm))
+    wait_for(lambda: said)
+    time.sleep(0.2)
+    stop()
+    assert len(said) == 1 and "cannot be put back (Job not allowed): stop Snakemake and start it again" in said[0]
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
