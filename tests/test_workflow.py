@@ -390,6 +390,25 @@ use rule * from moult as moult_*
     assert "results/" not in output.replace("out/tuned/", "")
 
 
+@pytest.mark.slow
+def test_as_a_module_in_another_folder_it_gives_a_verdict(tmp_path):
+    """tests/module, as it stands there."""
+    ours, theirs = checkout(tmp_path / "moult"), tmp_path / "theirs"
+    shutil.copytree(ROOT / "tests/module", theirs)
+    snakemake(theirs)
+    assert (theirs / "verdict.txt").read_text() in ("helped\n", "hurt\n", "inconclusive\n")
+    assert "verdict" in json.loads((theirs / "tuned/capitals/metrics.json").read_text())
+    assert not (ours / "results").exists() and not (ours / "logs").exists()
+    assert "Nothing to be done" in snakemake(theirs)
+    write_rows(theirs, [])
+    broken = yaml.safe_load((theirs / "config.yaml").read_text())
+    broken["moult"]["datasets"]["empty"] = {"source": "rows.jsonl"}
+    (theirs / "config.yaml").write_text(yaml.safe_dump(broken))
+    assert re.search(
+        r"^empty +prepare +rows\.jsonl: no rows$", snakemake(theirs, "tuned/empty/plan.json", code=1), re.MULTILINE
+    )
+
+
 def test_as_a_module_a_new_run_changes_no_old_one(tmp_path):
     ours = checkout(tmp_path / "moult")
     runs = {name: {"dataset": "d", "model": {"name": "a/model", "revision": "v2"}} for name in ("new", "old")}

@@ -16,14 +16,19 @@ def checkout(folder: Path) -> Path:
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", folder)
+    shutil.copy(ROOT / "slurm", folder, follow_symlinks=False)
     return folder
 
 
-def snakemake(folder: Path, *arguments: str, code: int | None = 0) -> str:
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
+
+
+def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | None = 1) -> str:
     """Run Snakemake in `folder`; returns what it prints on both streams."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    limit = ("--cores", str(cores)) if cores else ()
+    command = [sys.executable, "-m", "snakemake", *limit, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment(folder))
     if code is not None:
         assert done.returncode == code, done.stderr[-4000:]
     return done.stdout + done.stderr

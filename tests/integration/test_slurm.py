@@ -1,0 +1,197 @@
+"""The workflow on a real Slurm: `MOULT_TEST_SLURM=1 pytest tests/integration/test_slurm.py`.
+
+Only with that variable, because jobs are submitted to whatever cluster `sbatch` speaks to; it must be one for tests, of several
+nodes with (fake) GPUs, where this user may set nodes down. .ci/run starts one.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from workflow import checkout, environment, snakemake
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("MOULT_TEST_SLURM") != "1" or shutil.which("sbatch") is None,
+        reason="needs a Slurm for tests, and MOULT_TEST_SLURM=1",
+    ),
+]
+
+# The profile's waits are for real clusters.
+QUICK = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
+TARGET = "results/demo/metrics.json"
+LONG = "runs: {demo: {train: {max_steps: 900, eval_steps: 100, save_steps: 100, logging_steps: 50}}}"
+
+
+def call(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def jobs(folder: Path, what: str = "", form: str = "%i") -> list[str]:
+    """The folder's jobs that have not ended, or `form` of them (squeue's format)."""
+    lines = [line.split("|", 2) for line in call("squeue", "--me", "-h", f"-o%Z|%k|{form}").splitlines()]
+    return [line[2] for line in lines if line[0] == str(folder) and what in line[1]]
+
+
+def steps_done(folder: Path) -> int:
+    """Steps of the newest checkpoint."""
+    return max(
+        (int(path.name.split("-")[1]) for path in folder.glob("results/demo/trainer_state/checkpoint-*")), default=0
+    )
+
+
+def wait_for(condition, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.3)
+    return found
+
+
+@pytest.fixture
+def started():
+    """Start Snakemake in the background: `started(folder, *arguments)`; what is left of it is ended with the test."""
+    running = []
+
+    def start(folder: Path, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "snakemake", *QUICK, *arguments]
+        output = (folder / "snakemake.out").open("a")
+        running.append(subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment(folder)))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+    call("scancel", "--me")
+
+
+def adapter(folder: Path) -> str:
+    return json.loads((folder / "results/demo/adapter.json").read_text())["adapter_sha256"]
+
+
+def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
+    folder = checkout(tmp_path)
+    output = snakemake(folder, *QUICK, TARGET, cores=None)
+    assert adapter(folder) == adapter(demo)
+    here, there = (json.loads((place / TARGET).read_text()) for place in (demo, folder))
+    assert {**here, "provenance": None} == {**there, "provenance": None}
+    # Nine stages: one here, three jobs of the small ones and of the measurement, two of their own.
+    submitted = re.findall(r"submitted with SLURM jobid (\d+)", output)
+    assert len(submitted) == 4
+    asked = {}
+    for job in submitted:
+        facts = call("scontrol", "show", "job", "--oneliner", job)
+        what = re.search(r"Comment=((rule|group)_[a-z]+)", facts)[1]
+        gpus = re.search(r"TresPerJob=\S*gpu:(\d+)", facts)
+        minutes, memory = re.search(r"TimeLimit=(\S+)", facts)[1], re.search(r"MinMemoryNode=(\S+)", facts)[1]
+        asked[what] = (int(gpus[1]) if gpus else 0, minutes, memory)
+    plan = json.loads((folder / "results/demo/plan.json").read_text())["job"]
+    assert plan == {"mem_mb": 6002, "runtime": 31}
+    assert asked["rule_finetune"] == (1, "00:31:00", "6002M")
+    assert asked["group_data"][0] == 0 and asked["rule_evaluate"][0] == 1 and asked["group_measure"][0] == 1
+    assert "Nothing to be done" in snakemake(folder, *QUICK, TARGET, cores=None)
+    assert "Nothing to be done" in snakemake(folder, TARGET)
+
+
+def test_a_finetune_survives_what_a_cluster_does_to_it(demo, tmp_path, started):
+    """Its time limit, a cancelled attempt, preemption either way, a dead node, and the death of Snakemake itself."""
+    undisturbed, folder = checkout(tmp_path / "undisturbed"), checkout(tmp_path / "disturbed")
+    for place in (undisturbed, folder):
+        (place / "long.yaml").write_text(LONG)
+    goal = ("results/demo/adapter.json", "--configfile", "long.yaml")
+    snakemake(undisturbed, *goal)
+
+    # Far too short, and Slurm looks at limits once in half a minute: each attempt is warned at once and stopped while it trains.
+    short = ("--set-resources", "finetune:runtime=1", "finetune:slurm_partition=scavenge", "--retries", "20")
+    warned = ("--set-resources", *short[1:3], "finetune:slurm_extra='--signal=TERM@45'", *short[3:])
+    process = started(folder, *goal, *warned)
+
+    def new_checkpoint(message: str) -> str:
+        """Wait until it has got further, and return the job that trains."""
+        assert process.poll() is None, f"ended {message}: {(folder / 'snakemake.out').read_text()[-3000:]}"
+        before = steps_done(folder)
+        wait_for(lambda: steps_done(folder) > before and jobs(folder, "finetune"))
+        return jobs(folder, "finetune")[0]
+
+    job = new_checkpoint("at once")
+    wait_for(
+        lambda: jobs(folder, "finetune") and jobs(folder, "finetune") != [job]
+    )  # TIMEOUT's warning: unfinished, tried again
+
+    job = new_checkpoint("after the time limit")
+    call("scancel", job)
+
+    job = new_checkpoint("after scancel")
+    call("scontrol", "requeue", job)
+    go_on(job)
+
+    new_checkpoint("after a requeue")
+    process.kill()
+    process.wait()
+    assert jobs(folder, "finetune"), "the job must outlive its Snakemake for this test"
+    process = started(folder, *goal, *warned)
+    wait_for(lambda: "Stopping 1 Slurm jobs of an earlier Snakemake" in (folder / "snakemake.out").read_text())
+
+    job = new_checkpoint("after its Snakemake was killed")
+    node = jobs(folder, "finetune", "%N")[0]
+    call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    call("scontrol", "update", f"nodename={node}", "state=resume")
+    go_on(job)
+
+    job = new_checkpoint("after its node died")
+    crowd = call(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--time=5",
+        f"--chdir={tmp_path}",
+        "--wrap=sleep 8",
+    )
+    wait_for(lambda: "put back into the queue" in (folder / "snakemake.out").read_text())
+    call("scancel", crowd.strip())
+    go_on(job)
+
+    assert wait_for(lambda: process.poll() is not None, 400) and process.returncode == 0
+    assert adapter(folder) == adapter(undisturbed)
+    log = [json.loads(line) for line in (folder / "results/demo/training_log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == sorted(set(steps)) and steps[-1] == 900
+
+
+def go_on(job: str) -> None:
+    """Slurm lets a requeued job wait for two minutes."""
+    wait_for(lambda: "PENDING" in call("squeue", "-h", "-o%T", "-j", job))
+    call("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+
+def test_two_nodes_train_as_one(tmp_path):
+    """The processes of a run on several nodes, started by srun, against as many on one."""
+    adapters = {}
+    for nodes in (1, 2):
+        folder = checkout(tmp_path / f"on-{nodes}")
+        train = f"{{gpu: 2, nodes: {nodes}, max_steps: 20, per_device_train_batch_size: 4}}"
+        (folder / "two.yaml").write_text(f"runs: {{demo: {{train: {train}}}}}")
+        output = snakemake(folder, *QUICK, "results/demo/adapter.json", "--configfile", "two.yaml", cores=None)
+        job = re.findall(r"submitted with SLURM jobid (\d+) \(log: \S*rule_finetune", output)[0]
+        assert f"NumNodes={nodes} " in call("scontrol", "show", "job", job)
+        ranks = {path.name.split(".")[-1] for path in folder.glob("logs/demo/attempts/finetune*rank*")}
+        adapters[nodes] = adapter(folder)
+    assert adapters[1] == adapters[2]
+
+
+def test_several_nodes_need_slurm(tmp_path):
+    folder = checkout(tmp_path)
+    (folder / "two.yaml").write_text("runs: {demo: {train: {gpu: 2, nodes: 2}}}")
+    goal = ("results/demo/adapter.json", "--configfile", "two.yaml")
+    assert "train.nodes is 2: several nodes need --profile slurm" in snakemake(folder, *goal, code=1)
+    command = snakemake(folder, *QUICK, "-n", "-p", *goal, cores=None)
+    assert "srun --nodes=2 --ntasks=2" in command and "--nnodes=2 --nproc-per-node=1" in command
