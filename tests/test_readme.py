@@ -67,12 +67,12 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
     )
     (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "override": {"train": {"max_steps": 2}}}))
     commands = re.findall(r"^    snakemake (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         arguments = shlex.split(command.split(" | ")[0])
         if "check_connectivity" in arguments:
             continue  # test_connectivity.py runs it
-        if "--cores" in arguments:
+        if "--cores" in arguments or "--profile" in arguments:  # tests/integration runs the latter on a Slurm
             arguments.append("-n")
         output = snakemake(folder, *arguments)
         assert any(word in output for word in ("results/gsm8k/metrics.json", "results/gsm8k/plan.json", "digraph"))

@@ -34,9 +34,10 @@ def call(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def jobs(folder: Path, what: str = "", form: str = "%i") -> list[str]:
-    """The folder's jobs that have not ended, or `form` of them (squeue's format)."""
-    lines = [line.split("|", 2) for line in call("squeue", "--me", "-h", f"-o%Z|%k|{form}").splitlines()]
+def jobs(folder: Path, what: str, form: str = "%i", states: str = "PENDING,RUNNING") -> list[str]:
+    """The folder's jobs in these states, or `form` of them (squeue's format)."""
+    queue = call("squeue", "--me", "-h", f"-t{states}", f"-o%Z|%k|{form}")
+    lines = [line.split("|", 2) for line in queue.splitlines()]
     return [line[2] for line in lines if line[0] == str(folder) and what in line[1]]
 
 
@@ -100,7 +101,7 @@ def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     assert "Nothing to be done" in snakemake(folder, TARGET)
 
 
-def test_a_finetune_survives_what_a_cluster_does_to_it(demo, tmp_path, started):
+def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     """Its time limit, a cancelled attempt, preemption either way, a dead node, and the death of Snakemake itself."""
     undisturbed, folder = checkout(tmp_path / "undisturbed"), checkout(tmp_path / "disturbed")
     for place in (undisturbed, folder):
@@ -108,56 +109,51 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(demo, tmp_path, started):
     goal = ("results/demo/adapter.json", "--configfile", "long.yaml")
     snakemake(undisturbed, *goal)
 
-    # Far too short, and Slurm looks at limits once in half a minute: each attempt is warned at once and stopped while it trains.
-    short = ("--set-resources", "finetune:runtime=1", "finetune:slurm_partition=scavenge", "--retries", "20")
-    warned = ("--set-resources", *short[1:3], "finetune:slurm_extra='--signal=TERM@45'", *short[3:])
-    process = started(folder, *goal, *warned)
+    partition = ("--set-resources", "finetune:slurm_partition=scavenge")
+    # Far too short; and it is warned 20 seconds before.
+    process = started(folder, *goal, *partition, "finetune:runtime=1", "finetune:slurm_extra='--signal=TERM@20'")
 
-    def new_checkpoint(message: str) -> str:
-        """Wait until it has got further, and return the job that trains."""
-        assert process.poll() is None, f"ended {message}: {(folder / 'snakemake.out').read_text()[-3000:]}"
+    def further(after: str) -> str:
+        """Wait until a job has brought it further, and return that job."""
+        job = wait_for(lambda: jobs(folder, "finetune", states="RUNNING"))[0]
         before = steps_done(folder)
-        wait_for(lambda: steps_done(folder) > before and jobs(folder, "finetune"))
-        return jobs(folder, "finetune")[0]
+        wait_for(lambda: steps_done(folder) > before or not jobs(folder, "finetune", states="RUNNING"))
+        assert process.poll() is None, f"ended after {after}: {said()[-3000:]}"
+        return job if jobs(folder, "finetune", states="RUNNING") == [job] else further(after)
 
-    job = new_checkpoint("at once")
-    wait_for(
-        lambda: jobs(folder, "finetune") and jobs(folder, "finetune") != [job]
-    )  # TIMEOUT's warning: unfinished, tried again
+    def said() -> str:
+        return (folder / "snakemake.out").read_text()
 
-    job = new_checkpoint("after the time limit")
+    job = further("nothing")
+    wait_for(lambda: jobs(folder, "finetune") not in ([], [job]))  # its time is over, and another goes on
+
+    further("its time limit")
+    process.kill()
+    process.wait()
+    left = jobs(folder, "finetune")
+    process = started(folder, *goal, *partition, "--retries", "1")
+    wait_for(lambda: f"Stopping 1 Slurm jobs of an earlier Snakemake in this folder: {left[0]}" in said())
+
+    job = further("the death of Snakemake")
     call("scancel", job)
+    wait_for(lambda: jobs(folder, "finetune") not in ([], [job]))
 
-    job = new_checkpoint("after scancel")
+    # All else Slurm or Moult put back into the queue: it is no attempt of the one that is left.
+    job = further("scancel")
     call("scontrol", "requeue", job)
     go_on(job)
 
-    new_checkpoint("after a requeue")
-    process.kill()
-    process.wait()
-    assert jobs(folder, "finetune"), "the job must outlive its Snakemake for this test"
-    process = started(folder, *goal, *warned)
-    wait_for(lambda: "Stopping 1 Slurm jobs of an earlier Snakemake" in (folder / "snakemake.out").read_text())
-
-    job = new_checkpoint("after its Snakemake was killed")
+    further("a requeue")
     node = jobs(folder, "finetune", "%N")[0]
     call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     call("scontrol", "update", f"nodename={node}", "state=resume")
     go_on(job)
 
-    job = new_checkpoint("after its node died")
-    crowd = call(
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        "--nodes=3",
-        "--exclusive",
-        "--time=5",
-        f"--chdir={tmp_path}",
-        "--wrap=sleep 8",
-    )
-    wait_for(lambda: "put back into the queue" in (folder / "snakemake.out").read_text())
-    call("scancel", crowd.strip())
+    further("the death of its node")
+    crowd = ("--partition=high", "--nodes=3", "--exclusive", "--time=5", f"--chdir={tmp_path}", "--wrap=sleep 8")
+    crowd = call("sbatch", "--parsable", *crowd).strip()
+    job = wait_for(lambda: re.search(r"Slurm job (\d+) .* is PREEMPTED, .*: put back into the queue", said()))[1]
+    call("scancel", crowd)
     go_on(job)
 
     assert wait_for(lambda: process.poll() is not None, 400) and process.returncode == 0
@@ -183,7 +179,7 @@ def test_two_nodes_train_as_one(tmp_path):
         output = snakemake(folder, *QUICK, "results/demo/adapter.json", "--configfile", "two.yaml", cores=None)
         job = re.findall(r"submitted with SLURM jobid (\d+) \(log: \S*rule_finetune", output)[0]
         assert f"NumNodes={nodes} " in call("scontrol", "show", "job", job)
-        ranks = {path.name.split(".")[-1] for path in folder.glob("logs/demo/attempts/finetune*rank*")}
+        assert len(list(folder.glob("logs/demo/attempts/finetune*"))) == 2  # one of each process
         adapters[nodes] = adapter(folder)
     assert adapters[1] == adapters[2]
 
