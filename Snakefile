@@ -14,6 +14,7 @@ configfile: "config/config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/cluster.smk"
 
 
 container: config["container"]

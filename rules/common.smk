@@ -3,13 +3,10 @@
 Nothing heavier than yaml and jsonschema is imported here, because Snakemake reads this again in every job.
 """
 
-import errno
 import fcntl
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from functools import lru_cache
@@ -17,8 +14,6 @@ from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.logging import logger
-from snakemake.settings.types import DeploymentMethod
 
 started = time.time()
 
@@ -82,7 +77,6 @@ from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
 from moult.sources import expand as expand_source
-from moult.slurm import stop_left_over, watch
 from moult.stage import process_name
 
 # Stages end when the Snakemake that has started them does (moult/stage.py), also when it is killed.
@@ -239,83 +233,6 @@ def chat_template_file(wildcards):
     """Input: the template that the config names, if it is a file of the user's."""
     template = config["runs"][wildcards.run]["model"]["chat_template"]
     return [template] if template and Path(template).is_file() else []
-
-
-# --- resources ---
-
-
-def growing(amount):
-    """Resource: half as much again at each attempt, up to twice. On one machine it is only tried once."""
-    return lambda wildcards, attempt: grown(amount, attempt)
-
-
-def grown(amount, attempt):
-    return int(amount * min(1 + (attempt - 1) / 2, 2))
-
-
-def planned(resource):
-    """Resource of finetune: what plan.json has worked out, growing."""
-
-    def read(wildcards, input, attempt):
-        job = json.loads(Path(input.plan).read_text(encoding="utf-8")).get("job")
-        if job is None:  # of an older Moult: plan will make it again
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(input.plan))
-        return grown(job[resource], attempt)
-
-    return read
-
-
-def launcher(wildcards, input, threads):
-    """Param: what starts finetune: one process per GPU, on each node. Not tracked: plan and settings say how many."""
-    train = config["runs"][wildcards.run]["train"]
-    here, nodes = train["gpu"] // train["nodes"], train["nodes"]
-    if nodes == 1:
-        return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
-    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_container()):
-        raise WorkflowError(
-            f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
-            "(srun is not in the image)"
-        )
-    # srun puts one torchrun on each node; they meet at the node on which srun itself runs, the first. The plugin strips
-    # SLURM_* of all but the job's id, so the layout is said again.
-    return (
-        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} --gres=gpu:{here} "
-        f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} --rdzv-backend=c10d "
-        '--rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:$((20000 + SLURM_JOB_ID % 10000)) "$@"\' finetune'
-    )
-
-
-def on_several_nodes(value):
-    """Resource that finetune has only where it takes several nodes."""
-    return lambda wildcards: value(config["runs"][wildcards.run]["train"]) if several_nodes(wildcards) else None
-
-
-def several_nodes(wildcards):
-    return config["runs"][wildcards.run]["train"]["nodes"] > 1
-
-
-# --- before the first job, and after a failure ---
-
-
-def on_slurm():
-    return type(workflow.executor_settings).__module__.startswith("snakemake_executor_plugin_slurm")
-
-
-def in_container():
-    return DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
-
-
-def look_after_slurm():
-    """Deal with what the Slurm plugin leaves open (moult/slurm.py). A run without Slurm may follow one with it."""
-    if shutil.which("squeue") is None:
-        return
-    try:
-        if alone_here:
-            stop_left_over(Path.cwd(), logger.warning)
-        if on_slurm():
-            watch(Path.cwd(), logger.warning)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(f"Slurm does not say which jobs there are: {error}")
 
 
 def tell_failures():

@@ -1,0 +1,84 @@
+"""What the stages ask of a machine or a cluster, and what the Slurm plugin leaves open.
+
+Only what is the same on every cluster: partition, account and the like are in profiles/slurm.
+"""
+
+import errno
+import json
+import subprocess
+
+from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
+
+from moult.slurm import stop_left_over, watch
+
+
+def growing(amount):
+    """Resource: half as much again at each attempt, up to twice. On one machine it is only tried once."""
+    return lambda wildcards, attempt: grown(amount, attempt)
+
+
+def grown(amount, attempt):
+    return int(amount * min(1 + (attempt - 1) / 2, 2))
+
+
+def planned(resource):
+    """Resource of finetune: what plan.json has worked out, growing."""
+
+    def read(wildcards, input, attempt):
+        job = json.loads(Path(input.plan).read_text(encoding="utf-8")).get("job")
+        if job is None:  # of an older Moult: plan will make it again
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(input.plan))
+        return grown(job[resource], attempt)
+
+    return read
+
+
+def launcher(wildcards, input, threads):
+    """Param: what starts finetune: one process per GPU, on each node. Not tracked: plan and settings say how many."""
+    train = config["runs"][wildcards.run]["train"]
+    here, nodes = train["gpu"] // train["nodes"], train["nodes"]
+    if nodes == 1:
+        return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
+    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_container()):
+        raise WorkflowError(
+            f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
+            "(srun is not in the image)"
+        )
+    # srun puts one torchrun on each node; they meet at the node on which srun itself runs, the first. The plugin strips
+    # SLURM_* of all but the job's id, so the layout is said again.
+    return (
+        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} --gres=gpu:{here} "
+        f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} --rdzv-backend=c10d "
+        '--rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:$((20000 + SLURM_JOB_ID % 10000)) "$@"\' finetune'
+    )
+
+
+def on_several_nodes(value):
+    """Resource that finetune has only where it takes several nodes."""
+    return lambda wildcards: value(config["runs"][wildcards.run]["train"]) if several_nodes(wildcards) else None
+
+
+def several_nodes(wildcards):
+    return config["runs"][wildcards.run]["train"]["nodes"] > 1
+
+
+def on_slurm():
+    return type(workflow.executor_settings).__module__.startswith("snakemake_executor_plugin_slurm")
+
+
+def in_container():
+    return DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+
+
+def look_after_slurm():
+    """Deal with what the Slurm plugin leaves open (moult/slurm.py). A run without Slurm may follow one with it."""
+    if shutil.which("squeue") is None:
+        return
+    try:
+        if alone_here:
+            stop_left_over(Path.cwd(), logger.warning)
+        if on_slurm():
+            watch(Path.cwd(), logger.warning)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(f"Slurm does not say which jobs there are: {error}")
