@@ -443,6 +443,34 @@ def test_failures_are_told_again_wherever_the_logs_are(tmp_path):
     assert "log: elsewhere/d/prepare.log" in output
 
 
+@pytest.mark.slow
+def test_no_two_stages_use_the_one_gpu_at_a_time(again):
+    """The README's --resources gpu=1, and that of profiles/local. Without it evaluate_base and finetune run side by side."""
+    output = snakemake(
+        again,
+        TARGET,
+        "--resources",
+        "gpu=1",
+        "--forcerun",
+        "evaluate_base",
+        "finetune",
+        "--until",
+        "finetune",
+        "evaluate_base",
+        cores=8,
+    )
+    events = re.findall(
+        r"^(?:local)?rule (evaluate_base|finetune):|^Finished jobid: \d+ \(Rule: (evaluate_base|finetune)\)",
+        output,
+        re.MULTILINE,
+    )
+    order = [begun or f"/{ended}" for begun, ended in events]
+    assert order in (
+        ["finetune", "/finetune", "evaluate_base", "/evaluate_base"],
+        ["evaluate_base", "/evaluate_base", "finetune", "/finetune"],
+    )
+
+
 # --- bad input, as a user meets it ------------------------------------------------------------------------------------
 
 
