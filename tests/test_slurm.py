@@ -30,8 +30,8 @@ def slurm(tmp_path, monkeypatch):
     return tmp_path
 
 
-def line(id, state, where, name=UUID, what="rule_finetune_wildcards_demo"):
-    return f"{id}|{state}|{name}|{where}|{what}\n"
+def line(id, state, where, name=UUID, what="rule_finetune_wildcards_demo", reason="None"):
+    return f"{id}|{state}|{reason}|{name}|{where}|{what}\n"
 
 
 def test_jobs_are_those_of_a_snakemake_in_the_folder(slurm):
@@ -42,7 +42,10 @@ def test_jobs_are_those_of_a_snakemake_in_the_folder(slurm):
         line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="a|b"),
     ]
     (slurm / "queue").write_text("".join(queue))
-    assert jobs_of(slurm) == [Job("1", "RUNNING", "rule_finetune_wildcards_demo"), Job("4", "COMPLETED", "a|b")]
+    assert jobs_of(slurm) == [
+        Job("1", "RUNNING", "None", "rule_finetune_wildcards_demo"),
+        Job("4", "COMPLETED", "None", "a|b"),
+    ]
 
 
 def test_a_slurm_that_does_not_answer_is_no_empty_queue(slurm):
@@ -74,20 +77,28 @@ def test_nothing_is_stopped_where_nothing_runs(slurm):
     assert (slurm / "calls").read_text() == ""
 
 
-@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL"])
-def test_what_slurm_has_given_up_is_put_back(state, slurm):
-    old = line(1, state, slurm)  # of an earlier Snakemake
+@pytest.mark.parametrize(
+    ("state", "reason", "said", "call"),
+    [
+        ("PREEMPTED", "None", "PREEMPTED", "scontrol requeue 2"),
+        ("NODE_FAIL", "None", "NODE_FAIL", "scontrol requeue 2"),
+        ("PENDING", "launch failed requeued held", "held (launch failed requeued held)", "scontrol release 2"),
+    ],
+)
+def test_what_slurm_has_given_up_is_put_back(state, reason, said, call, slurm):
+    old = line(1, state, slurm, reason=reason)  # of an earlier Snakemake
     (slurm / "queue").write_text(old)
-    said = []
-    stop = watch(slurm, said.append, every=0.01)
+    heard = []
+    stop = watch(slurm, heard.append, every=0.01)
     (slurm / "after").write_text(f"printf '%s' '{line(2, 'PENDING', slurm)}' > {slurm}/queue\n")
-    (slurm / "queue").write_text(old + line(2, state, slurm) + line(3, "CANCELLED", slurm))
-    wait_for(lambda: said)
+    others = line(3, "CANCELLED", slurm) + line(4, "PENDING", slurm, reason="JobHeldUser")
+    (slurm / "queue").write_text(old + line(2, state, slurm, reason=reason) + others)
+    wait_for(lambda: heard)
     stop()
-    assert said == [
-        f"Slurm job 2 (rule_finetune_wildcards_demo) is {state}, and Slurm leaves it at that: put back into the queue"
+    assert heard == [
+        f"Slurm job 2 (rule_finetune_wildcards_demo) is {said}, and Slurm leaves it at that: put back into the queue"
     ]
-    assert (slurm / "calls").read_text() == "scontrol requeue 2\n"
+    assert (slurm / "calls").read_text() == f"{call}\n"
 
 
 def test_what_cannot_be_put_back_is_said_once(slurm):

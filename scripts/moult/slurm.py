@@ -17,12 +17,15 @@ _NAME = re.compile(r"(.+_)?[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
 # Final for Slurm. The plugin waits for a requeue that never comes: PREEMPTED where PreemptMode is CANCEL, NODE_FAIL with
 # slurm-requeue where Slurm does not put the job back.
 _GIVEN_UP = ("PREEMPTED", "NODE_FAIL")
+# A job that Slurm has put back and could not start stays in the queue for ever, if nobody releases it.
+_HELD = "launch failed requeued held"
 _ENDED = (*_GIVEN_UP, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 class Job(NamedTuple):
     id: str
     state: str  # in full: RUNNING, PENDING, ...
+    reason: str  # why it waits
     what: str  # the plugin's comment: rule_<rule>_wildcards_<wildcards>
 
 
@@ -31,12 +34,14 @@ def jobs_of(folder: Path) -> list[Job]:
 
     Raises OSError or subprocess.SubprocessError if Slurm does not answer.
     """
-    command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%j|%Z|%k"]
+    command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r|%j|%Z|%k"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    jobs = (line.split("|", 4) for line in answer.splitlines())
-    return [
-        Job(id, state, what) for id, state, name, where, what in jobs if where == str(folder) and _NAME.fullmatch(name)
-    ]
+    jobs = []
+    for line in answer.splitlines():
+        id, state, reason, name, where, what = line.split("|", 5)
+        if where == str(folder) and _NAME.fullmatch(name):
+            jobs.append(Job(id, state, reason, what))
+    return jobs
 
 
 def stop_left_over(folder: Path, warn: Callable[[str], None], patience: float = 900, every: float = 2) -> None:
@@ -72,17 +77,22 @@ def watch(folder: Path, warn: Callable[[str], None], every: float = 20) -> Calla
     def work() -> None:
         while not stop.wait(every):
             try:
-                given_up = [job for job in jobs_of(folder) if job.id not in known and job.state in _GIVEN_UP]
+                jobs = [job for job in jobs_of(folder) if job.id not in known]
             except (OSError, subprocess.SubprocessError):
                 continue  # a controller that restarts
-            for job in given_up:
-                fault = _call("scontrol", "requeue", job.id)
+            for job in jobs:
+                if job.state in _GIVEN_UP:
+                    state, fault = job.state, _call("scontrol", "requeue", job.id)
+                elif job.reason.replace("_", " ") == _HELD:  # with underscores in newer versions
+                    state, fault = f"held ({job.reason})", _call("scontrol", "release", job.id)
+                else:
+                    continue
                 outcome = (
                     f"cannot be put back ({fault}): stop Snakemake and start it again"
                     if fault
                     else "put back into the queue"
                 )
-                warn(f"Slurm job {job.id} ({job.what}) is {job.state}, and Slurm leaves it at that: {outcome}")
+                warn(f"Slurm job {job.id} ({job.what}) is {state}, and Slurm leaves it at that: {outcome}")
                 if fault:
                     known.add(job.id)
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ pytestmark = [
 # The profile's waits are for real clusters.
 QUICK = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
 TARGET = "results/demo/metrics.json"
-LONG = "runs: {demo: {train: {max_steps: 900, eval_steps: 100, save_steps: 100, logging_steps: 50}}}"
+LONG = "runs: {demo: {train: {max_steps: 1600, eval_steps: 200, save_steps: 50, logging_steps: 50}}}"
 
 
 def call(*command: str) -> str:
@@ -110,8 +111,8 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     snakemake(undisturbed, *goal)
 
     partition = ("--set-resources", "finetune:slurm_partition=scavenge")
-    # Far too short; and it is warned 20 seconds before.
-    process = started(folder, *goal, *partition, "finetune:runtime=1", "finetune:slurm_extra='--signal=TERM@20'")
+    # Far too short; and it is warned 40 seconds before.
+    process = started(folder, *goal, *partition, "finetune:runtime=1", "finetune:slurm_extra='--signal=TERM@40'")
 
     def further(after: str) -> str:
         """Wait until a job has brought it further, and return that job."""
@@ -143,13 +144,14 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     call("scontrol", "requeue", job)
     go_on(job)
 
-    further("a requeue")
+    job = further("a requeue")
     node = jobs(folder, "finetune", "%N")[0]
     call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    call("scontrol", "update", f"nodename={node}", "state=resume")
+    kill_processes(job)
     go_on(job)
 
     further("the death of its node")
+    call("scontrol", "update", f"nodename={node}", "state=resume")
     crowd = ("--partition=high", "--nodes=3", "--exclusive", "--time=5", f"--chdir={tmp_path}", "--wrap=sleep 8")
     crowd = call("sbatch", "--parsable", *crowd).strip()
     job = wait_for(lambda: re.search(r"Slurm job (\d+) .* is PREEMPTED, .*: put back into the queue", said()))[1]
@@ -160,7 +162,18 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     assert adapter(folder) == adapter(undisturbed)
     log = [json.loads(line) for line in (folder / "results/demo/training_log.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in log if "loss" in entry]
-    assert steps == sorted(set(steps)) and steps[-1] == 900
+    assert steps == sorted(set(steps)) and steps[-1] == 1600
+
+
+def kill_processes(job: str) -> None:
+    """All that the job has on its node, Slurm's own included: a node that is only set down would let them live."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"SLURM_JOB_ID={job}\0" in (folder / "environ").read_text(errors="replace")
+            if ours or f"slurmstepd: [{job}." in (folder / "cmdline").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:
+            continue
 
 
 def go_on(job: str) -> None:
