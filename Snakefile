@@ -16,7 +16,7 @@ configfile: "config/config.yaml"
 include: "rules/common.smk"
 
 
-container: config["container"]
+container: image
 
 
 wildcard_constraints:

@@ -6,14 +6,18 @@ Nothing heavier than yaml and jsonschema is imported here, because Snakemake rea
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import sys
+import tempfile
 import time
+from atexit import register as at_exit
 from functools import lru_cache
 from os import environ
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 started = time.time()
 
@@ -63,7 +67,7 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-for module in ("__init__", "errors", "files", "config", "failures", "sources", "stage"):
+for module in ("__init__", "errors", "files", "config", "failures", "sources", "stage", "container"):
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
@@ -71,6 +75,7 @@ sys.path.insert(0, str(library.parent.parent.resolve()))
 
 from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, load_schema
 from moult.config import local_model, measured_as, misplaced, resolve, slug, source_entries, stage_settings
+from moult.container import check_image, environment, identity
 from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
@@ -113,6 +118,39 @@ refuse(misplaced(config))
 encoders, base_measurers = encoded_as(config), measured_as(config)
 
 
+# --- containers ---
+
+in_containers = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+
+
+def image(wildcards):
+    """The image of all stages. Snakemake asks for it when it knows what will run, and before anything does.
+
+    Where nothing will, there is none: a dry run needs neither the image nor Apptainer, for which Snakemake (9.27) looks.
+    """
+    if workflow.executor_plugin is None or workflow.dryrun or workflow.touch:
+        return None
+    if in_containers:
+        set_up_containers()
+    return config["container"]
+
+
+@lru_cache
+def set_up_containers():
+    """What the containers see and what they are told, for all jobs that this Snakemake runs itself."""
+    try:
+        check_image(config["container"])
+    except MoultError as error:
+        raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
+    scratch = Path(tempfile.mkdtemp(prefix="moult-"))
+    at_exit(shutil.rmtree, scratch, ignore_errors=True)
+    writes = [workflow.pathvars.apply(f"<{folder}>") for folder in ("results", "logs", "benchmarks")]
+    environ.update(environment(config, writes, map(str, workflow.runtime_paths), scratch))
+    # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
+    home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")
+    shell.prefix(f"set -euo pipefail; export HOME={home}; ")
+
+
 # --- code: tracked by content, not by time ---
 
 
@@ -126,7 +164,11 @@ def script_of(stage):
 @lru_cache
 def code_hash(script, *data):
     """Param: the contents of a stage's script, of the modules that it imports, directly or through others, and of
-    `data`, files of the workflow that it reads. An edit reruns the stage, a checkout does not."""
+    `data`, files of the workflow that it reads. An edit reruns the stage, a checkout does not.
+
+    The image that the config names is part of it, with --use-singularity or without, so that runs with it and without it
+    agree: a new version or digest reruns the stages, a moved file does not. (Snakemake's own trigger is off: see
+    profiles/default. What lies in the file is not looked at: hence the version in its name.)"""
     found = [f"scripts/{script}.py", "scripts/moult/__init__.py", *data]
     texts = []
     for path in found:
@@ -134,7 +176,7 @@ def code_hash(script, *data):
         for module in re.findall(r"^\s*from moult\.(\w+) import", texts[-1], re.MULTILINE):
             if f"scripts/moult/{module}.py" not in found:
                 found.append(f"scripts/moult/{module}.py")
-    return sha256_text("".join(texts))[:16]
+    return sha256_text("".join([*texts, identity(config["container"])]))[:16]
 
 
 shipped_templates = Path(own_file("config/chat_templates/chatml.jinja")).parent
