@@ -145,7 +145,7 @@ def set_up_containers():
     scratch = Path(tempfile.mkdtemp(prefix="moult-"))
     at_exit(shutil.rmtree, scratch, ignore_errors=True)
     writes = [workflow.pathvars.apply(f"<{folder}>") for folder in ("results", "logs", "benchmarks")]
-    environ.update(environment(config, writes, map(str, workflow.runtime_paths), scratch))
+    environ.update(environment(config, writes, scratch))
     # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
     home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")
     shell.prefix(f"set -euo pipefail; export HOME={home}; ")

@@ -44,12 +44,12 @@ def check_image(container: str) -> None:
         )
 
 
-def environment(config: dict, writes: Iterable[str], sees: Iterable[str], scratch: Path) -> dict[str, str]:
+def environment(config: dict, writes: Iterable[str], scratch: Path) -> dict[str, str]:
     """The variables that make Apptainer show a stage what it needs, and nothing else.
 
-    `writes` are the folders of the outputs and `sees` further ones to read. In `scratch` lie the container's /tmp and home,
-    so that what libraries cache there is neither in the checkout nor in the user's home. HOME keeps its value, for `~` in
-    the config to mean the same inside.
+    `writes` are the folders of the outputs. In `scratch` lie the container's /tmp and home, so that what libraries cache
+    there is neither in the checkout nor in the user's home. HOME keeps its value, for `~` in the config to mean the same
+    inside. (Snakemake itself adds its cache of sources, which may lie in the home: Apptainer mounts the outer folder first.)
     """
     prefix = "APPTAINER" if shutil.which("apptainer") else "SINGULARITY"  # as Snakemake chooses
     kept = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
@@ -61,7 +61,7 @@ def environment(config: dict, writes: Iterable[str], sees: Iterable[str], scratc
     for path in (".", *writes):
         Path(path).mkdir(parents=True, exist_ok=True)
         mounts.show(path, writable=True)
-    for path in (*sees, *_read(config)):
+    for path in _read(config):
         mounts.show(path)
     for path in _named_by(kept):
         mounts.show(path, writable=Path(path).is_dir())
