@@ -144,7 +144,8 @@ def set_up_containers():
         raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
     scratch = Path(tempfile.mkdtemp(prefix="moult-"))
     at_exit(shutil.rmtree, scratch, ignore_errors=True)
-    writes = [workflow.pathvars.apply(f"<{folder}>") for folder in ("results", "logs", "benchmarks")]
+    folders = ("results", "logs", "benchmarks")
+    writes = [".snakemake", *(workflow.pathvars.apply(f"<{folder}>") for folder in folders)]
     environ.update(environment(config, writes, scratch))
     # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
     home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")

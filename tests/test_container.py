@@ -219,16 +219,16 @@ def test_runs_with_and_without_containers_agree(demo, tmp_path):
         environment.setenv("PATH", "/usr/bin:/bin")
         if shutil.which("apptainer") or shutil.which("singularity"):
             pytest.skip("Apptainer is in /usr/bin")
-        for arguments in ([], ["--use-singularity"]):
-            for container, reruns in (
-                ("containers/moult-train-0.1.0.sif", False),
-                ("/images/moult-train-0.1.0.sif", False),
-                ("containers/moult-train-0.2.0.sif", True),
-            ):
-                (folder / "mine.yaml").write_text(f"container: {container}")
-                output = snakemake(folder, "-n", "results/demo/metrics.json", *arguments, "--configfile", "mine.yaml")
-                assert ("Nothing to be done" in output) != reruns
-                assert not reruns or re.search(r"^finetune +1$", output, re.MULTILINE)
+        for image, arguments, reruns in (
+            ("containers/moult-train-0.1.0.sif", ["--use-singularity"], False),
+            ("/images/moult-train-0.1.0.sif", [], False),
+            ("containers/moult-train-0.2.0.sif", [], True),
+            ("containers/moult-train-0.2.0.sif", ["--use-singularity"], True),
+        ):
+            (folder / "mine.yaml").write_text(f"container: {image}")
+            output = snakemake(folder, "-n", "results/demo/metrics.json", *arguments, "--configfile", "mine.yaml")
+            assert ("Nothing to be done" in output) != reruns
+            assert not reruns or re.search(r"^finetune +1$", output, re.MULTILINE)
 
 
 # --- the recipes ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -297,7 +298,7 @@ def test_the_container_sees_what_it_needs_and_nothing_else(folder, tmp_path, poi
     (folder / "results").symlink_to(tmp_path / "store/results")
     config = {
         "model": {"name": "org/m", "chat_template": str(tmp_path / "template.jinja")},
-        "datasets": {"demo": {"source": "~/../data/rows.jsonl"}},
+        "datasets": {"demo": None, "d": {"source": "~/../data/rows.jsonl"}},
         "paths": {"models": str(tmp_path / "models")},
     }
     (folder / "here").mkdir()
@@ -411,8 +412,10 @@ def test_without_the_image_one_message_and_no_job(tmp_path):
     assert "finetune" in contained(folder, "-n", TARGET)
 
 
-def test_a_killed_snakemake_leaves_no_process_in_a_container(folder):
-    (folder / "mine.yaml").write_text("runs: {demo: {train: {max_steps: 100000, save_strategy: 'no'}}}")
+def test_a_killed_snakemake_leaves_no_process_in_a_container(contained_demo, tmp_path):
+    folder = tmp_path / "demo"  # with what comes before the training
+    shutil.copytree(contained_demo[0], folder, copy_function=shutil.copy2, symlinks=True)
+    shutil.rmtree(folder / "results/demo/trainer_state")
     (folder / "mine.yaml").write_text("runs: {demo: {train: {max_steps: 100000}}}")
     command = [
         sys.executable,
@@ -457,50 +460,44 @@ def wait(until, seconds: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def docker_sif(base, tmp_path_factory):
+def open_folder():
+    """A folder that another user gets to; those of pytest are closed."""
+    folder = Path(tempfile.mkdtemp(prefix="moult-test-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def docker_sif(base, open_folder):
     """The Dockerfile's image, made by buildah and turned into one that Apptainer runs: there is no daemon here."""
     if "MOULT_TEST_DOCKERFILE" not in os.environ:
         pytest.skip("takes some minutes: set MOULT_TEST_DOCKERFILE=1")
-    image = tmp_path_factory.mktemp("docker") / "docker.sif"
+    image = open_folder / "docker.sif"
     arguments = ["-f", ROOT / "containers/Dockerfile", "--build-arg", "VERSION=0.1.0", "--build-arg", "REVISION=test"]
+    command = [BASE_MAKER, "dockerfile", image, ROOT, *arguments]
     environment = {**os.environ, "TEST_IMAGE_CACHE": str(CACHE)}
-    done = subprocess.run(
-        [BASE_MAKER, "dockerfile", image, ROOT, *arguments], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"^  torch +\d", done.stdout + done.stderr, re.MULTILINE), "the build did not run the self-test"
     return image
 
 
-def test_the_workflow_runs_as_a_whole_in_the_image_of_the_dockerfile(docker_sif, demo, tmp_path):
-    """As `docker compose run moult` does it, with its command from the README, and as a user that the image does not know."""
-    readme = (ROOT / "README.md").read_text()
-    (command,) = re.findall(
-        r"^    docker compose -f containers/compose\.yaml run --rm moult (.*?)(?: +#.*)?$", readme, re.MULTILINE
-    )
-    folder = checkout(tmp_path / "moult")
-    for path in (tmp_path, folder, *folder.rglob("*")):
-        os.chown(path, 65534, 65534)
-    for path in tmp_path.parents:
-        if path != Path("/") and not path.stat().st_mode & 0o001:
-            pytest.skip(f"{path} lets no other user through")
-    bound = f"{folder}:/work"
-    run = [
-        "apptainer",
-        "exec",
-        "--containall",
-        "--no-home",
-        "--bind",
-        bound,
-        "--pwd",
-        "/work",
-        docker_sif,
-        "bash",
-        "-c",
-    ]
-    home = "export HOME=/tmp; "  # Docker has the image's; Apptainer sets its own
-    done = subprocess.run([*run, home + command], capture_output=True, text=True, user=65534, group=65534)
+def test_the_whole_workflow_in_the_image_of_the_dockerfile(docker_sif, demo, open_folder):
+    """With the README's command, as `docker compose run` does it, for a user that the image does not know."""
+    pattern = r"^    docker compose -f containers/compose\.yaml run --rm moult (.*)$"
+    (command,) = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
+    (open_folder / "moult").mkdir()
+    folder = checkout(open_folder / "moult")
+    nobody = 65534
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, nobody, nobody)
+    mounts = ["--containall", "--no-home", "--bind", f"{folder}:/work", "--pwd", "/work"]
+    home = "export HOME=/tmp; "  # Docker has the image's, Apptainer sets its own
+    run = ["apptainer", "exec", *mounts, docker_sif, "bash", "-c", home + command]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    done = subprocess.run(run, capture_output=True, text=True, user=nobody, group=nobody, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
     for path in ("adapter/adapter_model.safetensors", "samples.jsonl"):
         made = folder / "results/demo" / path
-        assert made.read_bytes() == (demo / "results/demo" / path).read_bytes() and made.stat().st_uid == 65534
+        assert made.read_bytes() == (demo / "results/demo" / path).read_bytes() and made.stat().st_uid == nobody
