@@ -397,6 +397,51 @@ use rule * from moult as moult_*
     assert done.returncode == 0 and "Activating singularity image" in done.stderr, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="session")
+def open_folder():
+    """A folder that another user gets to; those of pytest are closed."""
+    folder = Path(tempfile.mkdtemp(prefix="moult-test-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+NOBODY = 65534
+
+
+def give_to_nobody(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+
+
+def test_for_a_user_without_rights(sif, open_folder, monkeypatch):
+    """Apptainer then works in a name space of the user's; home and checkout are mounted into one another all the same."""
+    from moult.config import load_schema, resolve
+    from moult.container import environment as environment_of
+
+    folder = open_folder / "user"
+    for name in ("home/checkout", "data"):
+        (folder / name).mkdir(parents=True)
+    for name in ("home/secret", "data/rows.jsonl", "data/secret"):
+        (folder / name).touch()
+    shutil.copy(sif, folder / "image.sif")
+    monkeypatch.chdir(folder / "home" / "checkout")
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    config = {"model": {"name": "m"}, "datasets": {"d": {"source": str(folder / "data/rows.jsonl")}}}
+    variables = environment_of(resolve(config, load_schema(str(ROOT / "config"))), ["results"], folder / "scratch")
+    give_to_nobody(folder)
+    script = "ls ~ ../../data; touch results/made /tmp/made; touch ../../data/rows.jsonl 2>&1 | grep -o Read-only.*"
+    command = ["apptainer", "exec", "--home", str(Path.cwd()), folder / "image.sif", "bash", "-c"]
+    command.append(f"export HOME={folder}/home; {script}")
+    environment = {**variables, "PATH": os.environ["PATH"], "HOME": str(folder / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, user=NOBODY, group=NOBODY, env=environment)
+    said = done.stdout.replace(str(folder), "").split("\n")
+    assert said == ["../../data:", "rows.jsonl", "", "/home:", "checkout", "Read-only file system", ""], done
+    assert Path("results/made").exists() and (folder / "scratch/tmp/made").exists()
+
+
 # --- before it starts, and when it is killed --------------------------------------------------------------------------
 
 
@@ -460,15 +505,6 @@ def wait(until, seconds: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def open_folder():
-    """A folder that another user gets to; those of pytest are closed."""
-    folder = Path(tempfile.mkdtemp(prefix="moult-test-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
 def docker_sif(base, open_folder):
     """The Dockerfile's image, made by buildah and turned into one that Apptainer runs: there is no daemon here."""
     if "MOULT_TEST_DOCKERFILE" not in os.environ:
@@ -489,15 +525,13 @@ def test_the_whole_workflow_in_the_image_of_the_dockerfile(docker_sif, demo, ope
     (command,) = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
     (open_folder / "moult").mkdir()
     folder = checkout(open_folder / "moult")
-    nobody = 65534
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, nobody, nobody)
+    give_to_nobody(folder)
     mounts = ["--containall", "--no-home", "--bind", f"{folder}:/work", "--pwd", "/work"]
     home = "export HOME=/tmp; "  # Docker has the image's, Apptainer sets its own
     run = ["apptainer", "exec", *mounts, docker_sif, "bash", "-c", home + command]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    done = subprocess.run(run, capture_output=True, text=True, user=nobody, group=nobody, env=environment, cwd="/")
+    done = subprocess.run(run, capture_output=True, text=True, user=NOBODY, group=NOBODY, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
     for path in ("adapter/adapter_model.safetensors", "samples.jsonl"):
         made = folder / "results/demo" / path
-        assert made.read_bytes() == (demo / "results/demo" / path).read_bytes() and made.stat().st_uid == nobody
+        assert made.read_bytes() == (demo / "results/demo" / path).read_bytes() and made.stat().st_uid == NOBODY
