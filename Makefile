@@ -2,8 +2,11 @@
 # make test   set up, run the tests
 # make lint   formatting and lint, as CI runs them
 # make schema write what is derived from config/schema.yaml and the libraries
+# make image  build the image of the training stages for Apptainer; make docker-image, for Docker.
+#             make serve-image and make docker-serve-image: that of the server
 #
-# The environment is .venv; PYTHON names the interpreter that makes it.
+# The environment is .venv; PYTHON names the interpreter that makes it. BASE_IMAGE is another base for the image: one of a
+# registry, or for `make image` a .sif file or a folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,8 +14,14 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 REQUIREMENTS := envs/workflow.txt envs/train.txt
 CORES ?= 1
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' scripts/moult/__init__.py)
+DOCKER ?= docker
+# A remote that is no address on the web is of no use to others.
+LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 2>/dev/null),unknown) \
+    SOURCE=$(or $(filter https://%,$(shell git config --get remote.origin.url)),unknown)
+BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 
-.PHONY: demo test lint schema env
+.PHONY: demo test lint schema env image serve-image docker-image docker-serve-image
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -32,6 +41,25 @@ schema: $(VENV)/workflow.stamp
 	$(BIN)/python scripts/config_docs.py
 
 env: $(VENV)/workflow.stamp
+
+image: containers/moult-train-$(VERSION).sif
+
+serve-image: containers/moult-serve-$(VERSION).sif
+
+containers/moult-%-$(VERSION).sif: containers/%.def containers/install.sh $(wildcard envs/*.txt)
+	@command -v apptainer >/dev/null || \
+	  { echo "apptainer is not installed: see https://apptainer.org/docs/admin/main/installation.html"; exit 1; }
+	@rm -f $@.part
+	apptainer build $(addprefix --build-arg ,$(LABELS) $(BASE) $(if $(wildcard $(BASE_IMAGE)),BOOTSTRAP=localimage)) $@.part $<
+	mv $@.part $@
+
+docker-image: DOCKERFILE := Dockerfile
+docker-image: TAG := moult-train:$(VERSION)
+docker-serve-image: DOCKERFILE := Dockerfile.serve
+docker-serve-image: TAG := moult-serve:$(VERSION)
+docker-image docker-serve-image:
+	@command -v $(DOCKER) >/dev/null || { echo "$(DOCKER) is not installed: see https://docs.docker.com/engine/install/"; exit 1; }
+	$(DOCKER) build $(addprefix --build-arg ,$(LABELS) $(BASE)) --file containers/$(DOCKERFILE) --tag $(TAG) .
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

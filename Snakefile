@@ -14,10 +14,11 @@ configfile: "config/config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/containers.smk"
 include: "rules/cluster.smk"
 
 
-container: config["container"]
+container: image
 
 
 wildcard_constraints:

@@ -8,7 +8,6 @@ import json
 import subprocess
 
 from snakemake.logging import logger
-from snakemake.settings.types import DeploymentMethod
 
 from moult.slurm import stop_left_over, watch
 
@@ -40,7 +39,7 @@ def launcher(wildcards, input, threads):
     here, nodes = train["gpu"] // train["nodes"], train["nodes"]
     if nodes == 1:
         return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
-    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_container()):
+    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_containers):
         raise WorkflowError(
             f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
             "(srun is not in the image)"
@@ -65,10 +64,6 @@ def several_nodes(wildcards):
 
 def on_slurm():
     return type(workflow.executor_settings).__module__.startswith("snakemake_executor_plugin_slurm")
-
-
-def in_container():
-    return DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 
 
 def look_after_slurm():

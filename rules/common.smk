@@ -65,7 +65,8 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-for module in ("__init__", "errors", "files", "config", "failures", "slurm", "sources", "stage"):
+library_modules = ("__init__", "errors", "files", "config", "container", "failures", "slurm", "sources", "stage")
+for module in library_modules:
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
@@ -73,6 +74,7 @@ sys.path.insert(0, str(library.parent.parent.resolve()))
 
 from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, load_schema
 from moult.config import local_model, measured_as, misplaced, resolve, slug, source_entries, stage_settings
+from moult.container import identity
 from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
@@ -128,7 +130,11 @@ def script_of(stage):
 @lru_cache
 def code_hash(script, *data):
     """Param: the contents of a stage's script, of the modules that it imports, directly or through others, and of
-    `data`, files of the workflow that it reads. An edit reruns the stage, a checkout does not."""
+    `data`, files of the workflow that it reads. An edit reruns the stage, a checkout does not.
+
+    The image that the config names is part of it, with --use-singularity or without, so that runs with it and without it
+    agree: a new version or digest reruns the stages, a moved file does not. (Snakemake's own trigger is off: see
+    profiles/default. What lies in the file is not looked at: hence the version in its name.)"""
     found = [f"scripts/{script}.py", "scripts/moult/__init__.py", *data]
     texts = []
     for path in found:
@@ -136,7 +142,7 @@ def code_hash(script, *data):
         for module in re.findall(r"^\s*from moult\.(\w+) import", texts[-1], re.MULTILINE):
             if f"scripts/moult/{module}.py" not in found:
                 found.append(f"scripts/moult/{module}.py")
-    return sha256_text("".join(texts))[:16]
+    return sha256_text("".join([*texts, identity(config["container"])]))[:16]
 
 
 shipped_templates = Path(own_file("config/chat_templates/chatml.jinja")).parent

@@ -67,7 +67,7 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
     )
     (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "override": {"train": {"max_steps": 2}}}))
     commands = re.findall(r"^    snakemake (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         arguments = shlex.split(command.split(" | ")[0])
         if "check_connectivity" in arguments:

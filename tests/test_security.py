@@ -217,11 +217,16 @@ def test_every_package_is_pinned():
         rows = (ROOT / "envs" / name).read_text(encoding="utf-8").splitlines()
         return [row.partition("#")[0].strip() for row in rows if row.partition("#")[0].strip()]
 
-    pins = dict(row.split("==") for row in lines("constraints.txt"))
-    wanted = [row.split("==") for name in ("workflow.txt", "train.txt", "dev.txt") for row in lines(name)]
-    normal = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
-    for name, version in wanted:
-        assert normal.get(re.sub(r"[-_.]+", "-", name.partition("[")[0]).lower(), version) == version
+    def normal(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name.partition("[")[0]).lower()
+
+    for constraints, sets in (
+        ("constraints.txt", ("workflow.txt", "train.txt", "dev.txt")),
+        ("serve-constraints.txt", ("serve.txt",)),
+    ):
+        pins = {normal(name): version for name, version in (row.split("==") for row in lines(constraints))}
+        for name, version in (row.split("==") for file in sets for row in lines(file)):
+            assert pins.get(normal(name)) == version, name
 
 
 def test_certificates_are_checked_by_default():

@@ -1,0 +1,40 @@
+"""The stages in containers (with --use-singularity): which image, and what a container sees (moult/container.py)."""
+
+import shlex
+import tempfile
+from atexit import register as at_exit
+
+from snakemake.settings.types import DeploymentMethod
+
+from moult.container import check_image, environment
+
+in_containers = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+
+
+def image(wildcards):
+    """The image of all stages. Snakemake asks for it when it knows what will run, and before anything does.
+
+    Where nothing will, there is none: a dry run needs neither the image nor Apptainer, for which Snakemake (9.27) looks.
+    """
+    if workflow.executor_plugin is None or workflow.dryrun or workflow.touch:
+        return None
+    if in_containers:
+        set_up_containers()
+    return config["container"]
+
+
+@lru_cache
+def set_up_containers():
+    """What the containers see and what they are told, for all jobs that this Snakemake runs itself."""
+    try:
+        check_image(config["container"])
+    except MoultError as error:
+        raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
+    scratch = Path(tempfile.mkdtemp(prefix="moult-"))
+    at_exit(shutil.rmtree, scratch, ignore_errors=True)
+    folders = ("results", "logs", "benchmarks")
+    writes = [".snakemake", *(workflow.pathvars.apply(f"<{folder}>") for folder in folders)]
+    environ.update(environment(config, writes, scratch))
+    # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
+    home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")
+    shell.prefix(f"set -euo pipefail; export HOME={home}; ")

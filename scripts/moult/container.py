@@ -1,0 +1,168 @@
+"""The stages in a container: whether the image is there, and what the container sees of the machine.
+
+Apptainer takes all of this from environment variables. So `snakemake --use-singularity` needs no profile, and a job of a
+cluster, which reads rules/common.smk again, gets the folders and the GPU of its own node.
+"""
+
+import csv
+import glob
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from moult.config import is_local, local_model, source_entries
+from moult.errors import MoultError
+
+# What the stages and their libraries read of the environment. All else stays outside: PYTHONPATH, LD_LIBRARY_PATH,
+# settings of the host's compilers. (Apptainer itself lets TERM and the proxies through.)
+_PASSED_ON = re.compile(
+    r"(HF|HUGGING_FACE|HUGGINGFACE|MOULT|SLURM|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|NVIDIA|OMP|MKL|WANDB|MLFLOW)_\w+"
+    r"|CUDA_(?!HOME|PATH|ROOT)\w+|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TZ"
+    r"|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+)
+
+
+def identity(container: str) -> str:
+    """What tells one image from another, wherever it lies: the digest, or the name of the file, which bears the version."""
+    return container.rpartition("@")[2] if "://" in container else Path(container).name
+
+
+def check_image(container: str) -> None:
+    """Raises MoultError if the stages cannot run in the image. One that has an address is fetched by Snakemake."""
+    if not any(map(shutil.which, ("apptainer", "singularity"))):
+        raise MoultError(
+            "--use-singularity: neither apptainer nor singularity is on the PATH",
+            "install Apptainer (https://apptainer.org); without the flag the stages run in Snakemake's own environment",
+        )
+    if "://" not in container and not Path(container).is_file():
+        raise MoultError(
+            f"--use-singularity: the image is not there: {container}",
+            "`make image` builds the one of this version; `container` in the config names another",
+        )
+
+
+def environment(config: dict, writes: Iterable[str], scratch: Path) -> dict[str, str]:
+    """The variables that make Apptainer show a stage what it needs, and nothing else.
+
+    `writes` are the folders of the outputs. In `scratch` lie the container's /tmp and home, so that what libraries cache
+    there is neither in the checkout nor in the user's home. HOME keeps its value, for `~` in the config to mean the same
+    inside. (Snakemake itself adds its cache of sources, which may lie in the home: Apptainer mounts the outer folder first.)
+    """
+    prefix = "APPTAINER" if shutil.which("apptainer") else "SINGULARITY"  # as Snakemake chooses
+    kept = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
+    mounts = _Mounts()
+    for folder, destinations in (("tmp", ("/tmp", "/var/tmp")), ("home", (str(Path.home()),))):
+        (scratch / folder).mkdir(parents=True, exist_ok=True)
+        for destination in destinations:
+            mounts.replace(destination, scratch / folder)
+    for path in (".", *writes):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        mounts.show(path, writable=True)
+    for path in _read(config):
+        mounts.show(path)
+    for path in _named_by(kept):
+        mounts.show(path, writable=Path(path).is_dir())
+    variables = {
+        f"{prefix}_CLEANENV": "1",
+        f"{prefix}_NO_MOUNT": "tmp",
+        f"{prefix}_MOUNT": str(mounts),
+        **{f"{prefix}ENV_{name}": value for name, value in kept.items()},
+    }
+    if any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # the latter in WSL
+        variables[f"{prefix}_NV"] = "1"
+    return variables
+
+
+def _named_by(variables: dict[str, str]) -> list[str]:
+    """Files and folders that environment variables name: certificates, and the hub's own cache with the token in it."""
+    values = [value for name, value in variables.items() if not name.startswith("SLURM_")]
+    if "HF_HOME" in variables:
+        Path(variables["HF_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
+    elif "HF_TOKEN_PATH" not in variables:
+        values.append(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface", "token"))  # noqa: PTH118
+    return [value for value in values if value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))]  # noqa: PTH110, PTH111
+
+
+def _read(config: dict) -> Iterator[str]:
+    """The files and folders that the config names for reading."""
+    if config["paths"]["models"]:
+        yield config["paths"]["models"]
+    if config["network"]["tls"] not in ("verify", "off"):
+        yield config["network"]["tls"]
+    for run in config["runs"].values():
+        if folder := local_model(run["model"], config["paths"]):
+            yield from _with_links(folder)
+        if run["model"]["chat_template"]:
+            yield run["model"]["chat_template"]
+    for dataset in config["datasets"].values():
+        for source in filter(None, (dataset["source"], dataset["val_source"])):
+            for entry in source_entries(source, dataset):
+                if is_local(entry["path"]):
+                    yield from _with_links(entry["path"])
+
+
+def _with_links(path: str) -> Iterator[str]:
+    """A file, a folder, or for a pattern its folder; and what links in it lead to (the hub's cache is made of them)."""
+    path = os.path.expanduser(path)  # noqa: PTH111
+    if not os.path.exists(path) and glob.has_magic(path):  # noqa: PTH110
+        path = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "."
+    yield path
+    targets = set()
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder, name) for name in (*folders, *files)):
+            if entry.is_symlink():
+                target = entry.resolve()
+                targets.add(str(target if target.is_dir() else target.parent))  # thousands of files: too many mounts
+    yield from sorted(targets)
+
+
+class _Mounts:
+    """What is mounted where. A path that goes through links is mounted under each name on its way, so that it leads to
+    the same place inside."""
+
+    def __init__(self):
+        self.wanted: dict[Path, tuple[Path, bool]] = {}
+        self.replaced: set[Path] = set()
+
+    def replace(self, destination: str, source: Path) -> None:
+        """Show `source` at `destination`, whatever the machine has there."""
+        self.wanted[Path(destination)] = source, True
+        self.replaced.add(Path(destination))
+
+    def show(self, path: str, writable: bool = False) -> None:
+        """Show what the machine has at `path`, if there is something."""
+        for name in _names(Path(path).expanduser().absolute()):
+            if name.exists():
+                writable |= self.wanted.get(name, (name, False))[1]
+                self.wanted[name] = name.resolve(), writable
+                self.replaced.discard(name)
+
+    def __str__(self) -> str:
+        """For APPTAINER_MOUNT: a line of CSV each, the outer folder before the inner one."""
+        text = io.StringIO()
+        made: dict[Path, bool] = {}
+        for name, (source, writable) in sorted(self.wanted.items()):
+            around = next((folder for folder in name.parents if folder in made), None)
+            # Within a folder that is shown, all is there; it may only be that it cannot be written.
+            if around is not None and around not in self.replaced and (made[around] >= writable or name != source):
+                continue
+            made[name] = writable
+            mode = "type=bind" if writable else "ro"  # each line must have as many fields as the first
+            csv.writer(text, lineterminator="\n").writerow(
+                ["type=bind", f"source={source}", f"destination={name}", mode]
+            )
+        return text.getvalue().rstrip()
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """`path`, and the paths that the links on its way lead to, up to the real one."""
+    for _ in range(40):  # as many as Linux follows
+        path = Path(os.path.normpath(path))
+        yield path
+        link = next((part for part in (*reversed(path.parents), path) if part.is_symlink()), None)
+        if link is None:
+            return
+        path = link.parent / link.readlink() / path.relative_to(link)
