@@ -473,7 +473,9 @@ def test_a_killed_snakemake_leaves_no_process_in_a_container(contained_demo, tmp
         "--configfile",
         "mine.yaml",
     ]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # where it leaves the container's /tmp
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env=environment, **silent)
     try:
         wait(lambda: (folder / "results/demo/trainer_state").is_dir() and "finetune.py" in processes(folder), 120)
     finally:
