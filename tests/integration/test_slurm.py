@@ -147,6 +147,9 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     job = further("a requeue")
     node = jobs(folder, "finetune", "%N")[0]
     call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    call(
+        "scontrol", "update", f"nodename={node}", "state=drain", "reason=test"
+    )  # its daemon lives, and would bring it back
     kill_processes(job)
     go_on(job)
 
