@@ -185,19 +185,20 @@ def go_on(job: str) -> None:
     call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
-def test_two_nodes_train_as_one(tmp_path):
-    """The processes of a run on several nodes, started by srun, against as many on one."""
-    adapters = {}
+def test_two_nodes_train_as_one(demo, tmp_path):
+    """The processes of a run on several nodes, started by srun, against as many on one machine."""
+    folders = {}
     for nodes in (1, 2):
-        folder = checkout(tmp_path / f"on-{nodes}")
+        folders[nodes] = shutil.copytree(demo, tmp_path / f"on-{nodes}", copy_function=shutil.copy2, symlinks=True)
         train = f"{{gpu: 2, nodes: {nodes}, max_steps: 20, per_device_train_batch_size: 4}}"
-        (folder / "two.yaml").write_text(f"runs: {{demo: {{train: {train}}}}}")
-        output = snakemake(folder, *QUICK, "results/demo/adapter.json", "--configfile", "two.yaml", cores=None)
-        job = re.findall(r"submitted with SLURM jobid (\d+) \(log: \S*rule_finetune", output)[0]
-        assert f"NumNodes={nodes} " in call("scontrol", "show", "job", job)
-        assert len(list(folder.glob("logs/demo/attempts/finetune*"))) == 2  # one of each process
-        adapters[nodes] = adapter(folder)
-    assert adapters[1] == adapters[2]
+        (folders[nodes] / "two.yaml").write_text(f"runs: {{demo: {{train: {train}}}}}")
+    goal = ("results/demo/adapter.json", "--configfile", "two.yaml")
+    snakemake(folders[1], *goal)
+    output = snakemake(folders[2], *QUICK, *goal, cores=None)
+    job = re.search(r"submitted with SLURM jobid (\d+) \(log: \S*rule_finetune", output)[1]
+    assert "NumNodes=2 " in call("scontrol", "show", "job", job)
+    assert "finetune.log.rank1" in {path.name for path in folders[2].glob("logs/demo/*")}
+    assert adapter(folders[1]) == adapter(folders[2]) != adapter(demo)
 
 
 def test_several_nodes_need_slurm(tmp_path):
