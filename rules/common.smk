@@ -239,6 +239,12 @@ def launcher(wildcards):
     return "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus}"
 
 
+def server_image(wildcards):
+    """Container: vLLM and the training libraries exclude each other, so they have an image each."""
+    engine = config["runs"][wildcards.run]["serve"]["engine"]
+    return config["runs"][wildcards.run]["serve"]["container"] if engine == "vllm" else config["container"]
+
+
 def tell_failures():
     """Below Snakemake's own lines: what has failed since the start, for all runs, in one table."""
     found = failures_since(started, Path(workflow.pathvars.apply("<logs>")))
