@@ -29,7 +29,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            return self.send({}, 503 if FAKE == "never ready" else 200)
+            return self.send({}, 503 if FAKE in ("never ready", "deaf") else 200)
         name = "other" if FAKE == "other name" else ARGUMENTS["--served-model-name"]
         self.send({"data": [{"id": name, "max_model_len": LENGTH}]})
 
@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send({"error": "Unauthorized"}, 401)
         if body["model"] != ARGUMENTS["--served-model-name"]:
             return self.send({"error": "no such model"}, 200 if FAKE == "any model" else 404)
-        if "messages" in body and len(body["messages"][0]["content"].split()) >= LENGTH:
+        said = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+        if isinstance(said, str) and len(said.split()) >= LENGTH:
             return self.send({"error": "too long"}, 500 if FAKE == "chokes" else 400)
         row = next((row for row in ANSWERS if self.is_about(row, body)), None)
         if self.path == "/tokenize":
@@ -79,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             text, ids = text.upper() if "other text" in FAKE else text, None
         usage = {"prompt_tokens": len(row["prompt_ids"]) + (FAKE == "double BOS"), "completion_tokens": 3}
         if not body.get("stream"):
-            message = {"message": {"content": text}, "finish_reason": reason, "token_ids": ids}
+            content = {"message": {"content": text}} if "messages" in body else {"text": text}
+            message = {**content, "finish_reason": reason, "token_ids": ids}
             return self.send({"choices": [message], "usage": usage})
         pieces = [{"delta": {"content": piece}} for piece in (text[:2], text[2:])]
         events = [json.dumps({"choices": [piece]}) for piece in [*pieces, {"delta": {}, "finish_reason": reason}]]
@@ -100,7 +102,9 @@ class Handler(BaseHTTPRequestHandler):
 if FAKE == "ends at once":
     print("RuntimeError: no GPU was found", flush=True)
     sys.exit(3)
-if FAKE == "leaves a child":
+if FAKE == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if FAKE in ("leaves a child", "deaf"):
     child = subprocess.Popen(["sleep", "600"])
     Path(os.environ["FAKE_PIDS"]).write_text(f"{os.getpid()} {child.pid}")
 elif "FAKE_PIDS" in os.environ:

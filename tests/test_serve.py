@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from test_workflow import again  # noqa: F401  (a fixture)
-from workflow import ROOT
+from test_workflow import again, planned, set_key  # noqa: F401  (a fixture)
+from tiny import change_tensors
+from workflow import ROOT, snakemake
 
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
@@ -393,6 +394,18 @@ def test_a_server_that_ends_at_once(measured):
     assert "the server ended with exit code 3 before it was ready" in said and "RuntimeError: no GPU was found" in said
 
 
+def test_without_vllm_it_says_where_to_name_one(measured):
+    code, _, said = smoke_test(measured, serve={"python": None})
+    assert code == 1 and "No module named" in said and "set serve.python to a Python that has vLLM" in said
+
+
+def test_a_run_without_a_chat_template_is_asked_in_plain_text(measured):
+    (measured / "adapter" / "chat_template.jinja").unlink()
+    code, checks, said = smoke_test(measured)
+    assert (code, checks) == (0, dict.fromkeys(CHECKS, True)), said
+    assert "3 the same, 3 by their number only" in said
+
+
 def test_a_near_tie_may_part_and_only_within_the_tolerance(measured):
     """The measured best token led by 0.2 nats there: little for bfloat16, far too much for float32."""
     code, checks, _ = smoke_test(measured, "answers otherwise from 1")
@@ -417,17 +430,151 @@ def test_answers_without_token_ids_are_held_against_their_text(measured):
     assert code == 1 and not checks["answers"] and "3 of 3 differ, first one in the text" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_no_server_outlives_its_smoke_test(measured, number):
-    process = start_smoke_test(measured, "never ready", serve={"start_timeout": 60})
+@pytest.mark.parametrize(
+    ("number", "fake"), [(signal.SIGTERM, "never ready"), (signal.SIGINT, "never ready"), (signal.SIGKILL, "deaf")]
+)
+def test_no_server_outlives_its_smoke_test(measured, number, fake):
+    """Nor a process that the server has started. A deaf one heeds no SIGTERM, as vLLM does not while it starts."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("the tests were started in the background of a shell, where SIGINT is ignored")
+    process = start_smoke_test(measured, fake, serve={"start_timeout": 60})
     deadline = time.monotonic() + 30
     while not (measured / "pids").exists() or not (measured / "pids").read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    pid = int((measured / "pids").read_text())
-    assert is_alive(pid)
+    pids = [int(pid) for pid in (measured / "pids").read_text().split()]
+    assert all(map(is_alive, pids))
+    time.sleep(0.5)  # the first question for its health
     process.send_signal(number)
     process.wait(timeout=30)
-    while is_alive(pid):
+    while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# --- the real thing, on the demo ---
+
+
+def demo_smoke_test(folder: Path, *arguments: str) -> tuple[int, dict, str]:
+    command = [sys.executable, "scripts/smoke_test.py", "--run", "demo", "--threads", "1", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    checks = json.loads((folder / "results/demo/smoke_test.json").read_text())["checks"]
+    return done.returncode, {name: check["passed"] for name, check in checks.items()}, done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_is_served_as_it_was_measured(again):  # noqa: F811
+    """Also where port 8080 is taken; and it is not done twice."""
+    with socket.socket() as other:
+        try:
+            other.bind(("127.0.0.1", 8080))
+            other.listen()
+        except OSError:
+            pass  # taken by somebody else
+        target = "results/demo/smoke_test.json"
+        snakemake(again, target)
+    result = json.loads((again / target).read_text())
+    assert result["passed"] and {name: check["passed"] for name, check in result["checks"].items()} == dict.fromkeys(
+        CHECKS, True
+    )
+    assert result["tolerance"] == {"lead": 0.01, "likelihood": 0.001}
+    assert "Nothing to be done" in snakemake(again, target)
+    set_key("runs", "demo", "serve", "port", value=9000)(again)
+    assert "Nothing to be done" in snakemake(again, "-n", target)
+    set_key("runs", "demo", "serve", "mode", value="adapter")(again)
+    assert planned(again, target) == {"smoke_test"}
+
+
+@pytest.mark.slow
+def test_two_smoke_tests_side_by_side_and_an_adapter(again):  # noqa: F811
+    (again / "adapter.yaml").write_text("runs: {demo: {serve: {mode: adapter}}}")
+    with ThreadPoolExecutor(2) as pool:
+        merged = pool.submit(demo_smoke_test, again, "--log-file", "a.log")
+        arguments = ("--configfile", "adapter.yaml", "--log-file", "b.log", "--result", "adapter.json")
+        adapted = pool.submit(demo_smoke_test, again, *arguments)
+        assert merged.result()[0] == 0, merged.result()[2]
+        assert adapted.result()[0] == 0, adapted.result()[2]
+    result = json.loads((again / "adapter.json").read_text())
+    assert result["serves"] == "adapter" and result["checks"]["models"]["why"] == "config/demo/base, demo"
+
+
+def change_template(merged: Path) -> None:
+    path = merged / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>assistent"))
+
+
+def swap_tokenizer(merged: Path) -> None:
+    """Two words change places."""
+    path = merged / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    capital, country = "Ġcapital", "Ġcountry"
+    words[capital], words[country] = words[country], words[capital]
+    path.write_text(json.dumps(tokenizer))
+
+
+def other_weights(merged: Path) -> None:
+    """As another seed leaves them: the answers stay the same."""
+
+    def change(tensors: dict) -> None:
+        for name, tensor in tensors.items():
+            if "down_proj" in name:
+                tensors[name] = tensor * 1.1
+
+    change_tensors(merged, change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [(change_template, "prompt_tokens"), (swap_tokenizer, "prompt_tokens"), (other_weights, "likelihood")],
+)
+def test_what_is_not_what_was_measured_is_caught(change, check, again):  # noqa: F811
+    """By what the server says, and by the file's hash where it is on this machine."""
+    change(again / "results/demo/merged")
+    code, checks, said = demo_smoke_test(again)
+    assert code == 1 and checks["files"] is False and checks[check] is False, said
+
+
+@pytest.mark.slow
+def test_make_serve_keeps_a_server_until_it_is_told_to_end(again):  # noqa: F811
+    command = [sys.executable, "scripts/serve.py", "--run", "demo", "--threads", "1", "--configfile", "mine.yaml"]
+    port, environment = free_port(), {**os.environ, "MY_KEY": "a-key-of-the-tests"}
+
+    def start(serve: str) -> subprocess.Popen:
+        (again / "mine.yaml").write_text(f"runs: {{demo: {{serve: {{port: {port}, {serve}}}}}}}")
+        return subprocess.Popen(command, cwd=again, stderr=subprocess.PIPE, text=True, env=environment)
+
+    said = start("host: 0.0.0.0").communicate(timeout=60)[1]
+    assert "can be reached from other machines, and there is no API key" in said
+
+    process = start("api_key_env: MY_KEY, served_model_name: my-demo")
+    try:
+        lines = []
+        while not lines or "try: " not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        assert "ready after" in lines[-2] and f"http://127.0.0.1:{port}/v1 serves my-demo; Ctrl-C ends it" in lines[-2]
+        curl = lines[-1].split("try: ")[1].strip().replace("curl ", "curl -s ")
+        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, env=environment, check=True)
+        assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+        assert requests.get(f"http://127.0.0.1:{port}/v1/models", timeout=9).status_code == 401
+        assert environment["MY_KEY"] not in "".join(lines) + (again / "logs/serve.log").read_text()
+        assert environment["MY_KEY"].encode() not in b"".join(map(command_line, Path("/proc").glob("[0-9]*")))
+
+        second = subprocess.run(
+            [*command, "--log-file", "x.log"], cwd=again, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert second.returncode == 1 and f"port {port} is taken by python" in second.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{port}/health", timeout=9)
+
+
+def command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
