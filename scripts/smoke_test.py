@@ -156,19 +156,20 @@ def read_questions(answers: str, rows: str, prompts: list[dict], chat: bool) -> 
 
     by_id = {row["id"]: row for row in read_jsonl(rows)}
     entries = {prompt["id"]: prompt for prompt in prompts}
-    questions = []
+    questions, from_rows = [], 0
     for answer in read_jsonl(answers):
+        expect: dict = {}
         if answer["kind"] == "prompt":
             entry = entries[answer["id"]]
             messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
             expect = entry.get("expect", {})
         else:
-            row, expect = by_id[answer["id"]], {}
+            row = by_id[answer["id"]]
             messages = [{key: part[key] for key in part if key != "train"} for part in row["messages"][:-1]]
-            if row.get("tools") or any(set(message) != {"role", "content"} for message in messages):
+            plain = not row.get("tools") and all(set(message) == {"role", "content"} for message in messages)
+            if not plain or from_rows == ROWS:
                 continue
-        if answer["kind"] == "row" and sum(question["kind"] == "row" for question in questions) == ROWS:
-            continue
+            from_rows += 1
         questions.append({**answer, "messages": messages if chat else None, "expect": expect})
     if not questions:
         raise MoultError("nothing to ask: evaluate has asked nothing", "set eval.prompts or eval.answer_rows")
@@ -193,6 +194,19 @@ class Failed(Exception):
 
 class CannotTell(Exception):
     """A check that this server has no means for, and why."""
+
+
+def accepted(response):
+    """A response that is none of an error. Raises Failed."""
+    if response.status_code != 200:
+        raise Failed(f"{response.request.path_url} answers {response.status_code}: {response.text[:200]}")
+    return response
+
+
+def first_difference(ours: list, theirs: list) -> int:
+    """The first place where two lists differ; the end of the shorter one if they differ there."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
 class Test:
@@ -268,13 +282,7 @@ class Test:
 
     def ask(self, path: str, body: dict | None = None) -> dict:
         """The JSON of an answer that is not refused."""
-        response = self.send(path, body)
-        if response.status_code != 200:
-            raise Failed(f"{path} answers {response.status_code}: {response.text[:200]}")
-        value = response.json()
-        if not isinstance(value, dict):
-            raise Failed(f"{path} answers what is no object: {response.text[:200]}")
-        return value
+        return accepted(self.send(path, body)).json()
 
     def request_of(self, question: dict) -> tuple[str, dict]:
         """The path and body that ask a question greedily: no default of the server's gets in between."""
@@ -316,9 +324,7 @@ class Test:
         ours, theirs = question["token_ids"], reply["ids"]
         if ours == theirs:
             return None
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-        )
+        at = first_difference(ours, theirs)
         lead = question["margins"][at] if at < len(question["margins"]) else None
         tokens = {"measured": ours[at] if at < len(ours) else None, "served": theirs[at] if at < len(theirs) else None}
         return {"at": at, **tokens, "lead": lead, "near_tie": lead is not None and lead <= self.lead}
@@ -383,9 +389,7 @@ class Test:
             ids = self.tokens_of(question) if question["messages"] is not None else None
             ours = question["prompt_ids"]
             if ids is not None and ids != ours:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(ids, ours, strict=False)) if a != b), min(map(len, (ids, ours)))
-                )
+                at = first_difference(ours, ids)
                 raise Failed(
                     f"{question['id']}: the server makes {len(ids)} tokens of it, evaluate made {len(ours)}; "
                     f"they differ from token {at} on"
@@ -402,9 +406,7 @@ class Test:
         response = self.send("/tokenize", {"model": self.name, "messages": question["messages"]})
         if response.status_code in (404, 405):
             return None
-        if response.status_code != 200:
-            raise Failed(f"/tokenize answers {response.status_code}: {response.text[:200]}")
-        return response.json()["tokens"]
+        return accepted(response).json()["tokens"]
 
     def expectations(self) -> str:
         from moult.checks import check
@@ -439,9 +441,7 @@ class Test:
             response = self.send("/v1/completions", body)
             if 400 <= response.status_code < 500:
                 raise CannotTell(f"the server does not tell how likely a prompt is ({response.status_code})")
-            if response.status_code != 200:
-                raise Failed(f"/v1/completions answers {response.status_code}: {response.text[:200]}")
-            found = response.json()["choices"][0]["logprobs"]["token_logprobs"][: len(ids)]
+            found = accepted(response).json()["choices"][0]["logprobs"]["token_logprobs"][: len(ids)]
             distance += abs(-sum(found[1:]) - question["prompt_nll"])
             tokens += len(ids) - 1
         drift = distance / max(tokens, 1)
@@ -454,9 +454,7 @@ class Test:
     def streaming(self) -> str:
         self.need_replies()
         path, body = self.request_of(self.questions[0])
-        response = self.send(path, {**body, "stream": True}, stream=True)
-        if response.status_code != 200:
-            raise Failed(f"{path} answers {response.status_code}: {response.text[:200]}")
+        response = accepted(self.send(path, {**body, "stream": True}, stream=True))
         response.encoding = "utf-8"
         events = [line.removeprefix("data:").strip() for line in response.iter_lines(decode_unicode=True) if line]
         if events[-1:] != ["[DONE]"]:
