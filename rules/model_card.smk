@@ -27,7 +27,7 @@ rule model_card:
         settings=settings("model_card"),
         script=script_of("model_card"),
         code=code_hash("model_card", "scripts/show_metrics.py"),
-        cards=lambda wildcards, output: Path(output.merged).parent,
+        cards=lambda wildcards, output: str(Path(output.merged).parent),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --model {input.model:q} \
