@@ -1,5 +1,7 @@
 # make demo   set up, tune the demo, print base against tuned
 # make test   set up, run the tests
+# make serve  keep a server of a run's model: RUN=demo CONFIG=mine.yaml
+# make publish  upload a run's model to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
 # make schema write what is derived from config/schema.yaml and the libraries
 # make image  build the image of the training stages for Apptainer; make docker-image, for Docker.
@@ -20,8 +22,9 @@ DOCKER ?= docker
 LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 2>/dev/null),unknown) \
     SOURCE=$(or $(filter https://%,$(shell git config --get remote.origin.url)),unknown)
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
+CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test lint schema env image serve-image docker-image docker-serve-image
+.PHONY: demo test serve publish lint schema env image serve-image docker-image docker-serve-image
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -30,6 +33,14 @@ demo: $(VENV)/workflow.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+serve: $(VENV)/workflow.stamp
+	@$(BIN)/python scripts/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)
+
+publish: $(VENV)/workflow.stamp
+	@$(BIN)/python scripts/publish.py --run $(or $(RUN),$(error which run? make publish RUN=<run> REPO=<name/model>)) \
+	  --repo $(or $(REPO),$(error to where? make publish RUN=<run> REPO=<name/model>)) \
+	  $(addprefix --what ,$(WHAT)) $(if $(PUBLIC),--public) $(if $(YES),--yes) $(CONFIGFILE)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@
 # results/<run>/tokens/           token ids and labels          results/<run>/plan.json              what will happen
 # results/<run>/adapter/          the LoRA adapter              results/<run>/trainer_state/         checkpoints
 # results/<run>/merged/           the model                     results/<run>/base/, tuned/          measurements
-# results/<run>/metrics.json      base against tuned, verdict   logs/<run>/, benchmarks/<run>/       logs, timings
+# results/<run>/metrics.json      base against tuned, verdict   results/<run>/cards/                 model cards
+# results/<run>/smoke_test.json   is it served as measured?     logs/<run>/, benchmarks/<run>/       logs, timings
 from snakemake.utils import min_version
 
 min_version("9.19")
@@ -34,13 +35,16 @@ include: "rules/finetune.smk"
 include: "rules/merge.smk"
 include: "rules/evaluate.smk"
 include: "rules/score.smk"
+include: "rules/serve.smk"
+include: "rules/model_card.smk"
 
 
 rule all:
-    """The metrics of every run in the config."""
+    """The metrics of every run in the config, and the cards of its models."""
     default_target: True
     input:
         expand("<results>/{run}/metrics.json", run=config["runs"]),
+        expand("<results>/{run}/cards/merged.md", run=config["runs"]),
 
 
 onstart:

@@ -12,24 +12,35 @@ in_containers = DeploymentMethod.APPTAINER in workflow.deployment_settings.deplo
 
 
 def image(wildcards):
-    """The image of all stages. Snakemake asks for it when it knows what will run, and before anything does.
+    """Container of the training stages."""
+    return shown(config["container"])
+
+
+def server_image(wildcards):
+    """Container of the smoke test: vLLM and the training libraries exclude each other, so they have an image each."""
+    serve = config["runs"][wildcards.run]["serve"]
+    return shown(serve["container"] if serve["engine"] == "vllm" else config["container"])
+
+
+def shown(container):
+    """An image, made ready to run in. Snakemake asks for it when it knows what will run, and before anything does.
 
     Where nothing will, there is none: a dry run needs neither the image nor Apptainer, for which Snakemake (9.27) looks.
     """
     if workflow.executor_plugin is None or workflow.dryrun or workflow.touch:
         return None
     if in_containers:
+        try:
+            check_image(container)
+        except MoultError as error:
+            raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
         set_up_containers()
-    return config["container"]
+    return container
 
 
 @lru_cache
 def set_up_containers():
     """What the containers see and what they are told, for all jobs that this Snakemake runs itself."""
-    try:
-        check_image(config["container"])
-    except MoultError as error:
-        raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
     scratch = Path(tempfile.mkdtemp(prefix="moult-"))
     at_exit(shutil.rmtree, scratch, ignore_errors=True)
     folders = ("results", "logs", "benchmarks")

@@ -151,8 +151,7 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
 
 
 def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
-    """The model's own greedy answers, in the order of the questions; `prompt_sha256` tells whether two were asked the same."""
-    from moult.files import canonical, sha256_text
+    """The model's own greedy answers, in the order of the questions, with what smoke_test knows the same weights by."""
     from moult.likelihood import batches
     from moult.stage import progress
 
@@ -173,10 +172,43 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
                     "answer": chat.decode(ids[:-1] if ended else ids, special=False),
                     "token_ids": ids,
                     "stopped": ended,
-                    "prompt_sha256": sha256_text(canonical(question["ids"])),
+                    "prompt_ids": question["ids"],
                 }
             bar.update(len(indices))
-    return [results[index] for index in range(len(questions))]
+    answers = [results[index] for index in range(len(questions))]
+    likelihoods = prompt_nll(model, answers, chat.pad_id)
+    return [
+        {**answer, "prompt_nll": nll, "margins": margins(model, answer, chat.pad_id)}
+        for answer, nll in zip(answers, likelihoods, strict=True)
+    ]
+
+
+def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
+    """How likely the model finds each prompt, which it was not trained to say: no two models find it equally likely."""
+    from moult.chat import IGNORE
+    from moult.likelihood import likelihood
+
+    prompts = [row["prompt_ids"] for row in answers]
+    sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
+    return [result.nll for result in likelihood(model, sequences, pad_id, "prompts: likelihood")]
+
+
+def margins(model, answer: dict, pad_id: int) -> list[float]:
+    """By how many nats the best token led at each token of an answer. Where it is nearly a tie, another kernel or batch
+    may go on with the other one."""
+    import torch
+
+    from moult.chat import IGNORE
+    from moult.likelihood import MAX_LOGITS, scored_logits
+
+    prompt = answer["prompt_ids"]
+    ids = answer["token_ids"][: MAX_LOGITS // model.config.get_text_config().vocab_size]
+    if not ids:
+        return []
+    sequence = {"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}
+    with torch.inference_mode():
+        best = scored_logits(model, [sequence], pad_id)[0].topk(2).values
+    return [round(margin, 4) for margin in (best[:, 0] - best[:, 1]).tolist()]
 
 
 def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_new_tokens: int) -> list[list[int]]:

@@ -89,7 +89,7 @@ def merge(settings: dict, args, log) -> None:
             "how": plan["merge"]["how"],
             "reasons": plan["merge"]["reasons"],
             "base": {key: manifest[key] for key in ("name", "commit", "files")},
-            "adapter": sha256_folder(adapter),
+            "adapter": sha256_folder(adapter, but=("README.md",)),  # its card comes later
             "merged_tensors": len(jobs) or len(plan["targets"]),
             "template_sha256": report["template"]["sha256"],
             "files": sha256_folder(folder),

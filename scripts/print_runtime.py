@@ -14,13 +14,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-WORKFLOW = Path(__file__).resolve().parent.parent
 PACKAGES = (
     *("snakemake", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
     *("huggingface_hub", "pyarrow", "langdetect", "py3langid"),
@@ -39,71 +38,17 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true", help="import torch and look at the device")
     args = parser.parse_args()
 
-    from moult.config import encoded_as, measured_as
     from moult.errors import MoultError
+    from moult.runtime import paths, read_config, shared_by_runs, the_run
 
     try:
         config = read_config(args.configfile)
-        shared = encoded_as(config), measured_as(config)
-        runs = {name: paths(config, name, *shared) for name in chosen_runs(config, args.run)}
+        shared = shared_by_runs(config)
+        names = list(config["runs"]) if args.run is None else [the_run(config, args.run)]
+        runs = {name: paths(config, name, *shared) for name in names}
         print(FORMATS[args.format](runs, args))
     except MoultError as error:
         sys.exit(f"print_runtime: {error}")
-
-
-def read_config(files: list[str]) -> dict:
-    """The checked config that the workflow would have with these files."""
-    import yaml
-
-    from moult.config import load_schema, merged, resolve
-    from moult.errors import MoultError
-
-    config: dict = {}
-    for file in ["config/config.yaml", *files]:
-        try:
-            config = merged(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
-        except OSError as error:
-            raise MoultError(f"{file}: {error.strerror}", "run it where config/config.yaml is") from None
-        except yaml.YAMLError as error:
-            raise MoultError(f"{file}: not YAML: {str(error).splitlines()[0]}", "mend the file") from None
-    return resolve(config, load_schema(str(WORKFLOW / "config")))
-
-
-def chosen_runs(config: dict, run: str | None) -> list[str]:
-    from moult.errors import MoultError, some
-
-    if run is None:
-        return list(config["runs"])
-    if run not in config["runs"]:
-        raise MoultError(f"no run is named {run}", f"there are: {some(config['runs'])}")
-    return [run]
-
-
-def paths(config: dict, name: str, encoders: dict, base_measurers: dict) -> dict[str, str | int]:
-    """Where a run's things are, and what it is made of. The keys are the variables of --format env."""
-    from moult.config import local_model, slug
-
-    run = config["runs"][name]
-    results = config["paths"]["results"]
-    folder = f"{results}/{name}"
-    model = local_model(run["model"], config["paths"])
-    return {
-        "RUN": name,
-        "DATASET": run["dataset"],
-        "BASE_MODEL": run["model"]["name"],
-        "BASE_MODEL_DIR": model or f"{results}/models/{slug(run['model']['name'], run['model']['revision'])}",
-        "PREPROCESS_DIR": f"{results}/prepared/{run['dataset']}",
-        "TOKENS_DIR": f"{results}/{encoders[name]}/tokens",
-        "TRAINER_STATE_DIR": f"{folder}/trainer_state",
-        "ADAPTER_DIR": f"{folder}/adapter",
-        "MERGED_DIR": f"{folder}/merged",
-        "BASE_MEASUREMENT_DIR": f"{results}/{base_measurers[name]}/base",
-        "METRICS": f"{folder}/metrics.json",
-        "LOG_DIR": f"logs/{name}",
-        "GPUS": run["train"]["gpu"],
-        "DTYPE": run["model"]["dtype"],
-        "ATTENTION": run["model"]["attn_implementation"] or "chosen by transformers",
-    }
 
 
 def versions() -> dict[str, str]:
@@ -158,12 +103,20 @@ def as_json(runs: dict, args) -> str:
 
 
 def as_env(runs: dict, args) -> str:
+    """For a shell, and for containers/.env, which Docker Compose reads."""
     from moult.errors import MoultError, some
+    from moult.serving import check_exposed
 
     if len(runs) != 1:
         raise MoultError(f"--format env is of one run, and there are {len(runs)}", f"give --run: {some(runs)}")
     (values,) = runs.values()
-    return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
+    check_exposed(values["SERVE_HOST"], os.environ.get("MOULT_API_KEY"), "MOULT_API_KEY")
+    return "\n".join(f"{name}={quoted(str(value))}" for name, value in values.items())
+
+
+def quoted(value: str) -> str:
+    """As both a shell and Compose read it: Compose does not know the shell's way to put a single quote into single quotes."""
+    return shlex.quote(value) if "'" not in value else '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
 
 
 FORMATS = {"text": as_text, "json": as_json, "env": as_env}

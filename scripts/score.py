@@ -110,7 +110,7 @@ def score(settings: dict, args, log) -> None:
 
 def check_same_questions(base: dict, tuned: dict) -> None:
     """Base and tuned were measured on the same sequences and asked with the same token ids."""
-    for name, fields in (("likelihood", ("id", "tokens")), ("answers", ("kind", "id", "prompt_sha256"))):
+    for name, fields in (("likelihood", ("id", "tokens")), ("answers", ("kind", "id", "prompt_ids"))):
         both = [[[row[field] for field in fields] for row in side[name]] for side in (base, tuned)]
         if both[0] != both[1]:
             differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]

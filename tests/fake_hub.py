@@ -1,4 +1,5 @@
-"""A hub on the loopback interface, for the tests of what goes through the network: enough of its API to download from.
+"""A hub on the loopback interface, for the tests of what goes through the network: enough of its API to download from, and
+to upload to without Xet (HF_HUB_DISABLE_XET=1).
 
     with FakeHub() as hub:
         hub.add("model", "org/tiny", {"config.json": b"{}", "model.safetensors": weights})
@@ -9,6 +10,7 @@ Statuses, headers and error codes are those of huggingface.co: a repository that
 and 404 with one, a gated one shows its description and refuses its files.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -50,6 +52,7 @@ class FakeHub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     cut_after: dict[str, int] = field(default_factory=dict)  # file: bytes that are sent before the connection breaks
+    objects: dict[str, bytes] = field(default_factory=dict)  # hash: what was uploaded with git LFS
     wrong: dict[str, bytes] = field(default_factory=dict)  # file: what is sent instead
     status: int | None = None  # answer everything with this
     slow: dict[str, float] = field(default_factory=dict)  # file: seconds that it takes to send
@@ -112,6 +115,23 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.do_GET()
 
+    def do_PUT(self) -> None:
+        """What git LFS uploads: the file, under its hash."""
+        size, data = self.headers.get("Content-Length"), b""
+        if size is None:
+            while length := int(self.rfile.readline(), 16):
+                data += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            data = self.rfile.read(int(size))
+        self.hub.requests.append((self.command, self.path, None))
+        oid = self.path.removeprefix("/lfs/")
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.refuse(400, "", "the hash is another")
+        self.hub.objects[oid] = data
+        self.answer({})
+
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path).strip("/")
         authorization = self.headers.get("Authorization")
@@ -128,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.token is None:
                 return self.refuse(401, "", "Invalid username or password.")
             return self.answer({"name": "tester", "type": "user"})
+        if path in ("api/repos/create", "api/validate-yaml") or path.endswith(".git/info/lfs/objects/batch"):
+            return self.take(path)
         if path == "api/models":
             return self.answer([{"id": name} for kind, name in hub.repositories if kind == "model"])
         on_other_host = path.startswith("elsewhere/")
@@ -147,10 +169,49 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "RepoNotFound", "Invalid username or password.")
         return self.refuse(404, "RepoNotFound", "Repository not found")
 
+    def take(self, path: str) -> None:
+        """What comes before an upload."""
+        if self.token is None:
+            return self.refuse(401, "", "Invalid username or password.")
+        asked = json.loads(self.body)
+        if path == "api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path == "api/repos/create":
+            name = f"{asked['organization']}/{asked['name']}"
+            url = {"url": f"{self.hub.url}/{name}"}
+            if ("model", name) in self.hub.repositories:
+                return self.answer(url, 409)
+            self.hub.add("model", name, {}, private=asked.get("visibility") == "private")
+            return self.answer(url)
+        place = f"{self.hub.url}/lfs"
+        objects = [{**each, "actions": {"upload": {"href": f"{place}/{each['oid']}"}}} for each in asked["objects"]]
+        return self.answer({"transfer": "basic", "objects": objects})
+
+    def take_commit(self, repository: Repository, branch: str) -> None:
+        files = dict(repository.commits[repository.refs[branch]])
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        commit = self.hub.add(repository.kind, repository.name, files, branch)
+        self.answer(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repository.name}/commit/{commit}"}
+        )
+
     def serve_api(self, repository: Repository, rest: str) -> None:
         if repository.private and self.token is None:
             return self.refuse_unseen()
         what, _, revision = rest.partition("/")
+        if what == "preupload":
+            asked = json.loads(self.body)["files"]
+            modes = [
+                {"path": file["path"], "uploadMode": "lfs" if large(file["path"]) else "regular"} for file in asked
+            ]
+            return self.answer({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        if what == "commit":
+            return self.take_commit(repository, revision)
         if what == "refs":
             branches = [
                 {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": at} for ref, at in repository.refs.items()

@@ -67,7 +67,7 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
     )
     (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "override": {"train": {"max_steps": 2}}}))
     commands = re.findall(r"^    snakemake (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         arguments = shlex.split(command.split(" | ")[0])
         if "check_connectivity" in arguments:
@@ -75,7 +75,15 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
         if "--cores" in arguments or "--profile" in arguments:  # tests/integration runs the latter on a Slurm
             arguments.append("-n")
         output = snakemake(folder, *arguments)
-        assert any(word in output for word in ("results/gsm8k/metrics.json", "results/gsm8k/plan.json", "digraph"))
+        assert any(
+            word in output
+            for word in (
+                "results/gsm8k/metrics.json",
+                "results/gsm8k/plan.json",
+                "digraph",
+                "results/gsm8k/smoke_test.json",
+            )
+        )
 
 
 def test_metrics_table(tmp_path):

@@ -62,7 +62,7 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
                 "reference": None,
                 "answer": "yes",
                 "stopped": True,
-                "prompt_sha256": name,
+                "prompt_ids": [ord(name)],
             }
             for name in "ab"
         ]
@@ -77,7 +77,7 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
                     "reference": '{"a": 1}',
                     "answer": answer,
                     "stopped": side == "base",
-                    "prompt_sha256": str(index),
+                    "prompt_ids": [index],
                 }
             )
         write_jsonl(folder / side / "likelihood.jsonl", measured)
@@ -240,7 +240,7 @@ def test_answers_alone_can_decide(tmp_path):
 def test_different_questions_are_not_compared(tmp_path):
     make_sides(tmp_path)
     rows = list(read_jsonl(tmp_path / "base" / "answers.jsonl"))
-    rows[5]["prompt_sha256"] = "another template"
+    rows[5]["prompt_ids"] = [7, 7]
     write_jsonl(tmp_path / "base" / "answers.jsonl", rows)
     with pytest.raises(MoultError, match="not measured on the same answers \\(r3\\)"):
         run(tmp_path)

@@ -258,7 +258,7 @@ def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
     if close:
         return f"{where}: unknown key; did you mean {close[0]}?"
     homes = []
-    for section in ("model", "dataset", "lora", "train", "eval"):
+    for section in ("model", "dataset", "lora", "train", "eval", "serve"):
         field = schema["$defs"][section]["properties"].get(key)
         if field is not None and "x-refused" not in field:
             homes.append({"dataset": "datasets.<name>"}.get(section, section))
@@ -322,7 +322,7 @@ def merged(base: dict, override: dict) -> dict:
 
 
 def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, list[str]]:
-    shared = {key: config[key] for key in ("seed", "model", "lora", "train", "eval")}
+    shared = {key: config[key] for key in ("seed", "model", "lora", "train", "eval", "serve")}
     no_model: dict = {}
     _fill(no_model, {"$ref": "#/$defs/model"}, schema)
     overrides = {name: {} for name in config["datasets"]}
@@ -581,6 +581,19 @@ def _score(config: dict, run: dict, dataset: dict) -> dict:
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
+def _serve(config: dict, run: dict, dataset: dict) -> dict:
+    model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    own = {key: value for key, value in run["serve"].items() if key != "container"}
+    return {"serve": own, "model": _pick(run["model"], *model)}
+
+
+def _smoke_test(config: dict, run: dict, dataset: dict) -> dict:
+    # It listens on a free port of this machine only, whatever is configured.
+    settings = _serve(config, run, dataset)
+    own = {key: value for key, value in settings["serve"].items() if key not in ("host", "port", "api_key_env")}
+    return {**settings, "serve": own, "eval": _pick(run["eval"], "prompts", "max_new_tokens")}
+
+
 _RUN_SETTINGS = {
     "fetch_model": lambda config, run, dataset: _pick(run["model"], "revision", "trust_remote_code"),
     "encode": _encode,
@@ -590,4 +603,10 @@ _RUN_SETTINGS = {
     "evaluate_base": _evaluate,
     "evaluate_tuned": _evaluate_tuned,
     "score": _score,
+    "model_card": lambda config, run, dataset: {
+        **_pick(dataset, "languages"),
+        **_pick(run["model"], "chat_template_kwargs"),
+    },
+    "serve": _serve,
+    "smoke_test": _smoke_test,
 }

@@ -40,7 +40,8 @@ def check_image(container: str) -> None:
     if "://" not in container and not Path(container).is_file():
         raise MoultError(
             f"--use-singularity: the image is not there: {container}",
-            "`make image` builds the one of this version; `container` in the config names another",
+            "`make image` builds the one of the training stages, `make serve-image` that of the server; `container` and "
+            "`serve.container` in the config name others",
         )
 
 

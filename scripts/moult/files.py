@@ -26,10 +26,11 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(folder: str | Path) -> dict[str, str]:
-    """{relative path: sha256} of every file below `folder`, but for the one that Snakemake puts there."""
+def sha256_folder(folder: str | Path, but: tuple[str, ...] = ()) -> dict[str, str]:
+    """{relative path: sha256} of every file below `folder`, `but` for these and the one that Snakemake puts there."""
     folder = Path(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".snakemake_timestamp"]
+    but = (*but, ".snakemake_timestamp")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but]
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 

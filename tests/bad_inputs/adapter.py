@@ -38,7 +38,7 @@ def nothing_trained(folder):
 
 def other_questions(folder):
     path = folder / "results/d/tuned/answers.jsonl"
-    path.write_text(path.read_text().replace('"prompt_sha256":"', '"prompt_sha256":"0'))
+    path.write_text(path.read_text().replace('"prompt_ids":[', '"prompt_ids":[0,'))
 
 
 CASES = [

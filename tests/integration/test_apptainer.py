@@ -451,7 +451,8 @@ def test_without_the_image_one_message_and_no_job(tmp_path):
     said = output[output.index("Building DAG") :].splitlines()[1:]
     assert said == [
         "--use-singularity: the image is not there: containers/moult-train-0.1.0.sif",
-        "  -> `make image` builds the one of this version; `container` in the config names another",
+        "  -> `make image` builds the one of the training stages, `make serve-image` that of the server; `container` and "
+        "`serve.container` in the config name others",
     ]
     assert not (folder / "results").exists()
     assert "finetune" in contained(folder, "-n", TARGET)

@@ -1,0 +1,38 @@
+"""Model cards, in the folders that they describe.
+
+Reads:  metrics, base model
+Writes: results/<run>/cards/; the same as README.md in results/<run>/adapter/ and merged/
+"""
+
+
+rule model_card:
+    """What the adapter and the merged model are, with the figures; `make publish` uploads it with them."""
+    input:
+        model=base_model,
+        adapter=ancient("<results>/{run}/adapter"),
+        merged=ancient("<results>/{run}/merged"),
+        made=["<results>/{run}/adapter.json", "<results>/{run}/merge.json"],
+        metrics="<results>/{run}/metrics.json",
+    output:
+        adapter="<results>/{run}/cards/adapter.md",
+        merged="<results>/{run}/cards/merged.md",
+    log:
+        "<logs>/{run}/model_card.log",
+    benchmark:
+        "<benchmarks>/{run}/model_card.jsonl"
+    group:
+        "measure-{run}"
+    resources:
+        mem_mb=growing(1000),
+        runtime=growing(10),
+    params:
+        settings=settings("model_card"),
+        script=script_of("model_card"),
+        code=code_hash("model_card", "scripts/show_metrics.py"),
+        cards=lambda wildcards, output: str(Path(output.merged).parent),
+    shell:
+        """
+        python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --model {input.model:q} \
+            --metrics {input.metrics:q} --adapter {input.adapter:q} --merged {input.merged:q} --cards {params.cards:q} \
+            --log-file {log:q}
+        """

@@ -1,0 +1,45 @@
+"""The smoke test: a server of the tuned model is asked what evaluate asked it.
+
+Reads:  merged model, or base and adapter (serve.mode), the tuned model's answers, prompts, validation rows
+Writes: results/<run>/smoke_test.json
+
+The server belongs to the job: it starts and ends with it, on whichever machine and in whichever image that runs. As a
+`service()` it would be a second job, which one core has no room for (Snakemake 9.27: "_cores: 2/1"). `make serve` keeps one.
+"""
+
+
+rule smoke_test:
+    """Is what is served what was measured?"""
+    input:
+        model=base_model,
+        adapter=ancient("<results>/{run}/adapter"),
+        merged=ancient("<results>/{run}/merged"),  # their content is tracked by merge.json
+        summary="<results>/{run}/merge.json",
+        plan="<results>/{run}/plan.json",
+        answers="<results>/{run}/tuned/answers.jsonl",
+        merge_check="<results>/{run}/tuned/merge_check.json",
+        rows=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/val.jsonl",
+    output:
+        result="<results>/{run}/smoke_test.json",
+    log:
+        "<logs>/{run}/smoke_test.log",
+    benchmark:
+        "<benchmarks>/{run}/smoke_test.jsonl"
+    container:
+        server_image
+    threads: 4
+    resources:
+        gpu=lambda wildcards: config["runs"][wildcards.run]["serve"]["vllm"].get("tensor_parallel_size", 1),
+        mem_mb=growing(16000),
+        runtime=growing(60),
+    params:
+        settings=settings("smoke_test"),
+        script=script_of("smoke_test"),
+        code=code_hash("smoke_test", "scripts/transformers_server.py"),
+    shell:
+        """
+        python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --answers {input.answers:q} \
+            --merge-check {input.merge_check:q} --rows {input.rows:q} --base {input.model:q} --adapter {input.adapter:q} \
+            --merged {input.merged:q} --merge {input.summary:q} --plan {input.plan:q} --result {output.result:q} \
+            --threads {threads} --log-file {log:q}
+        """

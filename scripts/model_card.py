@@ -1,0 +1,209 @@
+"""Write the model cards: what the adapter and the merged model are, how good they are, how to load them.
+
+    python scripts/model_card.py --run demo --settings '{"languages": ["en"], "chat_template_kwargs": {}}' \\
+        --model results/models/config--demo--base.json --metrics results/demo/metrics.json \\
+        --adapter results/demo/adapter --merged results/demo/merged --cards results/demo/cards
+
+After score, which has the figures. Each card is README.md in its folder, where the hub and people look for it, and a copy is
+kept in --cards, because no stage owns another's folder. `make publish` uploads a folder with its card. Nothing is
+made up: what is not known (a licence, a hub name) is left out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+# In the examples, until `make publish` puts the repository's name there.
+PLACE = "path/to/this/folder"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
+    )
+    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--model", required=True, help="manifest of the base model; its card names the licence")
+    parser.add_argument("--metrics", required=True, help="metrics.json")
+    parser.add_argument("--adapter", required=True, help="adapter folder, which gets its card")
+    parser.add_argument("--merged", required=True, help="merged model's folder, which gets its card")
+    parser.add_argument("--cards", required=True, help="folder of the copies to write")
+    parser.add_argument("--log-file", help="log file (default: logs/model_card.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    with stage("model_card", args.log_file, args.settings) as log:
+        write_cards(args, log)
+
+
+def write_cards(args, log) -> None:
+    from moult.files import read_json, write_text
+    from moult.models import open_model
+
+    metrics = read_json(args.metrics)
+    base_card = front_matter(open_model(args.model)[0] / "README.md")
+    for kind, folder in (("adapter", args.adapter), ("merged", args.merged)):
+        text = card(kind, args.run, metrics, base_card, args.settings)
+        write_text(Path(folder, "README.md"), text)
+        write_text(Path(args.cards, f"{kind}.md"), text)
+    log.info("%s: %s", args.run, base_card.get("license") or "the base names no licence, so the cards name none")
+
+
+def front_matter(path: Path) -> dict:
+    """The metadata of a card: the YAML between its first two lines of dashes. {} where there is none."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    parts = path.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def card(kind: str, run: str, metrics: dict, base_card: dict, settings: dict) -> str:
+    import yaml
+
+    base, data = metrics["provenance"]["base"], metrics["provenance"]["data"]
+    sources = ", ".join(f"`{source['name']}`{at(source)}" for source in data)
+    what = (
+        f"A LoRA adapter for `{base['name']}`"
+        if kind == "adapter"
+        else f"`{base['name']}` with a LoRA adapter merged into it"
+    )
+    header = yaml.safe_dump(metadata(kind, run, metrics, base_card, settings), sort_keys=False, allow_unicode=True)
+    return f"""---
+{header}---
+
+# {run}
+
+{what}, tuned on {sources}. Base model: `{base["name"]}`{at(base)}.
+
+## Base against tuned
+
+Verdict: **{metrics["verdict"]["verdict"]}**. {figures(metrics)}
+## Use
+
+{USE[kind].format(place=PLACE, base=base["name"], run=run)}
+{template_note(settings)}## How it was made
+
+{provenance(metrics)}
+Made with Moult {metrics["provenance"]["versions"]["moult"]}.
+"""
+
+
+def at(source: dict) -> str:
+    return f" (commit `{source['commit'][:12]}`)" if source.get("commit") else ""
+
+
+def metadata(kind: str, run: str, metrics: dict, base_card: dict, settings: dict) -> dict:
+    """What the hub reads. Only what came from the hub is named there: a path is no repository."""
+    provenance = metrics["provenance"]
+    on_hub = sorted({part["name"] for part in provenance["data"] if part["commit"]})
+    found: dict = {}
+    if provenance["base"]["commit"]:
+        found |= {"base_model": provenance["base"]["name"]}
+        found |= {"base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+    found |= {key: base_card[key] for key in ("license", "license_name", "license_link") if base_card.get(key)}
+    if on_hub:
+        found["datasets"] = on_hub
+    if settings["languages"]:
+        found["language"] = settings["languages"]
+    found |= {"library_name": "peft" if kind == "adapter" else "transformers", "pipeline_tag": "text-generation"}
+    found |= {"tags": ["lora", "moult"]}
+    if metrics["likelihood"]:
+        tuned = metrics["likelihood"]["tuned"]
+        measured = [
+            {"type": name, "value": round(tuned[key]["value"], 4), "name": f"{name} (validation rows)"}
+            for name, key in (("perplexity", "perplexity"), ("accuracy", "token_accuracy"))
+        ]
+        dataset = {"name": ", ".join(part["name"] for part in provenance["data"]), "type": "text"}
+        task = {"type": "text-generation"}
+        found["model-index"] = [{"name": run, "results": [{"task": task, "dataset": dataset, "metrics": measured}]}]
+    return found
+
+
+def figures(metrics: dict) -> str:
+    """The table of show_metrics, which has the intervals."""
+    from show_metrics import table
+
+    lines = table(metrics, Path()).strip().splitlines()[2:]
+    rows = lines[: next(index for index, line in enumerate(lines) if not line.strip())]
+    data = metrics["data"]
+    return (
+        f"Measured on {data['sequences']:,} validation sequences with {data['trained_tokens']:,} tokens of answers, none of them "
+        f"trained on; answers are greedy.\n\n```\n" + "\n".join(rows) + "\n```\n"
+    )
+
+
+USE = {
+    "merged": """With transformers:
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{place}")
+print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
+```
+
+With vLLM, behind an OpenAI-compatible API:
+
+```bash
+vllm serve {place} --served-model-name {run}
+```
+""",
+    "adapter": """With peft:
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+messages = [{{"role": "user", "content": "Hello"}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]))
+```
+
+With vLLM, on top of the base model:
+
+```bash
+vllm serve {base} --enable-lora --lora-modules {run}={place}
+```
+""",
+}
+
+
+def template_note(settings: dict) -> str:
+    kwargs = settings["chat_template_kwargs"]
+    if not kwargs:
+        return ""
+    given = ", ".join(f"{name}={value!r}" for name, value in sorted(kwargs.items()))
+    return f"It was trained and measured with these variables of the chat template: `{given}`.\n\n"
+
+
+def provenance(metrics: dict) -> str:
+    made = metrics["provenance"]
+    rows = {f"LoRA {key}": value for key, value in sorted(made["training"]["lora"].items())}
+    keys = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps")
+    rows |= {key: made["training"]["train"][key] for key in keys if key in made["training"]["train"]}
+    rows |= {
+        "step of the adapter": made["step"],
+        "seed": made["seed"],
+        "chat template, SHA-256": made["template_sha256"],
+    }
+    rows |= {"adapter, SHA-256": made["adapter_sha256"]}
+    rows |= {name: made["versions"][name] for name in ("torch", "transformers", "trl", "peft")}
+    lines = [
+        f"| {name} | {json.dumps(value) if isinstance(value, list | dict) else value} |" for name, value in rows.items()
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *lines, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Upload a run's merged model or adapter to the hub, after showing what goes up.
+
+    make publish RUN=demo REPO=name/demo                    # WHAT=adapter; YES=1 asks nothing; PUBLIC=1 for all to see
+    python scripts/publish.py --run demo --repo name/demo --what adapter --yes
+
+The repository is made if it is not there, private unless --public. All files go up in one commit, the card with the
+repository's name in its examples. The token is huggingface_hub's: HF_TOKEN, or `hf auth login`.
+"""
+
+import argparse
+from pathlib import Path
+
+from moult.errors import MoultError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="the run")
+    parser.add_argument("--repo", required=True, help="repository on the hub: name/model")
+    parser.add_argument(
+        "--what", choices=("merged", "adapter"), default="merged", help="what to upload (default: merged)"
+    )
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--configfile", nargs="+", default=[], help="config files laid over config/config.yaml")
+    parser.add_argument("--log-file", help="log file (default: logs/publish.log)")
+    args = parser.parse_args()
+
+    from moult.stage import stage
+
+    with stage("publish", args.log_file, online=True) as log:
+        publish(args, log)
+
+
+def publish(args, log) -> None:
+    from model_card import PLACE
+    from moult.files import read_json
+    from moult.network import endpoint, hub_errors, set_up_hub
+    from moult.runtime import paths, read_config, shared_by_runs, the_run
+
+    config = read_config(args.configfile)
+    place = paths(config, the_run(config, args.run), *shared_by_runs(config))
+    folder = Path(place["MERGED_DIR"] if args.what == "merged" else place["ADAPTER_DIR"])
+    made_by = read_json(folder.parent / "merge.json")["files" if args.what == "merged" else "adapter"]
+    check_whole(folder, made_by, args.run)
+    card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACE, args.repo)
+    files = sorted([path for path in folder.iterdir() if path.is_file() and path.name in {*made_by, "metadata.json"}])
+
+    set_up_hub(config["network"]["tls"])
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    size = sum(path.stat().st_size for path in files)
+    log.info("to %s/%s (%s if it is new):", endpoint(), args.repo, "public" if args.public else "private")
+    log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
+    for path in files:
+        log.info("  %-40s %15s", path.name, f"{path.stat().st_size:,}")
+    log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
+    if not args.yes:
+        ask(args.repo)
+    additions = [
+        CommitOperationAdd("README.md", card.encode()),
+        *(CommitOperationAdd(path.name, path) for path in files),
+    ]
+    with hub_errors("--repo", args.repo):
+        api = HfApi()
+        api.create_repo(args.repo, private=not args.public, exist_ok=True)
+        commit = api.create_commit(args.repo, additions, commit_message=f"{args.what} of the run {args.run}")
+    log.info("uploaded: %s", commit.commit_url)
+
+
+def check_whole(folder: Path, made_by: dict[str, str], run: str) -> None:
+    """What goes up is what was measured. Raises MoultError."""
+    from moult.files import sha256_file
+
+    for name, wanted in {**made_by, "README.md": None}.items():
+        if not (folder / name).is_file():
+            raise MoultError(f"{folder}/{name} is not there", f"run: snakemake --cores 1 results/{run}/cards/merged.md")
+        if wanted and sha256_file(folder / name) != wanted:
+            raise MoultError(f"{folder}/{name} is not the one that was measured", f"remove {folder} and run again")
+
+
+def ask(repo: str) -> None:
+    import sys
+
+    if not sys.stdin.isatty():
+        raise MoultError("nobody is there to ask whether this may go up", "give --yes (make publish YES=1)")
+    sys.__stderr__.flush()
+    if input(f"Upload this to {repo}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise MoultError("nothing was uploaded", "answer y to upload")
+
+
+if __name__ == "__main__":
+    main()

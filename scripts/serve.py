@@ -1,0 +1,73 @@
+"""Serve a run's model behind an OpenAI-compatible API, until Ctrl-C.
+
+    make serve RUN=demo                                              # http://127.0.0.1:8080/v1
+    python scripts/serve.py --run demo --configfile mine.yaml
+    python scripts/serve.py --run gsm8k gsm8k-r64                    # serve.mode: adapter; the names in the API are the runs'
+
+No rule calls it: smoke_test starts a server of its own. The engine is serve.engine of the config: vLLM, which has an
+environment of its own (serve.python), or Moult's small server on transformers. It says when the server is ready, with a
+first request to try. If the engine fails, its last lines are shown. Nothing of it is left behind.
+"""
+
+import argparse
+import os
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", required=True, help="the run; several are served as adapters of one base")
+    parser.add_argument("--configfile", nargs="+", default=[], help="config files laid over config/config.yaml")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--log-file", help="log file (default: logs/serve.log)")
+    args = parser.parse_args()
+
+    from moult.config import stage_settings
+    from moult.runtime import paths, read_config, shared_by_runs, the_run
+    from moult.stage import stage
+
+    with stage("serve", args.log_file) as log:
+        config = read_config(args.configfile)
+        shared = shared_by_runs(config)
+        places = [paths(config, the_run(config, name), *shared) for name in args.run]
+        log.debug("settings: %s", settings := stage_settings(config, "serve", args.run[0]))
+        serve(settings, [as_served(place) for place in places], args.threads, log)
+
+
+def as_served(place: dict) -> dict:
+    return {
+        "name": place["RUN"],
+        "merged": place["MERGED_DIR"],
+        "adapter": place["ADAPTER_DIR"],
+        "base": place["BASE_MODEL_DIR"],
+        "plan": place["PLAN"],
+    }
+
+
+def serve(settings: dict, runs: list[dict], threads: int, log) -> None:
+    from moult.errors import MoultError
+    from moult.serving import Server, address, check_exposed, check_port, engine_command, what_to_serve
+
+    host, port, variable = (settings["serve"][key] for key in ("host", "port", "api_key_env"))
+    key = os.environ.get(variable)
+    check_exposed(host, key, variable)
+    served = what_to_serve(settings, runs)
+    check_port(host, port)
+    names = [*served.adapters] or [served.name]
+    url = address(host, port)
+    log.info("starting %s with %s", settings["serve"]["engine"], ", ".join([served.model, *served.adapters.values()]))
+    with Server(engine_command(settings, served, host, port), url, log, key, threads) as server:
+        seconds = server.wait_ready(settings["serve"]["start_timeout"])
+        log.info("ready after %.0f s: %s/v1 serves %s; Ctrl-C ends it", seconds, url, ", ".join(names))
+        log.info("try: %s", first_request(url, names[0], variable if key else None))
+        if server.process.wait() != 0:
+            raise MoultError(f"the server ended with {server.end()}. Its last lines:\n{server.tail()}", "see the log")
+
+
+def first_request(url: str, name: str, variable: str | None) -> str:
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    login = f' -H "Authorization: Bearer ${variable}"' if variable else ""
+    return f"curl {url}/v1/chat/completions{login} -H 'Content-Type: application/json' -d '{body}'"
+
+
+if __name__ == "__main__":
+    main()

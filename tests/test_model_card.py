@@ -1,0 +1,155 @@
+"""Model cards that tell what is so, and an upload of what was measured and nothing else."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_hub import TOKEN, FakeHub, environment
+from workflow import ROOT, snakemake
+
+from model_card import card, front_matter
+
+
+@pytest.fixture(scope="module")
+def carded(demo, tmp_path_factory):
+    """The demo with its cards."""
+    folder = tmp_path_factory.mktemp("cards") / "demo"
+    shutil.copytree(demo, folder, copy_function=shutil.copy2)
+    snakemake(folder, "results/demo/cards/merged.md")
+    return folder
+
+
+def read_card(path: Path) -> tuple[dict, str]:
+    _, header, text = path.read_text().split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "library"), [("adapter", "peft"), ("merged", "transformers")])
+def test_a_card_has_what_the_hub_and_a_reader_need(carded, kind, library):
+    folder = carded / "results/demo" / kind
+    header, text = read_card(folder / "README.md")
+    metrics = json.loads((carded / "results/demo/metrics.json").read_text())
+    assert header["library_name"] == library and header["license"] == "apache-2.0" and header["language"] == ["en"]
+    assert "base_model" not in header and "datasets" not in header  # neither is on the hub
+    perplexity = header["model-index"][0]["results"][0]["metrics"][0]
+    assert perplexity["value"] == round(metrics["likelihood"]["tuned"]["perplexity"]["value"], 4)
+    assert "difference [95 %]" in text and re.search(r"nats per token +\S+ +\S+ +-\S+ \[-\S+, -\S+\]", text)
+    assert metrics["provenance"]["adapter_sha256"] in text and "**helped**" in text
+    assert str(carded) not in (folder / "README.md").read_text() and "results/" not in text
+    assert (carded / f"results/demo/cards/{kind}.md").read_text() == (folder / "README.md").read_text()
+    for file in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        assert (folder / file).exists()
+
+
+@pytest.mark.slow
+def test_the_merged_card_s_example_runs(carded):
+    _, text = read_card(carded / "results/demo/merged/README.md")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/this/folder", "results/demo/merged")
+    code = code.replace("Hello", "What is the capital of Japan?")
+    done = subprocess.run([sys.executable, "-c", code], cwd=carded, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '"answer"' in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_card_makes_nothing_stale(carded):
+    assert "Nothing to be done" in snakemake(carded, "results/demo/metrics.json", "results/demo/cards/merged.md")
+    merge = json.loads((carded / "results/demo/merge.json").read_text())
+    snakemake(carded, "results/demo/cards/merged.md", "--forcerun", "merge")
+    assert json.loads((carded / "results/demo/merge.json").read_text()) == merge
+    assert (carded / "results/demo/merged/README.md").exists()
+
+
+@pytest.mark.slow
+def test_of_the_hub_is_named_what_came_from_it(carded):
+    metrics = json.loads((carded / "results/demo/metrics.json").read_text())
+    metrics["provenance"]["base"] |= {"name": "Qwen/Qwen3-0.6B", "commit": "c" * 40}
+    metrics["provenance"]["data"][0] |= {"name": "openai/gsm8k", "commit": "d" * 40}
+    settings = {"languages": [], "chat_template_kwargs": {"enable_thinking": False}}
+    text = card("merged", "gsm8k", metrics, {}, settings)
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["base_model"] == "Qwen/Qwen3-0.6B" and header["base_model_relation"] == "finetune"
+    assert header["datasets"] == ["openai/gsm8k"] and "license" not in header and "language" not in header
+    assert "(commit `cccccccccccc`)" in text and "enable_thinking=False" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\nlicense: mit\n---\n# a", {"license": "mit"}),
+        ("# no metadata", {}),
+        ("---\n- a list\n---\n", {}),
+        ("---\na: [\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_metadata_of_the_base_s_card(text, found, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert front_matter(tmp_path / "README.md") == found
+
+
+# --- publish ---
+
+
+def publish(folder: Path, hub: FakeHub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/publish.py", "--run", "demo", "--repo", "tester/demo", *arguments]
+    variables = environment(home, HF_ENDPOINT=hub.url, HF_TOKEN=token, HF_HUB_DISABLE_XET="1")
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=variables,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["merged", "adapter"])
+def test_what_was_measured_goes_up_whole(carded, what, tmp_path):
+    (carded / "results/demo" / what / "left-over.bin").write_bytes(b"not of this model")
+    with FakeHub() as hub:
+        done = publish(carded, hub, tmp_path, "--what", what, "--yes")
+        assert done.returncode == 0, done.stderr
+        repository = hub.repositories["model", "tester/demo"]
+        there = repository.commits[repository.refs["main"]]
+    (carded / "results/demo" / what / "left-over.bin").unlink()
+    here = {path.name: path.read_bytes() for path in (carded / "results/demo" / what).iterdir() if path.name[0] != "."}
+    uploaded_card = there.pop("README.md").decode()
+    assert "tester/demo" in uploaded_card and "path/to/this/folder" not in uploaded_card
+    assert there == {name: data for name, data in here.items() if name != "README.md"}
+    assert repository.private and TOKEN not in done.stderr
+    for name in there:
+        assert f"{name} " in done.stderr  # shown before
+
+
+@pytest.mark.slow
+def test_nothing_goes_up_unasked_or_changed(carded, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(carded, changed, copy_function=shutil.copy2)
+    with FakeHub() as hub:
+        done = publish(carded, hub, tmp_path)
+        assert done.returncode == 1 and "nobody is there to ask" in done.stderr and "model.safetensors" in done.stderr
+        (changed / "results/demo/merged/chat_template.jinja").write_text("another")
+        done = publish(changed, hub, tmp_path, "--yes")
+        assert done.returncode == 1 and "chat_template.jinja is not the one that was measured" in done.stderr
+        (changed / "results/demo/adapter/README.md").unlink()
+        done = publish(changed, hub, tmp_path, "--yes", "--what", "adapter")
+        assert done.returncode == 1 and "README.md is not there" in done.stderr
+        done = publish(carded, hub, tmp_path, "--yes", token="hf_" + "z" * 34)
+        assert done.returncode == 1 and "the hub does not accept the token from HF_TOKEN" in done.stderr
+        assert not hub.repositories
+
+
+def test_make_names_what_is_missing():
+    for arguments, words in ((["serve"], "which run?"), (["publish", "RUN=demo"], "to where?")):
+        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and words in done.stderr
