@@ -9,7 +9,7 @@ import subprocess
 
 from snakemake.logging import logger
 
-from moult.slurm import stop_left_over, watch
+from moult.slurm import ENDED, jobs_of, refusals, stop, watch
 
 
 def growing(amount):
@@ -39,7 +39,7 @@ def launcher(wildcards, input, threads):
     here, nodes = train["gpu"] // train["nodes"], train["nodes"]
     if nodes == 1:
         return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
-    if workflow.is_main_process and not (workflow.dryrun or on_slurm() and not in_containers):
+    if workflow.is_main_process and (in_containers or not workflow.dryrun and not on_slurm()):
         raise WorkflowError(
             f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
             "(srun is not in the image)"
@@ -47,7 +47,7 @@ def launcher(wildcards, input, threads):
     # srun puts one torchrun on each node; they meet at the node on which srun itself runs, the first. The plugin strips
     # SLURM_* of all but the job's id, so the layout is said again.
     return (
-        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} --gres=gpu:{here} "
+        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} "
         f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} --rdzv-backend=c10d "
         '--rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:$((20000 + SLURM_JOB_ID % 10000)) "$@"\' finetune'
     )
@@ -67,13 +67,27 @@ def on_slurm():
 
 
 def look_after_slurm():
-    """Deal with what the Slurm plugin leaves open (moult/slurm.py). A run without Slurm may follow one with it."""
+    """Find out what Slurm would refuse, and deal with what its plugin leaves open (moult/slurm.py).
+
+    Also in a run without Slurm: it may follow one with it.
+    """
     if shutil.which("squeue") is None:
         return
     try:
-        if alone_here:
-            stop_left_over(Path.cwd(), logger.warning)
+        left = [job for job in jobs_of(Path.cwd()) if job.state not in ENDED]
+        if left and alone_here:
+            stop(left, Path.cwd(), logger.warning)
+        elif left:
+            ids = " ".join(job.id for job in left)
+            logger.warning(
+                f"Slurm jobs of another Snakemake are at work in this folder: {ids}. If that one is dead, stop them: "
+                f"scancel --signal=TERM {ids}"
+            )
         if on_slurm():
+            if refused := refusals(job.resources for job in workflow.dag.needrun_jobs() if not job.is_local):
+                raise SystemExit("\n".join(["Slurm refuses what the jobs ask for:", *refused]))
             watch(Path.cwd(), logger.warning)
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(f"Slurm does not say which jobs there are: {error}")
+        logger.warning(f"Slurm does not answer: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None

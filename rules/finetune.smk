@@ -28,9 +28,12 @@ rule finetune:
         gpu=lambda wildcards: config["runs"][wildcards.run]["train"]["gpu"],
         mem_mb=planned("mem_mb"),
         runtime=planned("runtime"),
+        # Slurm warns it 5 minutes before its time is over, and it saves a checkpoint. Here and not in the profile, whose
+        # defaults a site replaces. TERM, because USR1 kills the shells in between.
+        slurm_extra="--signal=TERM@300",
         # Slurm may spread GPUs over nodes otherwise.
         nodes=lambda wildcards: config["runs"][wildcards.run]["train"]["nodes"],
-        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),
+        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),  # the same number on each
         mpi=on_several_nodes(lambda train: "srun"),  # the rule calls srun itself
         tasks=on_several_nodes(lambda train: train["nodes"]),
         tasks_per_gpu=on_several_nodes(lambda train: 0),  # the plugin would take `tasks` for it

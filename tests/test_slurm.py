@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moult.slurm import Job, jobs_of, stop_left_over, watch
+from moult.slurm import Job, jobs_of, refusals, stop, watch
 
 UUID = "c352fdd3-6442-42db-9870-eeead72ebd20"
 
@@ -39,12 +39,13 @@ def test_jobs_are_those_of_a_snakemake_in_the_folder(slurm):
         line(1, "RUNNING", slurm),
         line(2, "RUNNING", slurm / "elsewhere"),
         line(3, "RUNNING", slurm, name="bash"),
-        line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="a|b"),
+        line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="group_a|b"),
+        line(5, "RUNNING", slurm, what="(null)"),
     ]
     (slurm / "queue").write_text("".join(queue))
     assert jobs_of(slurm) == [
         Job("1", "RUNNING", "None", "rule_finetune_wildcards_demo"),
-        Job("4", "COMPLETED", "None", "a|b"),
+        Job("4", "COMPLETED", "None", "group_a|b"),
     ]
 
 
@@ -58,8 +59,11 @@ def test_left_over_jobs_get_a_signal_and_are_waited_for(slurm):
     (slurm / "queue").write_text(line(1, "RUNNING", slurm) + line(2, "PENDING", slurm) + line(3, "FAILED", slurm))
     (slurm / "after").write_text(f'case "$*" in *TERM*) : > {slurm}/queue;; esac\n')
     said = []
-    stop_left_over(slurm, said.append, every=0.01)
-    assert said == ["Stopping 2 Slurm jobs of an earlier Snakemake in this folder: 1, 2"]
+    stop(jobs_of(slurm)[:2], slurm, said.append, every=0.01)
+    assert len(said) == 1
+    assert said[0].startswith(
+        "Stopping 2 Slurm jobs of an earlier Snakemake in this folder: 1, 2. They have 15 minutes"
+    )
     assert (slurm / "calls").read_text() == "scancel --state=PENDING 1 2\nscancel --signal=TERM 1 2\n"
 
 
@@ -67,14 +71,24 @@ def test_what_ignores_the_signal_is_killed(slurm):
     (slurm / "queue").write_text(line(1, "RUNNING", slurm))
     (slurm / "after").write_text(f'case "$*" in 1) : > {slurm}/queue;; esac\n')
     said = []
-    stop_left_over(slurm, said.append, patience=0.1, every=0.01)
+    stop(jobs_of(slurm), slurm, said.append, patience=0.1, every=0.01)
     assert (slurm / "calls").read_text().splitlines()[-1] == "scancel 1" and "killing them" in said[1]
 
 
-def test_nothing_is_stopped_where_nothing_runs(slurm):
-    (slurm / "queue").write_text(line(1, "TIMEOUT", slurm) + line(2, "PREEMPTED", slurm))
-    stop_left_over(slurm, pytest.fail)
-    assert (slurm / "calls").read_text() == ""
+def test_what_slurm_would_refuse_is_said_once_with_its_reason(slurm):
+    (slurm / "bin/sbatch").write_text(
+        f"#!/bin/sh\necho $* >> {slurm}/calls\n"
+        'case "$*" in *=nope*) echo "allocation failure: Invalid partition name specified" >&2; exit 1;; esac\n'
+        "echo sbatch: Job 7 to start at 2026-11-23T00:00:00 >&2\n"
+    )
+    (slurm / "bin/sbatch").chmod(0o755)
+    fine = {"slurm_partition": "gpu", "runtime": 30, "mem_mb": 6002, "gpu": 1, "gpu_model": "h100", "tmpdir": "/tmp"}
+    planned = {"slurm_partition": "nope", "mem_mb": "<TBD>", "runtime": "<TBD>"}
+    assert refusals([fine, planned, planned]) == ["  --partition=nope: Invalid partition name specified"]
+    assert sorted((slurm / "calls").read_text().splitlines()) == [
+        "--test-only --partition=gpu --time=30 --mem=6002 --gpus=h100:1 --wrap=true",
+        "--test-only --partition=nope --wrap=true",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""What snakemake-executor-plugin-slurm (2.8.0) leaves open: jobs that outlive their Snakemake, and jobs that Slurm gives up.
+"""What snakemake-executor-plugin-slurm (2.8.0) leaves open: jobs that outlive their Snakemake, jobs that Slurm gives up, and
+why it refuses a job of several stages.
 
-Snakemake calls `stop_left_over` and `watch` before the first job (rules/common.smk). Both speak to Slurm through squeue,
-scancel and scontrol only.
+rules/cluster.smk calls this before the first job. It speaks to Slurm through its commands only.
 """
 
 import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ _NAME = re.compile(r"(.+_)?[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
 _GIVEN_UP = ("PREEMPTED", "NODE_FAIL")
 # A job that Slurm has put back and could not start stays in the queue for ever, if nobody releases it.
 _HELD = "launch failed requeued held"
-_ENDED = (*_GIVEN_UP, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
+ENDED = (*_GIVEN_UP, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 class Job(NamedTuple):
@@ -39,31 +39,65 @@ def jobs_of(folder: Path) -> list[Job]:
     jobs = []
     for line in answer.splitlines():
         id, state, reason, name, where, what = line.split("|", 5)
-        if where == str(folder) and _NAME.fullmatch(name):
+        if where == str(folder) and _NAME.fullmatch(name) and what.startswith(("rule_", "group_")):
             jobs.append(Job(id, state, reason, what))
     return jobs
 
 
-def stop_left_over(folder: Path, warn: Callable[[str], None], patience: float = 900, every: float = 2) -> None:
+def stop(jobs: list[Job], folder: Path, warn: Callable[[str], None], patience: float = 900, every: float = 2) -> None:
     """End the jobs that a Snakemake left in `folder` when it was killed, and wait until they are gone.
 
     A new Snakemake does not know them, and would start the same stages beside them (plugin issue 109). A finetune gets SIGTERM,
     saves at the end of its step, and goes on in its new job. After `patience` seconds Slurm kills what is left.
     """
-    began, told, killed = time.monotonic(), False, False
-    while left := [job for job in jobs_of(folder) if job.state not in _ENDED]:
-        if not told:
-            told = True
-            warn(
-                f"Stopping {len(left)} Slurm jobs of an earlier Snakemake in this folder: {', '.join(job.id for job in left)}"
-            )
-            _call("scancel", "--state=PENDING", *(job.id for job in left))
-            _call("scancel", "--signal=TERM", *(job.id for job in left))
-        elif not killed and time.monotonic() - began > patience:
+    ids = [job.id for job in jobs]
+    warn(
+        f"Stopping {len(ids)} Slurm jobs of an earlier Snakemake in this folder: {', '.join(ids)}. They have "
+        f"{patience / 60:.0f} minutes to save what they have; Ctrl-C does not wait"
+    )
+    _call("scancel", "--state=PENDING", *ids)
+    _call("scancel", "--signal=TERM", *ids)
+    began, killed = time.monotonic(), False
+    while any(job.id in ids and job.state not in ENDED for job in jobs_of(folder)):
+        if not killed and time.monotonic() - began > patience:
             killed = True
             warn(f"They still run after {patience:,.0f} seconds: killing them")
-            _call("scancel", *(job.id for job in left))
+            _call("scancel", *ids)
         time.sleep(every)
+
+
+# What sbatch is told of a job's resources (the plugin's submit_string.py has all of it).
+_FLAGS = {
+    "slurm_partition": "--partition",
+    "slurm_account": "--account",
+    "qos": "--qos",
+    "constraint": "--constraint",
+    "runtime": "--time",
+    "mem_mb": "--mem",
+    "nodes": "--nodes",
+    "gres": "--gres",
+}
+
+
+def refusals(resources: Iterable[Mapping]) -> list[str]:
+    """What Slurm would refuse, of the resources of these jobs, each with its reason, which Snakemake (9.27) does not show for
+    jobs of several stages. Nothing is submitted. What a plan will say is left out."""
+    found = []
+    for flags in sorted({_flags(job) for job in resources}):
+        fault = _call("sbatch", "--test-only", *flags, "--wrap=true")
+        reason = re.sub(r"^(sbatch|allocation failure): (error: )?", "", fault.splitlines()[-1]) if fault else ""
+        if reason:
+            found.append(f"  {' '.join(flags)}: {reason}")
+    return found
+
+
+def _flags(resources: Mapping) -> tuple[str, ...]:
+    asked = [f"{flag}={resources[name]}" for name, flag in _FLAGS.items() if isinstance(resources.get(name), int | str)]
+    gpus = resources.get("gpu")
+    if gpus:
+        model = resources.get("gpu_model")
+        asked.append(f"--gpus={f'{model}:' if model else ''}{gpus}")
+    return tuple(flag for flag in asked if "TBD" not in flag)
 
 
 def watch(folder: Path, warn: Callable[[str], None], every: float = 20) -> Callable[[], None]:

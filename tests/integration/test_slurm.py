@@ -185,6 +185,17 @@ def go_on(job: str) -> None:
     call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
+def test_what_slurm_would_refuse_is_said_before_anything_is_sent(tmp_path):
+    folder = checkout(tmp_path)
+    refused = ("--default-resources", "slurm_partition=nope", "--set-resources", "evaluate_base:runtime=1000000")
+    output = snakemake(folder, *QUICK, TARGET, *refused, code=1, cores=None)
+    lines = output[output.index("Slurm refuses what the jobs ask for:") :].splitlines()
+    assert any("--partition=nope --time=120 --mem=8000: Invalid partition" in line for line in lines), lines
+    assert "Traceback" not in output and "submitted" not in output and jobs(folder, "") == []
+    # Snakemake gives up its lock.
+    assert "finetune" in snakemake(folder, *QUICK, "-n", TARGET, cores=None)
+
+
 def test_two_nodes_train_as_one(demo, tmp_path):
     """The processes of a run on several nodes, started by srun, against as many on one machine."""
     folders = {}
