@@ -39,13 +39,13 @@ def test_jobs_are_those_of_a_snakemake_in_the_folder(slurm):
         line(1, "RUNNING", slurm),
         line(2, "RUNNING", slurm / "elsewhere"),
         line(3, "RUNNING", slurm, name="bash"),
-        line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="group_a|b"),
+        line(4, "COMPLETED", slurm, name=f"prefix_{UUID}", what="rule_a|b"),
         line(5, "RUNNING", slurm, what="(null)"),
     ]
     (slurm / "queue").write_text("".join(queue))
     assert jobs_of(slurm) == [
         Job("1", "RUNNING", "None", "rule_finetune_wildcards_demo"),
-        Job("4", "COMPLETED", "None", "group_a|b"),
+        Job("4", "COMPLETED", "None", "rule_a|b"),
     ]
 
 

@@ -26,7 +26,7 @@ class Job(NamedTuple):
     id: str
     state: str  # in full: RUNNING, PENDING, ...
     reason: str  # why it waits
-    what: str  # the plugin's comment: rule_<rule>_wildcards_<wildcards>
+    what: str  # the plugin's comment: rule_<rule or group>_...
 
 
 def jobs_of(folder: Path) -> list[Job]:
@@ -39,7 +39,7 @@ def jobs_of(folder: Path) -> list[Job]:
     jobs = []
     for line in answer.splitlines():
         id, state, reason, name, where, what = line.split("|", 5)
-        if where == str(folder) and _NAME.fullmatch(name) and what.startswith(("rule_", "group_")):
+        if where == str(folder) and _NAME.fullmatch(name) and what.startswith("rule_"):
             jobs.append(Job(id, state, reason, what))
     return jobs
 

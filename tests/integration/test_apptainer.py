@@ -242,7 +242,7 @@ def test_each_stage_ran_inside_and_nothing_of_the_host_got_in(contained_demo, po
 def test_the_demo_in_containers_leaves_nothing_in_the_checkout(contained_demo):
     folder, _ = contained_demo
     made = {path.name for path in folder.iterdir()} - {"poisoned.txt", ".cache"}  # the test's own
-    before = {"Snakefile", "config", "profiles", "rules", "scripts", "containers"}
+    before = {"Snakefile", "config", "profiles", "rules", "scripts", "slurm", "containers"}
     assert made - before == {"results", "logs", "benchmarks", ".snakemake"}
 
 

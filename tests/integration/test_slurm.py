@@ -90,14 +90,14 @@ def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     asked = {}
     for job in submitted:
         facts = call("scontrol", "show", "job", "--oneliner", job)
-        what = re.search(r"Comment=((rule|group)_[a-z]+)", facts)[1]
+        what = re.search(r"Comment=rule_([a-z]+)", facts)[1]
         gpus = re.search(r"TresPerJob=\S*gpu:(\d+)", facts)
         minutes, memory = re.search(r"TimeLimit=(\S+)", facts)[1], re.search(r"MinMemoryNode=(\S+)", facts)[1]
         asked[what] = (int(gpus[1]) if gpus else 0, minutes, memory)
     plan = json.loads((folder / "results/demo/plan.json").read_text())["job"]
     assert plan == {"mem_mb": 6002, "runtime": 31}
-    assert asked["rule_finetune"] == (1, "00:31:00", "6002M")
-    assert asked["group_data"][0] == 0 and asked["rule_evaluate"][0] == 1 and asked["group_measure"][0] == 1
+    assert asked["finetune"] == (1, "00:31:00", "6002M")
+    assert asked["data"][0] == 0 and asked["evaluate"][0] == 1 and asked["measure"][0] == 1
     assert "Nothing to be done" in snakemake(folder, *QUICK, TARGET, cores=None)
     assert "Nothing to be done" in snakemake(folder, TARGET)
 
