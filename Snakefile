@@ -53,3 +53,4 @@ onstart:
 
 onerror:
     tell_failures()
+    tell_refusals()

@@ -66,6 +66,14 @@ def on_slurm():
     return type(workflow.executor_settings).__module__.startswith("snakemake_executor_plugin_slurm")
 
 
+refused = []
+
+
+def tell_refusals():
+    if refused:
+        logger.warning("\n".join(["Slurm refuses what some jobs ask for:", *refused]))
+
+
 def look_after_slurm():
     """Find out what Slurm would refuse, and deal with what its plugin leaves open (moult/slurm.py).
 
@@ -84,9 +92,9 @@ def look_after_slurm():
                 f"scancel --signal=TERM {ids}"
             )
         if on_slurm():
-            if refused := refusals(job.resources for job in workflow.dag.needrun_jobs() if not job.is_local):
-                raise SystemExit("\n".join(["Slurm refuses what the jobs ask for:", *refused]))
-            watch(Path.cwd(), logger.warning)
+            refused.extend(refusals(job.resources for job in workflow.dag.needrun_jobs() if not job.is_local))
+            tell_refusals()
+            watch(Path.cwd(), workflow.executor_settings.requeue, logger.warning)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(f"Slurm does not answer: {error}")
     except KeyboardInterrupt:

@@ -103,12 +103,12 @@ def test_what_slurm_has_given_up_is_put_back(state, reason, said, call, slurm):
     old = line(1, state, slurm, reason=reason)  # of an earlier Snakemake
     (slurm / "queue").write_text(old)
     heard = []
-    stop = watch(slurm, heard.append, every=0.01)
+    over = watch(slurm, True, heard.append, every=0.01)
     (slurm / "after").write_text(f"printf '%s' '{line(2, 'PENDING', slurm)}' > {slurm}/queue\n")
     others = line(3, "CANCELLED", slurm) + line(4, "PENDING", slurm, reason="JobHeldUser")
     (slurm / "queue").write_text(old + line(2, state, slurm, reason=reason) + others)
     wait_for(lambda: heard)
-    stop()
+    over()
     assert heard == [
         f"Slurm job 2 (rule_finetune_wildcards_demo) is {said}, and Slurm leaves it at that: put back into the queue"
     ]
@@ -117,13 +117,21 @@ def test_what_slurm_has_given_up_is_put_back(state, reason, said, call, slurm):
 
 def test_what_cannot_be_put_back_is_said_once(slurm):
     said = []
-    stop = watch(slurm, said.append, every=0.01)
+    over = watch(slurm, True, said.append, every=0.01)
     (slurm / "after").write_text("echo Job not allowed >&2; exit 1\n")
     (slurm / "queue").write_text(line(2, "PREEMPTED", slurm))
     wait_for(lambda: said)
     time.sleep(0.2)
-    stop()
+    over()
     assert len(said) == 1 and "cannot be put back (Job not allowed): stop Snakemake and start it again" in said[0]
+
+
+def test_a_lost_node_is_the_plugins_business_without_requeueing(slurm):
+    over = watch(slurm, False, pytest.fail, every=0.01)
+    (slurm / "queue").write_text(line(2, "NODE_FAIL", slurm))
+    time.sleep(0.2)
+    over()
+    assert (slurm / "calls").read_text() == ""
 
 
 def wait_for(condition, seconds=20):

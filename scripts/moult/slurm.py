@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 # The plugin names its jobs so, behind a prefix of the user's if there is one.
 _NAME = re.compile(r"(.+_)?[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
-# Final for Slurm. The plugin waits for a requeue that never comes: PREEMPTED where PreemptMode is CANCEL, NODE_FAIL with
-# slurm-requeue where Slurm does not put the job back.
-_GIVEN_UP = ("PREEMPTED", "NODE_FAIL")
+# States in which the plugin waits for a requeue that never comes: where PreemptMode is CANCEL, and with slurm-requeue where
+# Slurm does not put the job back. (Without slurm-requeue it sends a new one for a lost node.)
+_GIVEN_UP = {True: ("PREEMPTED", "NODE_FAIL"), False: ("PREEMPTED",)}
 # A job that Slurm has put back and could not start stays in the queue for ever, if nobody releases it.
 _HELD = "launch failed requeued held"
-ENDED = (*_GIVEN_UP, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
+ENDED = (*_GIVEN_UP[True], "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 class Job(NamedTuple):
@@ -81,7 +81,8 @@ _FLAGS = {
 
 def refusals(resources: Iterable[Mapping]) -> list[str]:
     """What Slurm would refuse, of the resources of these jobs, each with its reason, which Snakemake (9.27) does not show for
-    jobs of several stages. Nothing is submitted. What a plan will say is left out."""
+    jobs of several stages. Nothing is submitted. What a plan will say is left out. Some of it Slurm may take all the same, and
+    let it wait: for nodes that are down."""
     found = []
     for flags in sorted({_flags(job) for job in resources}):
         fault = _call("sbatch", "--test-only", *flags, "--wrap=true")
@@ -100,22 +101,22 @@ def _flags(resources: Mapping) -> tuple[str, ...]:
     return tuple(flag for flag in asked if "TBD" not in flag)
 
 
-def watch(folder: Path, warn: Callable[[str], None], every: float = 20) -> Callable[[], None]:
+def watch(folder: Path, requeue: bool, warn: Callable[[str], None], every: float = 20) -> Callable[[], None]:
     """From now on, put back into the queue what Slurm has given up; the plugin then sees it waiting, as it expects.
 
-    Runs in a thread until this process ends, or what is returned is called.
+    `requeue` is the plugin's setting. Runs in a thread until this process ends, or what is returned is called.
     """
     known = {job.id for job in jobs_of(folder)}
-    stop = threading.Event()
+    over = threading.Event()
 
     def work() -> None:
-        while not stop.wait(every):
+        while not over.wait(every):
             try:
                 jobs = [job for job in jobs_of(folder) if job.id not in known]
             except (OSError, subprocess.SubprocessError):
                 continue  # a controller that restarts
             for job in jobs:
-                if job.state in _GIVEN_UP:
+                if job.state in _GIVEN_UP[requeue]:
                     state, fault = job.state, _call("scontrol", "requeue", job.id)
                 elif job.reason.replace("_", " ") == _HELD:  # with underscores in newer versions
                     state, fault = f"held ({job.reason})", _call("scontrol", "release", job.id)
@@ -131,7 +132,7 @@ def watch(folder: Path, warn: Callable[[str], None], every: float = 20) -> Calla
                     known.add(job.id)
 
     threading.Thread(target=work, daemon=True).start()
-    return stop.set
+    return over.set
 
 
 def _call(*command: str) -> str:
