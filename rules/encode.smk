@@ -22,8 +22,6 @@ rule encode:
         "<logs>/{run}/encode.log",
     benchmark:
         "<benchmarks>/{run}/encode.jsonl"
-    group:
-        "data-{run}"
     threads: 4
     resources:
         mem_mb=growing(8000),

@@ -58,8 +58,6 @@ rule evaluate_tuned:
         "<logs>/{run}/evaluate_tuned.log",
     benchmark:
         "<benchmarks>/{run}/evaluate_tuned.jsonl"
-    group:
-        "measure-{run}"
     threads: 4
     resources:
         gpu=1,

@@ -21,8 +21,6 @@ rule merge:
         "<logs>/{run}/merge.log",
     benchmark:
         "<benchmarks>/{run}/merge.jsonl"
-    group:
-        "measure-{run}"
     threads: 4
     resources:
         mem_mb=growing(8000),

@@ -20,8 +20,6 @@ rule model_card:
         "<logs>/{run}/model_card.log",
     benchmark:
         "<benchmarks>/{run}/model_card.jsonl"
-    group:
-        "measure-{run}"
     resources:
         mem_mb=growing(1000),
         runtime=growing(10),

@@ -31,8 +31,6 @@ rule plan_run:
     benchmark:
         "<benchmarks>/{run}/plan.jsonl"
     priority: 1  # before evaluate_base, which needs a GPU
-    group:
-        "data-{run}"
     resources:
         mem_mb=growing(8000),
         runtime=growing(30),

@@ -17,8 +17,6 @@ rule prepare:
         "<logs>/{ds}/prepare.log",
     benchmark:
         "<benchmarks>/{ds}/prepare.jsonl"
-    group:
-        "data-{ds}"
     threads: 4
     resources:
         mem_mb=growing(8000),

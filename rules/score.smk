@@ -24,8 +24,6 @@ rule score:
         "<logs>/{run}/score.log",
     benchmark:
         "<benchmarks>/{run}/score.jsonl"
-    group:
-        "measure-{run}"
     resources:
         mem_mb=growing(4000),
         runtime=growing(30),
