@@ -1,6 +1,6 @@
 """Model cards, in the folders that they describe.
 
-Reads:  metrics, base model
+Reads:  metrics, plan, base model
 Writes: results/<run>/cards/; the same as README.md in results/<run>/adapter/ and merged/
 """
 
@@ -12,6 +12,7 @@ rule model_card:
         adapter=ancient("<results>/{run}/adapter"),
         merged=ancient("<results>/{run}/merged"),
         made=["<results>/{run}/adapter.json", "<results>/{run}/merge.json"],
+        plan="<results>/{run}/plan.json",
         metrics="<results>/{run}/metrics.json",
     output:
         adapter="<results>/{run}/cards/adapter.md",
@@ -31,6 +32,6 @@ rule model_card:
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --model {input.model:q} \
-            --metrics {input.metrics:q} --adapter {input.adapter:q} --merged {input.merged:q} --cards {params.cards:q} \
+            --plan {input.plan:q} --metrics {input.metrics:q} --adapter {input.adapter:q} --merged {input.merged:q} --cards {params.cards:q} \
             --log-file {log:q}
         """

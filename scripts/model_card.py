@@ -24,6 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--model", required=True, help="manifest of the base model; its card names the licence")
+    parser.add_argument("--plan", required=True, help="plan.json: whether and how vLLM serves the adapter")
     parser.add_argument("--metrics", required=True, help="metrics.json")
     parser.add_argument("--adapter", required=True, help="adapter folder, which gets its card")
     parser.add_argument("--merged", required=True, help="merged model's folder, which gets its card")
@@ -41,10 +42,10 @@ def write_cards(args, log) -> None:
     from moult.files import read_json, write_text
     from moult.models import open_model
 
-    metrics = read_json(args.metrics)
+    metrics, plan = read_json(args.metrics), read_json(args.plan)
     base_card = front_matter(open_model(args.model)[0] / "README.md")
     for kind, folder in (("adapter", args.adapter), ("merged", args.merged)):
-        text = card(kind, args.run, metrics, base_card, args.settings)
+        text = card(kind, args.run, metrics, plan, base_card, args.settings)
         write_text(Path(folder, "README.md"), text)
         write_text(Path(args.cards, f"{kind}.md"), text)
     log.info("%s: %s", args.run, base_card.get("license") or "the base names no licence, so the cards name none")
@@ -66,7 +67,7 @@ def front_matter(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def card(kind: str, run: str, metrics: dict, base_card: dict, settings: dict) -> str:
+def card(kind: str, run: str, metrics: dict, plan: dict, base_card: dict, settings: dict) -> str:
     import yaml
 
     base, data = metrics["provenance"]["base"], metrics["provenance"]["data"]
@@ -89,7 +90,8 @@ def card(kind: str, run: str, metrics: dict, base_card: dict, settings: dict) ->
 Verdict: **{metrics["verdict"]["verdict"]}**. {figures(metrics)}
 ## Use
 
-{USE[kind].format(place=PLACE, base=base["name"], run=run)}
+{USE[kind].format(place=PLACE)}
+{with_vllm(kind, run, base["name"], plan["serve"], settings)}
 {template_note(settings)}## How it was made
 
 {provenance(metrics)}
@@ -150,12 +152,6 @@ from transformers import pipeline
 chat = pipeline("text-generation", model="{place}")
 print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
 ```
-
-With vLLM, behind an OpenAI-compatible API:
-
-```bash
-vllm serve {place} --served-model-name {run}
-```
 """,
     "adapter": """With peft:
 
@@ -169,14 +165,28 @@ messages = [{{"role": "user", "content": "Hello"}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]))
 ```
-
-With vLLM, on top of the base model:
-
-```bash
-vllm serve {base} --enable-lora --lora-modules {run}={place}
-```
 """,
 }
+
+
+def with_vllm(kind: str, run: str, base: str, serve: dict, settings: dict) -> str:
+    """The command that serves it as it was measured. `serve` is what the plan says of it."""
+    import shlex
+
+    kwargs = settings["chat_template_kwargs"]
+    template = f" --default-chat-template-kwargs {shlex.quote(json.dumps(kwargs, sort_keys=True))}" if kwargs else ""
+    if kind == "merged":
+        commands = f"vllm serve {PLACE} --served-model-name {run}{template}"
+    elif serve["reasons"]:
+        return f"vLLM cannot serve this adapter ({', '.join(serve['reasons'])}): serve the merged model.\n"
+    else:
+        # vLLM looks for the template and the stop tokens in the base's folder only.
+        commands = (
+            f"hf download {PLACE} --local-dir adapter\n"
+            f"vllm serve {base} --enable-lora --max-lora-rank {serve['max_lora_rank']} --lora-modules {run}=adapter \\\n"
+            f"    --chat-template adapter/chat_template.jinja --generation-config adapter{template}"
+        )
+    return f"With vLLM, behind an OpenAI-compatible API:\n\n```bash\n{commands}\n```\n"
 
 
 def template_note(settings: dict) -> str:

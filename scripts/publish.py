@@ -47,24 +47,33 @@ def publish(args, log) -> None:
     files = sorted([path for path in folder.iterdir() if path.is_file() and path.name in {*made_by, "metadata.json"}])
 
     set_up_hub(config["network"]["tls"])
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    api = HfApi()
+    with hub_errors("--repo", args.repo):
+        there = api.model_info(args.repo) if api.repo_exists(args.repo) else None
+    new = {"README.md", ".gitattributes", *(path.name for path in files)}
+    stale = sorted(file.rfilename for file in (there.siblings if there else []) if file.rfilename not in new)
     size = sum(path.stat().st_size for path in files)
-    log.info("to %s/%s (%s if it is new):", endpoint(), args.repo, "public" if args.public else "private")
+    public = args.public if there is None else not there.private
+    state = "new" if there is None else "which exists"
+    log.info("to %s/%s, %s, %s:", endpoint(), args.repo, state, "PUBLIC" if public else "private")
     log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
     for path in files:
         log.info("  %-40s %15s", path.name, f"{path.stat().st_size:,}")
+    for name in stale:  # of another model: shards, an adapter
+        log.info("  %-40s %15s", name, "removed")
     log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
     if not args.yes:
-        ask(args.repo)
-    additions = [
+        ask(args.repo, log)
+    operations = [
         CommitOperationAdd("README.md", card.encode()),
         *(CommitOperationAdd(path.name, path) for path in files),
+        *(CommitOperationDelete(name) for name in stale),
     ]
     with hub_errors("--repo", args.repo):
-        api = HfApi()
         api.create_repo(args.repo, private=not args.public, exist_ok=True)
-        commit = api.create_commit(args.repo, additions, commit_message=f"{args.what} of the run {args.run}")
+        commit = api.create_commit(args.repo, operations, commit_message=f"{args.what} of the run {args.run}")
     log.info("uploaded: %s", commit.commit_url)
 
 
@@ -79,13 +88,13 @@ def check_whole(folder: Path, made_by: dict[str, str], run: str) -> None:
             raise MoultError(f"{folder}/{name} is not the one that was measured", f"remove {folder} and run again")
 
 
-def ask(repo: str) -> None:
+def ask(repo: str, log) -> None:
     import sys
 
     if not sys.stdin.isatty():
         raise MoultError("nobody is there to ask whether this may go up", "give --yes (make publish YES=1)")
-    sys.__stderr__.flush()
-    if input(f"Upload this to {repo}? [y/N] ").strip().lower() not in ("y", "yes"):
+    log.info("Upload this to %s? [y/N]", repo)  # the prompt of input() would go to the log only
+    if input().strip().lower() not in ("y", "yes"):
         raise MoultError("nothing was uploaded", "answer y to upload")
 
 

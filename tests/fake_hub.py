@@ -195,6 +195,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
         commit = self.hub.add(repository.kind, repository.name, files, branch)
         self.answer(
             {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repository.name}/commit/{commit}"}
@@ -231,7 +233,8 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(self.body)["paths"]
             return self.answer([entry(file, files[file]) for file in wanted if file in files])
         siblings = [sibling(file, data) for file, data in files.items()]
-        return self.answer({"id": repository.name, "sha": commit, "siblings": siblings, "gated": repository.gated})
+        facts = {"id": repository.name, "sha": commit, "siblings": siblings, "gated": repository.gated}
+        return self.answer({**facts, "private": repository.private})
 
     def serve_file(self, repository: Repository, rest: str, on_other_host: bool) -> None:
         revision, _, file = rest.partition("/")

@@ -1,6 +1,7 @@
 """Model cards that tell what is so, and an upload of what was measured and nothing else."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import yaml
 from fake_hub import TOKEN, FakeHub, environment
 from workflow import ROOT, snakemake
 
-from model_card import card, front_matter
+from model_card import card, front_matter, with_vllm
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,23 @@ def test_the_merged_card_s_example_runs(carded):
     assert done.returncode == 0 and '"answer"' in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reasons", "kwargs", "command"),
+    [
+        ("merged", [], {}, "vllm serve path/to/this/folder --served-model-name demo\n"),
+        ("merged", [], {"a": "x y"}, '--served-model-name demo --default-chat-template-kwargs \'{"a": "x y"}\'\n'),
+        ("adapter", [], {}, "vllm serve org/base --enable-lora --max-lora-rank 64 --lora-modules demo=adapter \\\n"),
+        ("adapter", [], {}, "--chat-template adapter/chat_template.jinja --generation-config adapter\n"),
+        ("adapter", ["use_dora"], {}, "vLLM cannot serve this adapter (use_dora): serve the merged model."),
+    ],
+)
+def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, command):
+    """The flags of moult.serving.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
+    serve = {"reasons": reasons, "max_lora_rank": 64}
+    text = with_vllm(kind, "demo", "org/base", serve, {"chat_template_kwargs": kwargs})
+    assert command in text and ("```" in text) == (not reasons)
+
+
 @pytest.mark.slow
 def test_a_card_makes_nothing_stale(carded):
     assert "Nothing to be done" in snakemake(carded, "results/demo/metrics.json", "results/demo/cards/merged.md")
@@ -71,7 +89,8 @@ def test_of_the_hub_is_named_what_came_from_it(carded):
     metrics["provenance"]["base"] |= {"name": "Qwen/Qwen3-0.6B", "commit": "c" * 40}
     metrics["provenance"]["data"][0] |= {"name": "openai/gsm8k", "commit": "d" * 40}
     settings = {"languages": [], "chat_template_kwargs": {"enable_thinking": False}}
-    text = card("merged", "gsm8k", metrics, {}, settings)
+    plan = {"serve": {"reasons": [], "max_lora_rank": 16}}
+    text = card("merged", "gsm8k", metrics, plan, {}, settings)
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["base_model"] == "Qwen/Qwen3-0.6B" and header["base_model_relation"] == "finetune"
     assert header["datasets"] == ["openai/gsm8k"] and "license" not in header and "language" not in header
@@ -129,6 +148,35 @@ def test_what_was_measured_goes_up_whole(carded, what, tmp_path):
     assert repository.private and TOKEN not in done.stderr
     for name in there:
         assert f"{name} " in done.stderr  # shown before
+
+
+@pytest.mark.slow
+def test_what_another_model_left_there_is_removed_and_a_public_repository_is_said_to_be(carded, tmp_path):
+    with FakeHub() as hub:
+        hub.add("model", "tester/demo", {"model-00001-of-00002.safetensors": b"old", "config.json": b"{}"})
+        done = publish(carded, hub, tmp_path, "--yes")
+        assert done.returncode == 0, done.stderr
+        assert "tester/demo, which exists, PUBLIC:" in done.stderr
+        assert re.search(r"model-00001-of-00002\.safetensors +removed", done.stderr)
+        repository = hub.repositories["model", "tester/demo"]
+        assert "model-00001-of-00002.safetensors" not in repository.commits[repository.refs["main"]]
+
+
+@pytest.mark.slow
+def test_the_question_is_seen_on_a_terminal(carded, tmp_path):
+    with FakeHub() as hub:
+        ours, theirs = os.openpty()
+        command = [sys.executable, "scripts/publish.py", "--run", "demo", "--repo", "tester/demo"]
+        variables = environment(tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        process = subprocess.Popen(command, cwd=carded, stdin=theirs, stdout=theirs, stderr=theirs, env=variables)
+        os.close(theirs)
+        seen = b""
+        while b"[y/N]" not in seen:
+            seen += os.read(ours, 4096)
+        os.write(ours, b"n\n")
+        assert process.wait(60) == 1 and not hub.repositories
+        assert b"nothing was uploaded" in os.read(ours, 65536)
+        os.close(ours)
 
 
 @pytest.mark.slow
