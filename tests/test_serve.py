@@ -30,6 +30,8 @@ from moult.serving import (
     vllm_command,
     what_to_serve,
 )
+from smoke_test import CannotTell, Failed
+from smoke_test import Test as ServerTest
 
 FAKE_ENGINE = ROOT / "tests" / "fake_engine.py"
 DEMO_BASE = ROOT / "config" / "demo" / "base"
@@ -347,6 +349,7 @@ def test_a_good_server_passes_and_leaves_nothing(measured):
         ),
         ("double BOS", {"prompt_tokens"}, "one: the server counts 5 tokens, evaluate 4"),
         ("other weights", {"likelihood"}, "nats per token from what evaluate measured"),
+        ("no echo", {"likelihood"}, "/v1/completions answers 400"),  # an engine of our own can
         (
             "answers otherwise from 2",
             {"answers", "expectations", "concurrency"},
@@ -414,14 +417,29 @@ def test_a_near_tie_may_part_and_only_within_the_tolerance(measured):
     assert code == 1 and checks["answers"] is False and "led by 0.2 nats" in said
 
 
-@pytest.mark.parametrize(
-    ("fake", "check", "passed"), [("no tokenize", "prompt_tokens", True), ("no echo", "likelihood", None)]
-)
+@pytest.mark.parametrize(("fake", "check", "passed"), [("no tokenize", "prompt_tokens", True)])
 def test_a_server_that_cannot_tell(measured, fake, check, passed):
     code, checks, _ = smoke_test(measured, fake)
     assert code == 0 and checks == dict.fromkeys(CHECKS, True) | {check: passed}
     why = json.loads((measured / "smoke_test.json").read_text())["checks"][check]["why"]
     assert "by their number only" in why or "does not tell" in why
+
+
+@pytest.mark.parametrize(
+    ("status", "own", "error"),
+    [(400, False, CannotTell), (404, False, CannotTell), (429, False, Failed), (400, True, Failed)],
+)
+def test_only_another_server_may_lack_likelihoods(status, own, error):
+    """Other weights may give the very same answers: nothing else finds them."""
+    result = {"tolerance": {"lead": 0.01, "likelihood": 0.001}}
+    test = ServerTest("http://there", None, "m", [{"prompt_ids": [1, 2], "prompt_nll": 1.0}], result, None)
+    test.server = object() if own else None
+    response = requests.Response()
+    response.status_code, response._content = status, b"no"
+    response.request = requests.Request("POST", "http://there/v1/completions").prepare()
+    test.send = lambda *_: response
+    with pytest.raises(error):
+        test.likelihood()
 
 
 def test_answers_without_token_ids_are_held_against_their_text(measured):

@@ -167,7 +167,7 @@ def check_exposed(host: str, key: str | None, variable: str) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on. The system gives another one to each who asks."""
+    """A port that nobody listens on. If somebody takes it before the engine does, that ends and says so."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -215,7 +215,7 @@ class Server:
     """An engine as a child process, ended with all that it has started when the block ends, however it ends.
 
     The engine has a session of its own, so that Ctrl-C reaches this process only, which then ends it in order. If this
-    process is killed, a guard ends all of that session: vLLM's server, asked politely while it starts, stays (0.32).
+    process is killed, a guard ends that process group: vLLM's server, asked politely while it starts, stays (0.32).
     """
 
     def __init__(self, command: list[str], url: str, log, key: str | None = None, threads: int | None = None):
@@ -243,10 +243,14 @@ class Server:
             raise MoultError(
                 f"{self.command[0]}: {error.strerror}", "set serve.python to the Python that has vLLM"
             ) from None
-        # It reads what is never written, to the end that comes with the end of this process.
-        guard = ["sh", "-c", 'read -r line; kill -s KILL -- "-$0"', str(self.process.pid)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+        try:
+            # It reads what is never written, to the end that comes with the end of this process.
+            guard = ["sh", "-c", 'read -r line; kill -s KILL -- "-$0"', str(self.process.pid)]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+        except BaseException:  # a signal, before there is a guard
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         return self
