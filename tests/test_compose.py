@@ -62,6 +62,26 @@ def test_a_public_address_is_written_only_with_a_key(tmp_path):
     assert done.returncode == 0 and "a-key-of-the-tests" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("host", "key", "starts"),
+    [("127.0.0.1", "", True), ("0.0.0.0", "", False), ("0.0.0.0", "a-key-of-the-tests", True), ("::", "", False)],
+)
+def test_without_a_key_nothing_is_served_to_others(host, key, starts, tmp_path):
+    """What .env was written with, and what `up` is started with, may differ."""
+    entrypoint = [word.replace("$$", "$") for word in services()["vllm-server"]["entrypoint"]]
+    (tmp_path / "python3").write_text('#!/bin/sh\necho started "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SERVE_HOST": host, "VLLM_API_KEY": key}
+    done = subprocess.run(
+        [*entrypoint, "--model", "/model"], capture_output=True, text=True, env=variables, check=False
+    )
+    assert (done.returncode == 0) == starts
+    if starts:
+        assert done.stdout == "started -m vllm.entrypoints.openai.api_server --model /model\n"
+    else:
+        assert "export MOULT_API_KEY" in done.stderr and not done.stdout
+
+
 def odd_config(folder: Path) -> str:
     kwargs = {"enable_thinking": False, "say": 'it\'s "$5"'}
     run = {"model": {"name": "config/demo/base", "chat_template_kwargs": kwargs}, "serve": {"max_model_len": 4096}}
