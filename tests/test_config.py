@@ -111,6 +111,13 @@ REFUSED = [
     ("serve: {port: 0}", "serve.port: must be >= 1, got 0"),
     ("serve: {api_key: secret}", "serve.api_key: unknown key; did you mean api_key_env?"),
     ("serve: {vllm: {api_key: secret}}", "serve.vllm.api_key: not yours to set: a key in a config …"),
+    (
+        "serve: {vllm: {hos: 0.0.0.0}}",
+        "serve.vllm.hos: vLLM takes it for host, which is not yours to set: it is serve.host",
+    ),
+    ("serve: {vllm: {config: more.yaml}}", "serve.vllm.config: not yours to set: a file of options …"),
+    ("serve: {vllm: {ssl_keyfile: k.pem}}", "serve.vllm.ssl_keyfile: not yours to set: `make serve` …"),
+    ("serve: {vllm: {enforce_eager: null}}", "serve.vllm.enforce_eager: expected string or number or …"),
     ("serve: {vllm: {api-key: secret}}", "serve.vllm.api-key: not yours to set: write it with _ for -"),
     (
         "runs: {a: {serve: {vllm: {max_lora_rank: 8}}}}",

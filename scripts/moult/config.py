@@ -90,6 +90,7 @@ def resolve(config: dict, schema: dict) -> dict:
     problems += _name_problems(config)
     for name, run in config["runs"].items():
         problems += _run_problems(name, run, config["datasets"].get(run["dataset"]))
+        problems += _shortened(run["serve"]["vllm"], schema["$defs"]["serve"]["properties"]["vllm"]["properties"])
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # the runs share most of their settings
     return {key: value for key, value in config.items() if key in known}
@@ -363,6 +364,16 @@ def _name_problems(config: dict) -> list[str]:
             )
         seen[name.lower()] = name
     return problems
+
+
+def _shortened(options: dict, refused: dict) -> list[str]:
+    """vLLM takes the beginning of an option's name for the whole."""
+    return [
+        f"serve.vllm.{option}: vLLM takes it for {name}, which is not yours to set: {refused[name]['x-refused']}"
+        for option in options
+        for name in refused
+        if name.startswith(option)
+    ]
 
 
 def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
