@@ -28,7 +28,9 @@ pytestmark = [
 ]
 
 CONFIG = {"model": {"name": "config/demo/base", "dtype": "float32"}}
-SERVE = {"engine": "vllm", "python": VLLM_PYTHON, "vllm": {"enforce_eager": True}}
+# By default vLLM wants nine tenths of the memory, on a CPU too, and a test shares the machine.
+OPTIONS = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
+SERVE = {"engine": "vllm", "python": VLLM_PYTHON, "vllm": OPTIONS}
 
 
 @pytest.fixture
