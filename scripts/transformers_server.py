@@ -11,6 +11,7 @@ choices, penalties ...) is refused, not ignored. With VLLM_API_KEY in the enviro
 import argparse
 import contextlib
 import hmac
+import inspect
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ NEUTRAL = {
     "n": (1,),
     "best_of": (1,),
     "tools": ([],),
+    "documents": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "response_format": ({"type": "text"},),
@@ -104,6 +106,8 @@ class Engine:
         self.generating, self.tokenizing = threading.Lock(), threading.Lock()
 
     def load(self) -> None:
+        from transformers import PreTrainedTokenizerBase
+
         from moult.chat import load_tokenizer, stop_ids
         from moult.device import limit_threads, load_model, pick
 
@@ -112,6 +116,9 @@ class Engine:
         self.template_kwargs = settings.get("chat_template_kwargs", {})
         own = self.args.adapter or self.args.model
         self.tokenizer = load_tokenizer(own, settings["trust_remote_code"])
+        self.not_of_template = {"messages", "conversations"}
+        for owner in (self.tokenizer, PreTrainedTokenizerBase):
+            self.not_of_template |= set(inspect.signature(owner.apply_chat_template).parameters)
         has_config = Path(own, "generation_config.json").exists()
         self.stop_ids = stop_ids(own if has_config else self.args.model, self.tokenizer)
         self.model = load_model(self.args.model, pick(), settings).eval()
@@ -129,6 +136,7 @@ class Engine:
             if not chat:
                 return self._ids_of(body.get("prompt"))
             messages = checked_messages(body.get("messages"))
+            variables = self._variables_of(body.get("chat_template_kwargs"))
             if not self.tokenizer.chat_template:
                 raise BadRequest("the model has no chat template; ask /v1/completions")
             try:
@@ -136,11 +144,25 @@ class Engine:
                     messages,
                     tokenize=False,
                     add_generation_prompt=body.get("add_generation_prompt", True),
-                    **{**self.template_kwargs, **(body.get("chat_template_kwargs") or {})},
+                    **{**self.template_kwargs, **variables},
                 )
             except Exception as error:  # a template can raise whatever Python can
                 raise BadRequest(f"the chat template refuses the messages: {error}") from None
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _variables_of(self, given) -> dict:
+        """A request's variables for the template. What apply_chat_template itself takes is none: a request could bring a
+        template of its own, which need never end, and nobody else would be answered."""
+        if given is None:
+            return {}
+        if not isinstance(given, dict):
+            raise BadRequest("chat_template_kwargs: expected an object")
+        for name, value in given.items():
+            if name in self.not_of_template:
+                raise BadRequest(f"chat_template_kwargs: {name} is no variable of a template")
+            if not isinstance(value, str | int | float | bool | None):
+                raise BadRequest(f"chat_template_kwargs: {name:.80}: expected a text, a number, true, false or null")
+        return given
 
     def _ids_of(self, prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -262,6 +262,33 @@ def test_a_bad_request_is_refused(small_server, path, body, status, words):
     assert response.status_code == status and words in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"chat_template": "mine"}, "chat_template is no variable"),
+        ({"tokenize": True}, "tokenize is no variable"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is no variable"),
+        ({"continue_final_message": True}, "continue_final_message is no variable"),
+        ({"return_dict": True}, "return_dict is no variable"),
+        ({"tools": [{}]}, "tools is no variable"),
+        ({"documents": [{}]}, "documents is no variable"),
+        ({"messages": "mine"}, "messages is no variable"),
+        ({"level": ["high"]}, "level: expected a text"),
+        (["enable_thinking"], "expected an object"),
+    ],
+)
+def test_a_request_brings_variables_for_the_template_and_nothing_else(small_server, path, variables, words):
+    response = post(small_server[0], path, {**QUESTION, "chat_template_kwargs": variables})
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
+def test_a_request_may_set_variables_of_the_template(small_server):
+    for value in ("high", 1, 0.5, False, None):
+        body = {**QUESTION, "chat_template_kwargs": {"enable_thinking": value}}
+        assert post(small_server[0], "/tokenize", body).status_code == 200
+
+
 @pytest.mark.parametrize("key", [None, "wrong", "the-key-and-more"])
 def test_without_the_key_there_is_nothing(small_server, key):
     for path in ("/v1/chat/completions", "/tokenize"):
