@@ -4,8 +4,8 @@
 
 scripts/serve.py and scripts/smoke_test.py start it (serve.engine: transformers). It has what they and a chat client need,
 with the paths, fields and status codes of vLLM: /health, /v1/models, /v1/chat/completions, /v1/completions, /tokenize. One
-request is answered at a time, the others wait. What would change an answer and is not known here (tools, several
-choices, penalties ...) is refused, not ignored. With VLLM_API_KEY in the environment, requests need that key.
+request is answered at a time, the others wait. What could change an answer and is not known here (tools, several
+choices, penalties, any other field ...) is refused, not ignored. With VLLM_API_KEY in the environment, requests need that key.
 """
 
 import argparse
@@ -27,7 +27,19 @@ from moult.errors import MoultError
 
 LARGEST_BODY = 16 * 1024 * 1024
 
-# Fields that change the answer, and the values that ask for nothing else than what is done anyway.
+# Fields that are known: those of both paths, with some that change no answer, and by whether it is a chat its own.
+SHARED = {
+    *("model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+    *("stream", "stream_options", "return_token_ids"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id", "priority"),
+    "parallel_tool_calls",
+}
+FIELDS = {
+    True: SHARED | {"messages", "add_generation_prompt", "chat_template_kwargs"},
+    False: SHARED | {"prompt", "echo", "logprobs"},
+}
+
+# Other fields, and the values that ask for nothing else than what is done anyway.
 NEUTRAL = {
     "n": (1,),
     "best_of": (1,),
@@ -42,6 +54,16 @@ NEUTRAL = {
     "repetition_penalty": (1,),
     "top_k": (-1, 0),
     "min_p": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
 }
 
 
@@ -281,13 +303,19 @@ def number(body: dict, name: str, default, low, high, kinds=(int, float)):
     return value
 
 
+def checked_fields(body: dict, chat: bool) -> dict:
+    """The fields that a request sets. null sets nothing."""
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name not in FIELDS[chat] and value not in NEUTRAL.get(name, ()):
+            raise BadRequest(f"{name:.80}: not supported by this server, which is for trials; vLLM may have it")
+    return given
+
+
 def checked_options(body: dict, prompt: int, room: int, chat: bool) -> dict:
     """The options of a request for an answer to a prompt of `prompt` tokens, with `room` tokens in all."""
-    for name, values in NEUTRAL.items():
-        if body.get(name) is not None and body[name] not in values:
-            raise BadRequest(f"{name}: not supported by this server, which is for trials; vLLM has it")
-    if chat and body.get("logprobs"):
-        raise BadRequest("logprobs: not supported by this server, which is for trials; vLLM has it")
+    if not chat and "logprobs" in body and not (body.get("echo") and body["logprobs"] == 0):
+        raise BadRequest("logprobs: this server, which is for trials, has them with echo only, and only logprobs: 0")
     if prompt >= room:
         raise BadRequest(f"the prompt has {prompt} tokens, and this model's maximum context length is {room}")
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -362,7 +390,9 @@ class Handler(BaseHTTPRequestHandler):
         model = body.get("model", self.engine.name)
         if model not in self.engine.names:
             raise BadRequest(f"The model `{model}` does not exist. There are: {', '.join(self.engine.names)}.", 404)
-        paths[self.path]({**body, "model": model})
+        # A chat's fields are known to /tokenize too: what asks for an answer there changes no token.
+        chat = self.path == "/v1/chat/completions" or (self.path == "/tokenize" and body.get("messages") is not None)
+        paths[self.path]({**checked_fields(body, chat), "model": model})
 
     def check_key(self) -> None:
         given = self.headers.get("Authorization") or ""

@@ -262,6 +262,55 @@ def test_a_bad_request_is_refused(small_server, path, body, status, words):
     assert response.status_code == status and words in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/chat/completions", "ignore_eos", True),
+        ("/v1/chat/completions", "min_tokens", 5),
+        ("/v1/chat/completions", "stop_token_ids", [7]),
+        ("/v1/chat/completions", "guided_json", {}),
+        ("/v1/chat/completions", "logprobs", True),
+        ("/v1/chat/completions", "top_logprobs", 2),
+        ("/v1/chat/completions", "continue_final_message", True),
+        ("/v1/chat/completions", "echo", True),
+        ("/v1/chat/completions", "documents", [{}]),
+        ("/v1/chat/completions", "chat_template", "mine"),
+        ("/v1/chat/completions", "anything_else", False),
+        ("/v1/completions", "suffix", "the end"),
+        ("/v1/completions", "logprobs", 0),
+        ("/v1/completions", "messages", []),
+        ("/tokenize", "tools", [{}]),
+    ],
+)
+def test_a_field_that_is_not_known_is_refused(small_server, path, field, value):
+    body = {"prompt": "One"} if path == "/v1/completions" else QUESTION
+    response = post(small_server[0], path, {**body, "max_tokens": 1, field: value})
+    assert response.status_code == 400 and response.json()["error"]["message"].startswith(f"{field}: ")
+
+
+def test_what_changes_nothing_is_taken(small_server):
+    body = {
+        "max_tokens": 1,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "ignore_eos": False,
+        "guided_json": None,
+    }
+    neutral = {"n": 1, "tools": [], "tool_choice": None, "top_logprobs": 0, "logprobs": False}
+    assert post(small_server[0], "/v1/chat/completions", {**QUESTION, **body, **neutral}).status_code == 200
+    body |= {"suffix": "", "logprobs": None, "min_tokens": 0}
+    assert post(small_server[0], "/v1/completions", {"prompt": "One", **body}).status_code == 200
+
+
+def test_the_likelihood_of_a_prompt(small_server):
+    body = {"prompt": "What is the capital?", "echo": True, "max_tokens": 0}
+    choice = post(small_server[0], "/v1/completions", {**body, "logprobs": 0}).json()["choices"][0]
+    assert choice["logprobs"]["token_logprobs"][0] is None and choice["logprobs"]["token_logprobs"][1] < 0
+    refused = post(small_server[0], "/v1/completions", {**body, "logprobs": 2})
+    assert refused.status_code == 400 and "only logprobs: 0" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 @pytest.mark.parametrize(
     ("variables", "words"),
