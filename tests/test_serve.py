@@ -251,6 +251,24 @@ def test_eight_at_once_and_one_that_leaves(small_server):
         ("/v1/chat/completions", {**QUESTION, "temperature": "hot"}, 400, "temperature"),
         ("/v1/chat/completions", {**QUESTION, "n": 2}, 400, "n: not supported"),
         ("/v1/chat/completions", {**QUESTION, "repetition_penalty": 1.1}, 400, "repetition_penalty: not supported"),
+        ("/v1/chat/completions", {**QUESTION, "temperature": 1e-320}, 400, "temperature: expected 0, or"),
+        ("/v1/chat/completions", {**QUESTION, "stream_options": 5}, 400, "stream_options: expected an object"),
+        (
+            "/v1/chat/completions",
+            {**QUESTION, "stream": True, "stream_options": {"include_usage": "no"}},
+            400,
+            "stream_options.include_usage: expected true or false",
+        ),
+        ("/v1/chat/completions", {**QUESTION, "stream": "false"}, 400, "stream: expected true or false"),
+        ("/v1/chat/completions", {**QUESTION, "add_generation_prompt": "no"}, 400, "add_generation_prompt: expected"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+        ("/tokenize", {"prompt": "\ud800"}, 400, "surrogate"),
+        (
+            "/v1/completions",
+            {"prompt": "One", "echo": True, "stream": True, "max_tokens": 0},
+            400,
+            "echo: not supported with stream",
+        ),
         ("/v1/completions", {"prompt": [10**9]}, 400, "token ids of this model"),
         ("/v1/completions", {"prompt": []}, 400, "empty"),
     ],
@@ -284,6 +302,20 @@ def test_a_field_that_is_not_known_is_refused(small_server, path, field, value):
     body = {"prompt": "One"} if path == "/v1/completions" else QUESTION
     response = post(small_server[0], path, {**body, "max_tokens": 1, field: value})
     assert response.status_code == 400 and response.json()["error"]["message"].startswith(f"{field}: ")
+
+
+def test_a_path_may_have_a_query(small_server):
+    assert post(small_server[0], "/tokenize?x=1", QUESTION).status_code == 200
+    assert post(small_server[0], "/v1/chat/completions?x=1", {**QUESTION, "max_tokens": 1}).json()["object"] == (
+        "chat.completion"
+    )
+    assert requests.get(f"{small_server[0]}/health?x=1", timeout=9).status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1, 2])
+def test_every_temperature_is_taken(small_server, temperature):
+    body = {**QUESTION, "temperature": temperature, "max_tokens": 2}
+    assert post(small_server[0], "/v1/chat/completions", body).status_code == 200
 
 
 def test_what_changes_nothing_is_taken(small_server):
@@ -339,7 +371,8 @@ def test_a_request_may_set_variables_of_the_template(small_server):
 @pytest.mark.parametrize("key", [None, "wrong", "the-key-and-more"])
 def test_without_the_key_there_is_nothing(small_server, key):
     for path in ("/v1/chat/completions", "/tokenize"):
-        assert post(small_server[0], path, QUESTION, key=key).status_code == 401
+        refused = post(small_server[0], path, QUESTION, key=key)
+        assert refused.status_code == 401 and refused.json()["error"]["type"] == "AuthenticationError"
     assert requests.get(f"{small_server[0]}/v1/models", timeout=9).status_code == 401
 
 
