@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -89,7 +90,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))
     engine = Engine(args)
     handler = type("Handler", (Handler,), {"engine": engine, "key": os.environ.pop("VLLM_API_KEY", "")})
-    server = type("Server", (ThreadingHTTPServer,), {"daemon_threads": True, "request_queue_size": 128})
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    options = {"daemon_threads": True, "request_queue_size": 128, "address_family": family}
+    server = type("Server", (ThreadingHTTPServer,), options)
     try:
         listening = server((args.host, args.port), handler)
     except OSError as error:

@@ -176,6 +176,17 @@ def post(url: str, path: str, body, key: str | None = "the-key", **options):
     return requests.post(url + path, data=data, headers=headers, timeout=60, **options)
 
 
+def test_it_listens_on_an_ipv6_address():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip("no IPv6 here")
+    command = transformers_command(settings_for(), Served("base", str(DEMO_BASE)), "::1", port)
+    with Server(command, address("::1", port), Log(), key="the-key", threads=1) as server:
+        server.wait_ready(60)
+
+
 def test_it_is_not_ready_before_the_model_is_there(small_server):
     assert small_server[1][0] == 503 and small_server[1][-1] == 200
 
