@@ -28,6 +28,9 @@ from moult.errors import MoultError
 
 LARGEST_BODY = 16 * 1024 * 1024
 
+# Seconds that a streaming client may leave a piece unread: the model is kept from the others meanwhile.
+READ_TIMEOUT = 10
+
 # Logits divided by less are more than a float32 can hold.
 LEAST_TEMPERATURE = 1e-10
 
@@ -483,6 +486,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, head: dict, ids: list[int], options: dict, adapted: bool, chat: bool, wanted: dict) -> None:
         self.streaming = True
+        self.connection.settimeout(READ_TIMEOUT)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from test_workflow import again, planned, set_key  # noqa: F401  (a fixture)
 from tiny import change_tensors
 from workflow import ROOT, snakemake
 
+import transformers_server
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
 from moult.serving import (
@@ -240,6 +243,37 @@ def test_eight_at_once_and_one_that_leaves(small_server):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: post(url, "/v1/chat/completions", QUESTION).json(), range(8)))
     assert {answer["choices"][0]["message"]["content"] for answer in answers} == {"The capital of Japan is Tokyo."}
+
+
+def test_a_client_that_reads_no_more_does_not_keep_the_model(monkeypatch):
+    monkeypatch.setattr(transformers_server, "READ_TIMEOUT", 0.5)
+    let_go = threading.Event()
+
+    class Endless:
+        name, names, created, max_model_len = "base", ["base"], 0, 100
+        ready = threading.Event()
+        ready.set()
+
+        def prompt_ids(self, body, chat):
+            return [1]
+
+        def generate(self, ids, options, adapted, tell):
+            try:
+                while True:
+                    tell("long " * 10_000)
+            finally:
+                let_go.set()
+
+    handler = type("Handler", (transformers_server.Handler,), {"engine": Endless(), "key": ""})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            path = "/v1/chat/completions"
+            url = address(*server.server_address)
+            with post(url, path, {**QUESTION, "stream": True}, stream=True) as unread:
+                assert unread.status_code == 200 and let_go.wait(20)
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.parametrize(
