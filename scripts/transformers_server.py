@@ -437,12 +437,11 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest(f"the body has more than {LARGEST_BODY:,} bytes", 413)
         try:
             body = json.loads(self.rfile.read(size))
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
-        try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRequest("the body has half of a surrogate pair, which is no character") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise BadRequest("the body is no JSON object")
         return body
