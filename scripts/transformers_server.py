@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,12 @@ from moult.errors import MoultError
 
 LARGEST_BODY = 16 * 1024 * 1024
 
+# Seconds that a streaming client may leave a piece unread: the model is kept from the others meanwhile.
+READ_TIMEOUT = 10
+
+# Logits divided by less are more than a float32 can hold.
+LEAST_TEMPERATURE = 1e-10
+
 # Fields that are known: those of both paths, with some that change no answer, and by whether it is a chat its own.
 SHARED = {
     *("model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
@@ -38,6 +45,9 @@ FIELDS = {
     True: SHARED | {"messages", "add_generation_prompt", "chat_template_kwargs"},
     False: SHARED | {"prompt", "echo", "logprobs"},
 }
+
+# Fields that are true or false.
+FLAGS = ("stream", "echo", "add_generation_prompt", "return_token_ids")
 
 # Other fields, and the values that ask for nothing else than what is done anyway.
 NEUTRAL = {
@@ -83,7 +93,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))
     engine = Engine(args)
     handler = type("Handler", (Handler,), {"engine": engine, "key": os.environ.pop("VLLM_API_KEY", "")})
-    server = type("Server", (ThreadingHTTPServer,), {"daemon_threads": True, "request_queue_size": 128})
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    options = {"daemon_threads": True, "request_queue_size": 128, "address_family": family}
+    server = type("Server", (ThreadingHTTPServer,), options)
     try:
         listening = server((args.host, args.port), handler)
     except OSError as error:
@@ -309,6 +321,15 @@ def checked_fields(body: dict, chat: bool) -> dict:
     for name, value in given.items():
         if name not in FIELDS[chat] and value not in NEUTRAL.get(name, ()):
             raise BadRequest(f"{name:.80}: not supported by this server, which is for trials; vLLM may have it")
+    flags = {name: given[name] for name in FLAGS if name in given}
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise BadRequest("stream_options: expected an object")
+    for name, value in {**flags, "stream_options.include_usage": options.get("include_usage") or False}.items():
+        if not isinstance(value, bool):
+            raise BadRequest(f"{name}: expected true or false")
+    if given.get("echo") and given.get("stream"):
+        raise BadRequest("echo: not supported with stream")
     return given
 
 
@@ -330,12 +351,15 @@ def checked_options(body: dict, prompt: int, room: int, chat: bool) -> dict:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise BadRequest("stop: expected a text or a list of texts")
+    temperature = number(body, "temperature", 1.0, 0, 2)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise BadRequest(f"temperature: expected 0, or a number from {LEAST_TEMPERATURE} to 2")
     top_p = number(body, "top_p", 1.0, 0, 1)
     if top_p == 0:
         raise BadRequest("top_p: must be above 0")
     return {
         "max_tokens": wanted,
-        "temperature": number(body, "temperature", 1.0, 0, 2),
+        "temperature": float(temperature),  # transformers takes no int
         "top_p": top_p,
         "seed": number(body, "seed", None, -(2**63), 2**63 - 1, int),
         "stop": stop,
@@ -356,6 +380,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_with(self, act) -> None:
         self.streaming = False
+        self.path = self.path.partition("?")[0]
         try:
             act()
         except BadRequest as error:
@@ -412,6 +437,9 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest(f"the body has more than {LARGEST_BODY:,} bytes", 413)
         try:
             body = json.loads(self.rfile.read(size))
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the body has half of a surrogate pair, which is no character") from None
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
@@ -457,6 +485,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, head: dict, ids: list[int], options: dict, adapted: bool, chat: bool, wanted: dict) -> None:
         self.streaming = True
+        self.connection.settimeout(READ_TIMEOUT)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
@@ -491,7 +520,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def refuse(self, message: str, status: int) -> None:
-        kind = "NotFoundError" if status == 404 else "BadRequestError" if status < 500 else "InternalServerError"
+        kinds = {401: "AuthenticationError", 404: "NotFoundError"}
+        kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
         self.send_json({"error": {"message": message, "type": kind, "code": status}}, status)
 
     def log_message(self, template: str, *values) -> None:

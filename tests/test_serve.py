@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from test_workflow import again, planned, set_key  # noqa: F401  (a fixture)
 from tiny import change_tensors
 from workflow import ROOT, snakemake
 
+import transformers_server
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
 from moult.serving import (
@@ -178,6 +181,17 @@ def post(url: str, path: str, body, key: str | None = "the-key", **options):
     return requests.post(url + path, data=data, headers=headers, timeout=60, **options)
 
 
+def test_it_listens_on_an_ipv6_address():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip("no IPv6 here")
+    command = transformers_command(settings_for(), Served("base", str(DEMO_BASE)), "::1", port)
+    with Server(command, address("::1", port), Log(), key="the-key", threads=1) as server:
+        server.wait_ready(60)
+
+
 def test_it_is_not_ready_before_the_model_is_there(small_server):
     assert small_server[1][0] == 503 and small_server[1][-1] == 200
 
@@ -233,6 +247,37 @@ def test_eight_at_once_and_one_that_leaves(small_server):
     assert {answer["choices"][0]["message"]["content"] for answer in answers} == {"The capital of Japan is Tokyo."}
 
 
+def test_a_client_that_reads_no_more_does_not_keep_the_model(monkeypatch):
+    monkeypatch.setattr(transformers_server, "READ_TIMEOUT", 0.5)
+    let_go = threading.Event()
+
+    class Endless:
+        name, names, created, max_model_len = "base", ["base"], 0, 100
+        ready = threading.Event()
+        ready.set()
+
+        def prompt_ids(self, body, chat):
+            return [1]
+
+        def generate(self, ids, options, adapted, tell):
+            try:
+                while True:
+                    tell("long " * 10_000)
+            finally:
+                let_go.set()
+
+    handler = type("Handler", (transformers_server.Handler,), {"engine": Endless(), "key": ""})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            path = "/v1/chat/completions"
+            url = address(*server.server_address)
+            with post(url, path, {**QUESTION, "stream": True}, stream=True) as unread:
+                assert unread.status_code == 200 and let_go.wait(20)
+        finally:
+            server.shutdown()
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
@@ -253,6 +298,24 @@ def test_eight_at_once_and_one_that_leaves(small_server):
         ("/v1/chat/completions", {**QUESTION, "temperature": "hot"}, 400, "temperature"),
         ("/v1/chat/completions", {**QUESTION, "n": 2}, 400, "n: not supported"),
         ("/v1/chat/completions", {**QUESTION, "repetition_penalty": 1.1}, 400, "repetition_penalty: not supported"),
+        ("/v1/chat/completions", {**QUESTION, "temperature": 1e-320}, 400, "temperature: expected 0, or"),
+        ("/v1/chat/completions", {**QUESTION, "stream_options": 5}, 400, "stream_options: expected an object"),
+        (
+            "/v1/chat/completions",
+            {**QUESTION, "stream": True, "stream_options": {"include_usage": "no"}},
+            400,
+            "stream_options.include_usage: expected true or false",
+        ),
+        ("/v1/chat/completions", {**QUESTION, "stream": "false"}, 400, "stream: expected true or false"),
+        ("/v1/chat/completions", {**QUESTION, "add_generation_prompt": "no"}, 400, "add_generation_prompt: expected"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+        ("/tokenize", {"prompt": "\ud800"}, 400, "surrogate"),
+        (
+            "/v1/completions",
+            {"prompt": "One", "echo": True, "stream": True, "max_tokens": 0},
+            400,
+            "echo: not supported with stream",
+        ),
         ("/v1/completions", {"prompt": [10**9]}, 400, "token ids of this model"),
         ("/v1/completions", {"prompt": []}, 400, "empty"),
     ],
@@ -286,6 +349,20 @@ def test_a_field_that_is_not_known_is_refused(small_server, path, field, value):
     body = {"prompt": "One"} if path == "/v1/completions" else QUESTION
     response = post(small_server[0], path, {**body, "max_tokens": 1, field: value})
     assert response.status_code == 400 and response.json()["error"]["message"].startswith(f"{field}: ")
+
+
+def test_a_path_may_have_a_query(small_server):
+    assert post(small_server[0], "/tokenize?x=1", QUESTION).status_code == 200
+    assert post(small_server[0], "/v1/chat/completions?x=1", {**QUESTION, "max_tokens": 1}).json()["object"] == (
+        "chat.completion"
+    )
+    assert requests.get(f"{small_server[0]}/health?x=1", timeout=9).status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1, 2])
+def test_every_temperature_is_taken(small_server, temperature):
+    body = {**QUESTION, "temperature": temperature, "max_tokens": 2}
+    assert post(small_server[0], "/v1/chat/completions", body).status_code == 200
 
 
 def test_what_changes_nothing_is_taken(small_server):
@@ -341,7 +418,8 @@ def test_a_request_may_set_variables_of_the_template(small_server):
 @pytest.mark.parametrize("key", [None, "wrong", "the-key-and-more"])
 def test_without_the_key_there_is_nothing(small_server, key):
     for path in ("/v1/chat/completions", "/tokenize"):
-        assert post(small_server[0], path, QUESTION, key=key).status_code == 401
+        refused = post(small_server[0], path, QUESTION, key=key)
+        assert refused.status_code == 401 and refused.json()["error"]["type"] == "AuthenticationError"
     assert requests.get(f"{small_server[0]}/v1/models", timeout=9).status_code == 401
 
 
