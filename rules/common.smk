@@ -65,19 +65,20 @@ def own_file(path):
     return original if not original.startswith("..") and os.path.exists(original) else str(cached)
 
 
-library_modules = ("__init__", "errors", "files", "config", "container", "failures", "slurm", "sources", "stage")
-for module in library_modules:
+library_modules = "__init__ errors files config container failures settings slurm sources stage"
+for module in library_modules.split():
     library = Path(own_file(f"scripts/moult/{module}.py"))
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
 sys.path.insert(0, str(library.parent.parent.resolve()))
 
-from moult.config import ConfigError, dataset_slug, duplicate_keys, encoded_as, is_local, load_schema
-from moult.config import local_model, measured_as, misplaced, resolve, slug, source_entries, stage_settings
+from moult.config import ConfigError, dataset_slug, duplicate_keys, is_local, load_schema
+from moult.config import local_model, misplaced, resolve, slug, source_entries
 from moult.container import identity
 from moult.errors import MoultError
 from moult.failures import failures_since, table
 from moult.files import canonical, glance, sha256_text
+from moult.settings import encoded_as, measured_as, stage_settings
 from moult.sources import expand as expand_source
 from moult.stage import process_name
 

@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/serve.log)")
     args = parser.parse_args()
 
-    from moult.config import stage_settings
     from moult.runtime import paths, read_config, shared_by_runs, the_run
+    from moult.settings import stage_settings
     from moult.stage import stage
 
     with stage("serve", args.log_file) as log:

@@ -83,8 +83,8 @@ def main() -> None:
 
 def fill_in(args) -> None:
     """By hand: settings and paths from the config."""
-    from moult.config import stage_settings
     from moult.runtime import paths, read_config, shared_by_runs, the_run
+    from moult.settings import stage_settings
 
     config = read_config(args.configfile)
     place = paths(config, the_run(config, args.run), *shared_by_runs(config))

@@ -1,6 +1,5 @@
-"""The config: what is refused and with which words, how runs come about, what each stage reads of it, who shares what."""
+"""The config: what is refused and with which words, how runs come about, where things are."""
 
-import json
 import subprocess
 import sys
 from functools import reduce
@@ -13,18 +12,15 @@ from moult.config import (
     ConfigError,
     dataset_slug,
     duplicate_keys,
-    encoded_as,
     is_local,
     load_schema,
     local_model,
-    measured_as,
     merged,
     misplaced,
     resolve,
     slug,
-    stage_settings,
 )
-from moult.files import canonical
+from moult.settings import stage_settings
 
 SCHEMA = load_schema(str(ROOT / "config"))
 BASE = """
@@ -310,122 +306,6 @@ runs:
 )
 def test_null_takes_an_entry_out(text, runs):
     assert list(config(text)["runs"]) == runs
-
-
-# --- what each stage reads --------------------------------------------------------------------------------------------
-
-STAGES = {"fetch_model", "prepare", "encode", "plan", "finetune", "merge", "evaluate_base", "evaluate_tuned", "score"}
-BOTH = {"evaluate_base", "evaluate_tuned"}
-PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
-
-
-def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
-    return {stage: canonical(stage_settings(resolved, stage, run)) for stage in STAGES}
-
-
-@pytest.mark.parametrize(
-    ("edit", "stages"),
-    [
-        ("train: {learning_rate: 1.0e-5}", {"finetune"}),
-        ("train: {eval_steps: 7}", {"finetune"}),
-        ("train: {max_steps: 7}", {"plan", "finetune"}),
-        ("train: {gpu: 2}", {"plan", "finetune"}),
-        ("lora: {r: 8}", {"plan", "finetune"}),
-        ("runs: {a: {lora: {r: 8}}}", {"plan", "finetune"}),
-        ("runs: {b: {lora: {r: 8}}}", set()),
-        ("runs: {v: {dataset: a, lora: {r: 8}}}", set()),
-        ("seed: 5", {"prepare", "finetune", "score"}),
-        ("runs: {a: {seed: 5}}", {"finetune", "score"}),
-        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*BOTH, "score"}),
-        ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score"}),
-        ("eval: {row_expect: {exact: true}}", {"score"}),
-        ("eval: {confidence: 0.9}", {"score"}),
-        ("eval: {max_new_tokens: 9}", BOTH),
-        ("eval: {merge_check_rows: 4}", {"evaluate_tuned"}),
-        ("datasets: {a: {max_length: 64}}", {"encode"}),
-        ("datasets: {a: {languages: [en]}}", {"prepare"}),
-        ("datasets: {a: {val_size: 0.2}}", {"prepare"}),
-        ("datasets: {a: {columns: {prompt: q}}}", {"prepare"}),
-        ("datasets: {b: {max_length: 64, languages: [en]}}", set()),
-        ("model: {dtype: float16}", {"plan", "finetune", *BOTH}),
-        ("model: {chat_template: null}", {"encode"}),
-        ("model: {revision: v2}", {"fetch_model"}),
-        ("network: {tls: off}", set()),
-        ("container: other.sif", set()),
-        ("paths: {results: elsewhere}", set()),
-    ],
-)
-def test_an_edit_reaches_the_stages_that_read_it_and_no_other(edit, stages):
-    before, after = read_by_stages(config(PROMPT)), read_by_stages(config(PROMPT, edit))
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
-
-
-def test_the_order_of_keys_is_nothing():
-    text = PROMPT + "train: {max_steps: 3, warmup_steps: 2}\nruns: {v: {dataset: a}, w: {dataset: b}}"
-
-    def backwards(value):
-        return {key: backwards(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
-
-    forth = merged(yaml.safe_load(BASE), yaml.safe_load(text))
-    back = backwards(forth)
-    assert json.dumps(forth) != json.dumps(back)
-    for run in ("a", "b"):
-        assert read_by_stages(resolve(forth, SCHEMA), run) == read_by_stages(resolve(back, SCHEMA), run)
-
-
-def test_hub_rows_are_read_where_fetch_dataset_puts_them():
-    resolved = config(
-        "datasets: {h: {source: [org/data, local.jsonl], subset: main, revision: v1}}\npaths: {results: r}"
-    )
-    hub, local = [entry["path"] for entry in stage_settings(resolved, "prepare", "h")["sources"]]
-    assert hub.startswith("r/datasets/org--data--main--train@v1")
-    assert hub.endswith(".parquet")
-    assert local == "local.jsonl"
-
-
-def test_a_part_of_a_mix_may_have_columns_of_its_own():
-    resolved = config("""
-datasets:
-  m: {source: [x.jsonl, {path: y.jsonl, columns: {}}, {path: z.jsonl, columns: {text: t}}], columns: {prompt: q}}
-""")
-    sources = stage_settings(resolved, "prepare", "m")["sources"]
-    assert [source["columns"] for source in sources] == [{"prompt": "q"}, {}, {"text": "t"}]
-
-
-# --- what runs share --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("variant", "encoded", "measured"),
-    [
-        ("{dataset: a, lora: {r: 8}, train: {learning_rate: 1}, seed: 9}", "a", "a"),
-        ("{dataset: a, eval: {confidence: 0.9, row_expect: {exact: true}}}", "a", "a"),
-        ("{dataset: a, eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}}", "a", "a"),
-        ("{dataset: a, eval: {prompts: [{id: p, prompt: other}]}}", "a", "v"),
-        ("{dataset: a, eval: {answer_rows: 1}}", "a", "v"),
-        ("{dataset: a, model: {dtype: float32}}", "a", "v"),
-        ("{dataset: a, model: {chat_template: null}}", "v", "v"),
-        ("{dataset: a, model: {revision: v2}}", "v", "v"),
-        ("{dataset: a, model: {name: org/other}}", "v", "v"),
-        ("{dataset: b}", "b", "b"),
-    ],
-)
-def test_runs_share_tokens_and_the_measurement_of_the_base(variant, encoded, measured):
-    resolved = config(f"{PROMPT}runs: {{v: {variant}}}")
-    tokens, base = encoded_as(resolved), measured_as(resolved)
-    assert (tokens["v"], base["v"]) == (encoded, measured)
-    assert (tokens["a"], base["a"]) == ("a", "a")
-
-
-def test_a_new_run_changes_no_old_one(tmp_path):
-    other = "{dataset: a, model: {name: org/other}}"
-    old = config(f"{PROMPT}paths: {{results: {tmp_path}}}\nruns: {{m: {other}}}")
-    assert encoded_as(old)["m"] == "m"
-    new = config(f"{PROMPT}paths: {{results: {tmp_path}}}\nruns: {{m: {other}, k: {other}}}")
-    assert encoded_as(new) | {"a": "a"} == {"a": "a", "b": "b", "k": "k", "m": "k"}
-    (tmp_path / "m/tokens").mkdir(parents=True)
-    (tmp_path / "m/tokens/report.json").touch()
-    assert encoded_as(new)["k"] == encoded_as(new)["m"] == "m"
 
 
 # --- where things are -------------------------------------------------------------------------------------------------

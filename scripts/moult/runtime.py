@@ -5,9 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from moult.config import encoded_as, load_schema, local_model, measured_as, merged, resolve, slug, stage_settings
+from moult.config import load_schema, local_model, merged, resolve, slug
 from moult.errors import MoultError, some
 from moult.serving import Served, vllm_arguments
+from moult.settings import encoded_as, measured_as, stage_settings
 
 SCHEMA = Path(__file__).resolve().parent.parent.parent / "config"
 
