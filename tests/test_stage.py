@@ -22,7 +22,7 @@ from conftest import ROOT
 
 from moult.errors import MoultError
 from moult.parallel import ordered_map
-from moult.stage import redact
+from moult.stage import process_name, redact
 
 HEAD = """\
 import logging, os, sys, time, warnings
@@ -68,6 +68,13 @@ def start(code: str, folder: Path, arguments: str = "", head: str = "") -> None:
     call = f'with stage("demo", "logs/demo.log"{arguments}) as log:\n'
     body = textwrap.indent(textwrap.dedent(code), "    ")
     (folder / "demo.py").write_text(HEAD + head + call + body)
+
+
+def begin(folder: Path, environment=(), **options) -> subprocess.Popen:
+    """demo.py, to be watched or disturbed while it runs; what it says on stderr can be read."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "scripts"), **dict(environment)}
+    options = {"stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "demo.py"], cwd=folder, env=variables, **options)
 
 
 # --- console and log --------------------------------------------------------------------------------------------------
@@ -321,13 +328,7 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
         time.sleep(60)
     """
     start(code, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "demo.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begin(tmp_path)
     assert "writing" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
@@ -336,21 +337,14 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.py", "logs"]
 
 
-def namespace() -> str:
-    path = Path("/proc/self/ns/pid")
-    return str(path.readlink()) if path.exists() else ""
-
-
 @pytest.mark.parametrize("when", ["while it works", "before it has begun"])
 def test_a_stage_ends_when_its_snakemake_is_gone(when, tmp_path):
     start('log.info("at work")\ntime.sleep(60)', tmp_path)
     starter = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     if when == "before it has begun":
         starter.kill(), starter.wait()
-    environment = {"PYTHONPATH": str(ROOT / "scripts"), "MOULT_STARTED_BY": f"{starter.pid}@{namespace()}"}
-    process = subprocess.Popen(
-        [sys.executable, "demo.py"], cwd=tmp_path, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
-    )
+    name = process_name().replace(str(os.getpid()), str(starter.pid), 1)
+    process = begin(tmp_path, {"MOULT_STARTED_BY": name})
     if when == "while it works":
         assert "at work" in process.stderr.readline()
         starter.kill(), starter.wait()
@@ -370,13 +364,7 @@ def test_the_workers_of_a_killed_stage_end(tmp_path):
     ordered_map(time.sleep, [60, 60], workers=2, what="naps", setup=log.info, setup_args=("at work",), chunk=1)
     """
     start(code, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "demo.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begin(tmp_path)
     assert "at work" in process.stderr.readline() and "at work" in process.stderr.readline()
     workers = psutil.Process(process.pid).children()
     process.kill()
@@ -415,14 +403,7 @@ def on_terminal(folder: Path, columns: int, hang_up: bool = False) -> tuple[int,
     """Run demo.py on a terminal of its own: its exit code, and what the terminal was sent."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "demo.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
+    process = begin(folder, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     sent = b""
     while chunk := _read(ours):
@@ -510,17 +491,11 @@ def test_a_killed_worker_is_said_in_plain_words():
 
 
 @pytest.mark.slow
-def test_sigterm_does_not_wait_for_all_the_work(tmp_path):
+@pytest.mark.parametrize("chunk", [1, 20])  # of 1, it comes while the work is being handed out
+def test_sigterm_does_not_wait_for_all_the_work(tmp_path, chunk):
     head = "from moult.parallel import ordered_map\ndef slow(item): time.sleep(0.01)\n"
-    start('log.info("working")\nordered_map(slow, range(100_000), 2, "items", chunk=20)', tmp_path, head=head)
-    process = subprocess.Popen(
-        [sys.executable, "demo.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    start(f'log.info("working")\nordered_map(slow, range(100_000), 2, "items", chunk={chunk})', tmp_path, head=head)
+    process = begin(tmp_path, start_new_session=True)
     assert "working" in process.stderr.readline()
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGTERM)  # Slurm and Snakemake signal the whole group

@@ -38,17 +38,19 @@ def ordered_map(
             return results
         # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        start = (os.getpid(), setup, setup_args)
+        pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, start)
         try:
-            start = (os.getpid(), setup, setup_args)
-            with ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, start) as pool:
-                for part in pool.map(_apply, [function] * len(chunks), chunks):
-                    results += part
-                    bar.update(len(part))
+            for part in pool.map(_apply, [function] * len(chunks), chunks):
+                results += part
+                bar.update(len(part))
         except BrokenProcessPool:
             raise MoultError(
                 f"{what}: a worker process was killed, most often for want of memory",
                 "give the rule more memory (mem_mb) or fewer threads",
             ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # `with` would do all the work before a SIGTERM gets through
     return results
 
 
