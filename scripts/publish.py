@@ -8,9 +8,13 @@ repository's name in its examples. The token is huggingface_hub's: HF_TOKEN, or 
 """
 
 import argparse
+from fnmatch import fnmatch
 from pathlib import Path
 
 from moult.errors import MoultError
+
+# Of another model, these would be loaded with ours. A licence or a picture that somebody has put there stays.
+LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
 
 
 def main() -> None:
@@ -52,8 +56,9 @@ def publish(args, log) -> None:
     api = HfApi()
     with hub_errors("--repo", args.repo):
         there = api.model_info(args.repo) if api.repo_exists(args.repo) else None
-    new = {"README.md", ".gitattributes", *(path.name for path in files)}
-    stale = sorted(file.rfilename for file in (there.siblings if there else []) if file.rfilename not in new)
+    new = {"README.md", *(path.name for path in files)}
+    others = {file.rfilename for file in there.siblings} - new if there else set()
+    stale = sorted(name for name in others if "/" not in name and any(fnmatch(name, like) for like in LOADED))
     size = sum(path.stat().st_size for path in files)
     public = args.public if there is None else not there.private
     state = "new" if there is None else "which exists"
@@ -61,7 +66,7 @@ def publish(args, log) -> None:
     log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
     for path in files:
         log.info("  %-40s %15s", path.name, f"{path.stat().st_size:,}")
-    for name in stale:  # of another model: shards, an adapter
+    for name in stale:
         log.info("  %-40s %15s", name, "removed")
     log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
     if not args.yes:

@@ -151,15 +151,18 @@ def test_what_was_measured_goes_up_whole(carded, what, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_another_model_left_there_is_removed_and_a_public_repository_is_said_to_be(carded, tmp_path):
+def test_what_another_model_left_there_is_removed_and_nothing_else(carded, tmp_path):
     with FakeHub() as hub:
-        hub.add("model", "tester/demo", {"model-00001-of-00002.safetensors": b"old", "config.json": b"{}"})
+        old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.json", "adapter_config.json")
+        own = ("LICENSE", "NOTICE.md", "figure.png", "gguf/model.gguf")
+        hub.add("model", "tester/demo", dict.fromkeys((*old, *own, "config.json"), b"{}"))
         done = publish(carded, hub, tmp_path, "--yes")
         assert done.returncode == 0, done.stderr
         assert "tester/demo, which exists, PUBLIC:" in done.stderr
-        assert re.search(r"model-00001-of-00002\.safetensors +removed", done.stderr)
+        assert set(re.findall(r"(\S+) +removed$", done.stderr, re.MULTILINE)) == set(old)
         repository = hub.repositories["model", "tester/demo"]
-        assert "model-00001-of-00002.safetensors" not in repository.commits[repository.refs["main"]]
+        there = repository.commits[repository.refs["main"]]
+        assert not set(old) & set(there) and set(own) <= set(there)
 
 
 @pytest.mark.slow
