@@ -37,8 +37,10 @@ def launcher(wildcards, input, threads):
     """Param: what starts finetune: one process per GPU, on each node. Not tracked: plan and settings say how many."""
     train = config["runs"][wildcards.run]["train"]
     here, nodes = train["gpu"] // train["nodes"], train["nodes"]
+    # To end the step and save a checkpoint. torchrun kills after 30 s, Slurm 300 s after its warning.
+    patience = "--shutdown-timeout 240"
     if nodes == 1:
-        return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here}"
+        return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here} {patience}"
     if workflow.is_main_process and (in_containers or not workflow.dryrun and not on_slurm()):
         raise WorkflowError(
             f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
@@ -48,7 +50,7 @@ def launcher(wildcards, input, threads):
     # SLURM_* of all but the job's id, so the layout is said again.
     return (
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} "
-        f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} --rdzv-backend=c10d "
+        f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} {patience} --rdzv-backend=c10d "
         '--rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:$((20000 + SLURM_JOB_ID % 10000)) "$@"\' finetune'
     )
 

@@ -49,6 +49,9 @@ SETTINGS = {
 }
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 def settings(**train) -> dict:
     return {**SETTINGS, "train": {**SETTINGS["train"], **train}}
 
@@ -202,16 +205,17 @@ def test_a_finished_run_trains_no_step_more(undisturbed):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def kill_at(run: Run, step: int, number: int) -> int:
+def kill_at(run: Run, step: int, number: int, launcher: tuple[str, ...] = (sys.executable,)) -> int:
     """Start the stage, send `number` when the training log of the state has reached `step`, and return its exit code."""
     log = run.folder / "state" / "training_log.jsonl"
     # Steps of a tiny model pass in milliseconds: a slow one makes the instant sure.
     slow = "import time; from moult import trainer; f = trainer.Watch.on_step_end\n"
     slow += "def g(self, a, s, c, **k):\n    time.sleep(0.15); return f(self, a, s, c, **k)\ntrainer.Watch.on_step_end = g\n"
     slow += f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({finetune.__file__!r}, run_name='__main__')"
-    command = run.command()
+    script = run.folder / "slow.py"
+    script.write_text(slow)
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, *command[1:]],
+        [*launcher, script, *run.command()[1:]],
         env={**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent)},
         stderr=subprocess.PIPE,
         text=True,
@@ -251,6 +255,17 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(number, run, undisturbed):
     assert "going on from" in stopped.go().stderr
     assert stopped.adapter() == undisturbed.adapter()
     assert stopped.losses() == undisturbed.losses()
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_too(run):
+    config = settings(gpu=2)
+    whole, stopped = run(config, "whole"), run(config, "stopped")
+    whole.go(launcher=TORCHRUN)
+    assert kill_at(stopped, 4, signal.SIGTERM, TORCHRUN) == 1
+    assert "checkpoint saved" in (stopped.folder / "finetune.log").read_text()
+    assert "going on from" in stopped.go(launcher=TORCHRUN).stderr
+    assert stopped.adapter() == whole.adapter()
 
 
 @pytest.mark.slow
@@ -426,14 +441,13 @@ def test_two_processes_give_the_loss_of_one(run):
     for each in (one, two):
         each.config["lora"] = {**each.config["lora"], "lora_dropout": 0.0}
     one.go()
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two.go(launcher=torchrun)
+    two.go(launcher=TORCHRUN)
     for a, b in zip(one.losses(), two.losses(), strict=True):
         assert [x is None for x in a] == [x is None for x in b]
         assert [x for x in a[:5] if x is not None] == pytest.approx([x for x in b[:5] if x is not None], rel=1e-4)
     whole = two.adapter()
     shutil.rmtree(two.folder / "state" / "checkpoint-4")
-    assert "going on from" in two.go(launcher=torchrun).stderr
+    assert "going on from" in two.go(launcher=TORCHRUN).stderr
     assert two.adapter() == whole
 
 

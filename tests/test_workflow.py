@@ -477,6 +477,14 @@ def test_no_two_stages_use_the_one_gpu_at_a_time(again):
 GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
 
 
+def test_several_gpus_are_a_process_each_which_get_the_time_to_save(tmp_path):
+    """torchrun kills 30 s after a signal, if nothing else is said."""
+    folder = checkout(tmp_path)
+    (folder / "two.yaml").write_text("runs: {demo: {train: {gpu: 2}}}")
+    command = snakemake(folder, "-n", "-p", "results/demo/adapter.json", "--configfile", "two.yaml")
+    assert "torchrun --standalone --nproc-per-node 2 --shutdown-timeout 240 scripts/finetune.py" in command
+
+
 @pytest.mark.slow
 def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
     folder = checkout(tmp_path)
