@@ -38,7 +38,7 @@ def launcher(wildcards, input, threads):
     train = config["runs"][wildcards.run]["train"]
     here, nodes = train["gpu"] // train["nodes"], train["nodes"]
     # To end the step and save a checkpoint. torchrun kills after 30 s, Slurm 300 s after its warning.
-    patience = "--shutdown-timeout 240"
+    patience = "--shutdown-timeout ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
     if nodes == 1:
         return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here} {patience}"
     if workflow.is_main_process and (in_containers or not workflow.dryrun and not on_slurm()):
