@@ -3,11 +3,13 @@
     python tests/integration/many_runs.py --runs 200 --out /tmp/many      # the cluster that `sbatch` speaks to, with sacct
 
 Prints a Markdown table for BENCHMARKS.md. Each run is a variant of the demo with a learning rate of its own and 5 steps, so
-that most of the time is start-up, the worst case for overhead.
+that most of the time is start-up, the worst case for overhead. `--here 20` makes as many on this machine without Slurm, which
+tells what Slurm and the jobs' own Snakemakes cost where the cluster is this machine.
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -25,17 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--gpus-per-node", type=int, default=2)
+    parser.add_argument("--here", type=int, default=0, help="runs to make without Slurm, on all cores (default: none)")
     parser.add_argument("--out", type=Path, required=True, help="folder to work in")
     args = parser.parse_args()
-    folder = args.out / "checkout"
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        checkout(folder)
-        (folder / "many.yaml").write_text(json.dumps(config(args.runs)))
-    began, now = time.time(), datetime.now().strftime("%Y-%m-%dT%H:%M:%S")
-    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "--configfile", "many.yaml", "--quiet", "all"]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), check=False)
-    wall = time.time() - began
+    folder, now = args.out / "checkout", datetime.now().strftime("%Y-%m-%dT%H:%M:%S")
+    done, wall = run_all(folder, args.runs, "--profile", "slurm")
     finished = len(list(folder.glob("results/run*/metrics.json")))
     jobs = slurm_jobs(now)
     print("| | |\n| --- | ---: |")
@@ -46,8 +42,27 @@ def main() -> None:
         "most GPUs in use on a node at a time": f"{most_in_use(jobs)} of {args.gpus_per_node}",
         **overhead(folder, jobs),
     }
+    if args.here:
+        one_core = [f"{stage}=1" for stage in ("prepare", "finetune", "merge", "evaluate_base", "evaluate_tuned")]
+        cores = ("--cores", str(os.cpu_count()), "--set-threads", *one_core)
+        local, seconds = run_all(args.out / "here", args.here, *cores)
+        local.check_returncode()
+        rows["wall clock per run: on Slurm, and here without it"] = (
+            f"{wall / args.runs:.1f} s, {seconds / args.here:.1f} s"
+        )
     print("\n".join(f"| {name} | {value} |" for name, value in rows.items()))
     sys.exit(done.returncode or finished != args.runs or most_in_use(jobs) > args.gpus_per_node)
+
+
+def run_all(folder: Path, runs: int, *how: str) -> tuple[subprocess.CompletedProcess, float]:
+    """Make the runs in `folder`, a checkout; how Snakemake has ended, and after how many seconds."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        checkout(folder)
+        (folder / "many.yaml").write_text(json.dumps(config(runs)))
+    began = time.time()
+    command = [sys.executable, "-m", "snakemake", *how, "--configfile", "many.yaml", "--quiet", "all"]
+    return subprocess.run(command, cwd=folder, env=environment(folder), check=False), time.time() - began
 
 
 def config(runs: int) -> dict:
