@@ -45,7 +45,7 @@ def write_cards(args, log) -> None:
     metrics, plan = read_json(args.metrics), read_json(args.plan)
     base_card = front_matter(open_model(args.model)[0] / "README.md")
     for kind, folder in (("adapter", args.adapter), ("merged", args.merged)):
-        text = card(kind, args.run, metrics, plan, base_card, args.settings)
+        text = card(kind, args.run, folder, metrics, plan, base_card, args.settings)
         write_text(Path(folder, "README.md"), text)
         write_text(Path(args.cards, f"{kind}.md"), text)
     log.info("%s: %s", args.run, base_card.get("license") or "the base names no licence, so the cards name none")
@@ -67,7 +67,7 @@ def front_matter(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def card(kind: str, run: str, metrics: dict, plan: dict, base_card: dict, settings: dict) -> str:
+def card(kind: str, run: str, folder: str, metrics: dict, plan: dict, base_card: dict, settings: dict) -> str:
     import yaml
 
     base, data = metrics["provenance"]["base"], metrics["provenance"]["data"]
@@ -91,7 +91,7 @@ Verdict: **{metrics["verdict"]["verdict"]}**. {figures(metrics)}
 ## Use
 
 {USE[kind].format(place=PLACE)}
-{with_vllm(kind, run, base["name"], plan["serve"], settings)}
+{with_vllm(kind, run, folder, base["name"], plan["serve"], settings)}
 {template_note(settings)}## How it was made
 
 {provenance(metrics)}
@@ -169,9 +169,11 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0, prompt["i
 }
 
 
-def with_vllm(kind: str, run: str, base: str, serve: dict, settings: dict) -> str:
+def with_vllm(kind: str, run: str, folder: str, base: str, serve: dict, settings: dict) -> str:
     """The command that serves it as it was measured. `serve` is what the plan says of it."""
     import shlex
+
+    from moult.serving import adapter_arguments
 
     kwargs = settings["chat_template_kwargs"]
     template = f" --default-chat-template-kwargs {shlex.quote(json.dumps(kwargs, sort_keys=True))}" if kwargs else ""
@@ -180,11 +182,11 @@ def with_vllm(kind: str, run: str, base: str, serve: dict, settings: dict) -> st
     elif serve["reasons"]:
         return f"vLLM cannot serve this adapter ({', '.join(serve['reasons'])}): serve the merged model.\n"
     else:
-        # vLLM looks for the template and the stop tokens in the base's folder only.
+        own = " ".join(adapter_arguments(folder, "adapter"))
         commands = (
             f"hf download {PLACE} --local-dir adapter\n"
             f"vllm serve {base} --enable-lora --max-lora-rank {serve['max_lora_rank']} --lora-modules {run}=adapter \\\n"
-            f"    --chat-template adapter/chat_template.jinja --generation-config adapter{template}"
+            f"    {own}{template}"
         )
     return f"With vLLM, behind an OpenAI-compatible API:\n\n```bash\n{commands}\n```\n"
 

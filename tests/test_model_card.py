@@ -67,11 +67,21 @@ def test_the_merged_card_s_example_runs(carded):
         ("adapter", ["use_dora"], {}, "vLLM cannot serve this adapter (use_dora): serve the merged model."),
     ],
 )
-def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, command):
+def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, command, tmp_path):
     """The flags of moult.serving.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
     serve = {"reasons": reasons, "max_lora_rank": 64}
-    text = with_vllm(kind, "demo", "org/base", serve, {"chat_template_kwargs": kwargs})
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (tmp_path / name).touch()
+    text = with_vllm(kind, "demo", str(tmp_path), "org/base", serve, {"chat_template_kwargs": kwargs})
     assert command in text and ("```" in text) == (not reasons)
+
+
+def test_an_adapter_without_a_template_names_none(tmp_path):
+    """Of a run on plain text; vLLM would refuse to start."""
+    (tmp_path / "generation_config.json").touch()
+    serve = {"reasons": [], "max_lora_rank": 8}
+    text = with_vllm("adapter", "demo", str(tmp_path), "org/base", serve, {"chat_template_kwargs": {}})
+    assert "    --generation-config adapter\n" in text and "--chat-template" not in text
 
 
 @pytest.mark.slow
@@ -90,7 +100,7 @@ def test_of_the_hub_is_named_what_came_from_it(carded):
     metrics["provenance"]["data"][0] |= {"name": "openai/gsm8k", "commit": "d" * 40}
     settings = {"languages": [], "chat_template_kwargs": {"enable_thinking": False}}
     plan = {"serve": {"reasons": [], "max_lora_rank": 16}}
-    text = card("merged", "gsm8k", metrics, plan, {}, settings)
+    text = card("merged", "gsm8k", "merged", metrics, plan, {}, settings)
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["base_model"] == "Qwen/Qwen3-0.6B" and header["base_model_relation"] == "finetune"
     assert header["datasets"] == ["openai/gsm8k"] and "license" not in header and "language" not in header

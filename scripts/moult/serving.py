@@ -108,12 +108,8 @@ def vllm_arguments(settings: dict, served: Served, host: str, port: int) -> list
     if served.adapters:
         command += ["--enable-lora", "--max-lora-rank", str(served.max_lora_rank)]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in served.adapters.items())]
-        # vLLM looks for these in the base's folder only.
-        first = Path(next(iter(served.adapters.values())))
-        if (first / "chat_template.jinja").exists():
-            command += ["--chat-template", str(first / "chat_template.jinja")]
-        if (first / "generation_config.json").exists():
-            command += ["--generation-config", str(first)]
+        first = next(iter(served.adapters.values()))
+        command += adapter_arguments(first, first)
     if model["chat_template_kwargs"]:
         command += ["--default-chat-template-kwargs", as_json(model["chat_template_kwargs"])]
     if model["trust_remote_code"]:
@@ -126,6 +122,16 @@ def vllm_arguments(settings: dict, served: Served, host: str, port: int) -> list
             command += [f"--{flag}", *map(str, value)]
         else:
             command += [f"--{flag}", as_json(value) if isinstance(value, dict) else str(value)]
+    return command
+
+
+def adapter_arguments(folder: str, place: str) -> list[str]:
+    """What vLLM, which looks for it in the base's folder only, is told of the adapter in `folder`, by then at `place`."""
+    command = []
+    if Path(folder, "chat_template.jinja").exists():
+        command += ["--chat-template", f"{place}/chat_template.jinja"]
+    if Path(folder, "generation_config.json").exists():
+        command += ["--generation-config", place]
     return command
 
 
