@@ -474,9 +474,6 @@ def test_no_two_stages_use_the_one_gpu_at_a_time(again):
 # --- bad input, as a user meets it ------------------------------------------------------------------------------------
 
 
-GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
-
-
 def test_several_gpus_are_a_process_each_which_get_the_time_to_save(tmp_path):
     """torchrun kills 30 s after a signal, if nothing else is said."""
     folder = checkout(tmp_path)
@@ -484,6 +481,9 @@ def test_several_gpus_are_a_process_each_which_get_the_time_to_save(tmp_path):
     command = snakemake(folder, "-n", "-p", "results/demo/adapter.json", "--configfile", "two.yaml")
     patience = "--shutdown-timeout ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
     assert f"torchrun --standalone --nproc-per-node 2 {patience} scripts/finetune.py" in command
+
+
+GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
 
 
 @pytest.mark.slow
