@@ -39,7 +39,7 @@ def main() -> None:
 def publish(args, log) -> None:
     from model_card import PLACE
     from moult.files import read_json
-    from moult.network import endpoint, hub_errors, set_up_hub
+    from moult.network import endpoint, hub_errors, set_up_hub, token
     from moult.runtime import paths, read_config, shared_by_runs, the_run
 
     config = read_config(args.configfile)
@@ -51,6 +51,11 @@ def publish(args, log) -> None:
     files = sorted([path for path in folder.iterdir() if path.is_file() and path.name in {*made_by, "metadata.json"}])
 
     set_up_hub(config["network"]["tls"])
+    if token()[0] is None:
+        raise MoultError(
+            "an upload needs a token, and there is none",
+            f"`hf auth login`, or set HF_TOKEN, with one that may write ({endpoint()}/settings/tokens)",
+        )
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()

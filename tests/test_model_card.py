@@ -207,6 +207,8 @@ def test_nothing_goes_up_unasked_or_changed(carded, tmp_path):
         assert done.returncode == 1 and "README.md is not there" in done.stderr
         done = publish(carded, hub, tmp_path, "--yes", token="hf_" + "z" * 34)
         assert done.returncode == 1 and "the hub does not accept the token from HF_TOKEN" in done.stderr
+        done = publish(carded, hub, tmp_path, "--yes", token="")
+        assert done.returncode == 1 and "an upload needs a token" in done.stderr and "hf auth login" in done.stderr
         assert not hub.repositories
 
 
