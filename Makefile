@@ -29,16 +29,16 @@ CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
 demo: $(VENV)/workflow.stamp
 	$(BIN)/snakemake --cores $(CORES) results/demo/metrics.json
-	@$(BIN)/python scripts/show_metrics.py results/demo/metrics.json
+	@$(BIN)/python scripts/tools/show_metrics.py results/demo/metrics.json
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 serve: $(VENV)/workflow.stamp
-	@$(BIN)/python scripts/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)
+	@$(BIN)/python scripts/tools/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)
 
 publish: $(VENV)/workflow.stamp
-	@$(BIN)/python scripts/publish.py --run $(or $(RUN),$(error which run? make publish RUN=<run> REPO=<name/model>)) \
+	@$(BIN)/python scripts/tools/publish.py --run $(or $(RUN),$(error which run? make publish RUN=<run> REPO=<name/model>)) \
 	  --repo $(or $(REPO),$(error to where? make publish RUN=<run> REPO=<name/model>)) \
 	  $(addprefix --what ,$(WHAT)) $(if $(PUBLIC),--public) $(if $(YES),--yes) $(CONFIGFILE)
 
@@ -49,7 +49,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/snakemake --lint
 
 schema: $(VENV)/workflow.stamp
-	$(BIN)/python scripts/config_docs.py
+	$(BIN)/python scripts/tools/config_docs.py
 
 env: $(VENV)/workflow.stamp
 

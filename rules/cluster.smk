@@ -5,11 +5,12 @@ Only what is the same on every cluster: partition, account and the like are in p
 
 import errno
 import json
+import shutil
 import subprocess
 
 from snakemake.logging import logger
 
-from moult.slurm import ENDED, jobs_of, refusals, stop, watch
+from moult.workflow.slurm import ENDED, jobs_of, refusals, stop, watch
 
 
 def growing(amount):
@@ -56,12 +57,8 @@ def launcher(wildcards, input, threads):
 
 
 def on_several_nodes(value):
-    """Resource that finetune has only where it takes several nodes."""
-    return lambda wildcards: value(config["runs"][wildcards.run]["train"]) if several_nodes(wildcards) else None
-
-
-def several_nodes(wildcards):
-    return config["runs"][wildcards.run]["train"]["nodes"] > 1
+    """Resource that finetune has only where it takes several nodes: `value` of the config's train section."""
+    return of_run(lambda run: value(run["train"]) if run["train"]["nodes"] > 1 else None)
 
 
 def on_slurm():
@@ -77,7 +74,7 @@ def tell_refusals():
 
 
 def look_after_slurm():
-    """Find out what Slurm would refuse, and deal with what its plugin leaves open (moult/slurm.py).
+    """Find out what Slurm would refuse, and deal with what its plugin leaves open (moult/workflow/slurm.py).
 
     Also in a run without Slurm: it may follow one with it.
     """

@@ -1,4 +1,4 @@
-"""The stages in containers (with --use-singularity): which image, and what a container sees (moult/container.py)."""
+"""The stages in containers (with --use-singularity): which image, and what a container sees (moult/workflow/container.py)."""
 
 import shlex
 import tempfile
@@ -6,7 +6,7 @@ from atexit import register as at_exit
 
 from snakemake.settings.types import DeploymentMethod
 
-from moult.container import check_image, environment
+from moult.workflow.container import check_image, environment
 
 in_containers = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 
@@ -45,7 +45,7 @@ def set_up_containers():
     at_exit(shutil.rmtree, scratch, ignore_errors=True)
     folders = ("results", "logs", "benchmarks")
     writes = [".snakemake", *(workflow.pathvars.apply(f"<{folder}>") for folder in folders)]
-    environ.update(environment(config, writes, scratch))
+    os.environ.update(environment(config, writes, scratch))
     # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
     home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")
     shell.prefix(f"set -euo pipefail; export HOME={home}; ")

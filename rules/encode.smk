@@ -4,20 +4,22 @@ Reads:  prepared rows, the base model's tokenizer, the chat template
 Writes: results/<run>/tokens/: train.parquet, val.parquet, chat_template.jinja, report.json, preview.html
 """
 
+shipped_template = "config/chat_templates/chatml.jinja"
+
 
 rule encode:
     """Tokenize and label, once; the trainer uses it as it is."""
     input:
-        train=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/train.jsonl",
-        val=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/val.jsonl",
+        train=of_dataset(at.train_rows),
+        val=of_dataset(at.val_rows),
         model=base_model,
         template=chat_template_file,
     output:
-        train="<results>/{run}/tokens/train.parquet",
-        val="<results>/{run}/tokens/val.parquet",
-        template="<results>/{run}/tokens/chat_template.jinja",
-        report="<results>/{run}/tokens/report.json",
-        preview="<results>/{run}/tokens/preview.html",
+        train=at.train_tokens,
+        val=at.val_tokens,
+        template=at.template,
+        report=at.report,
+        preview=at.preview,
     log:
         "<logs>/{run}/encode.log",
     benchmark:
@@ -29,8 +31,8 @@ rule encode:
     params:
         settings=settings("encode"),
         script=script_of("encode"),
-        code=code_hash("encode", "config/chat_templates/chatml.jinja"),
-        templates=lambda wildcards, input: shipped_templates,
+        code=code_of("encode", shipped_template),
+        templates=untracked(lambda wildcards: Path(own_file(shipped_template)).parent),
         folder=lambda wildcards, output: Path(output.report).parent,
     shell:
         """

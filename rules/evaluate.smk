@@ -13,12 +13,12 @@ rule evaluate_base:
     """
     input:
         model=base_model,
-        val=tokens("val.parquet"),
-        report=tokens("report.json"),
-        template=tokens("chat_template.jinja"),
+        val=of_encoder(at.val_tokens),
+        report=of_encoder(at.report),
+        template=of_encoder(at.template),
     output:
-        likelihood="<results>/{run}/base/likelihood.jsonl",
-        answers="<results>/{run}/base/answers.jsonl",
+        likelihood=at.base_likelihood,
+        answers=at.base_answers,
     log:
         "<logs>/{run}/evaluate_base.log",
     benchmark:
@@ -31,8 +31,8 @@ rule evaluate_base:
     params:
         settings=settings("evaluate_base"),
         script=script_of("evaluate_model"),
-        code=code_hash("evaluate_model"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
+        code=code_of("evaluate_model"),
+        tokens=folder_of("report"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
@@ -44,16 +44,16 @@ rule evaluate_tuned:
     """The same of the merged model, which is also compared with base plus adapter."""
     input:
         model=base_model,
-        adapter=ancient("<results>/{run}/adapter"),
-        merged=ancient("<results>/{run}/merged"),  # their content is tracked by merge.json
-        summary="<results>/{run}/merge.json",
-        val=tokens("val.parquet"),
-        report=tokens("report.json"),
-        template=tokens("chat_template.jinja"),
+        adapter=ancient(at.adapter),
+        merged=ancient(at.merged),  # their content is tracked by merge.json
+        summary=at.merge_summary,
+        val=of_encoder(at.val_tokens),
+        report=of_encoder(at.report),
+        template=of_encoder(at.template),
     output:
-        likelihood="<results>/{run}/tuned/likelihood.jsonl",
-        answers="<results>/{run}/tuned/answers.jsonl",
-        merge_check="<results>/{run}/tuned/merge_check.json",
+        likelihood=at.tuned_likelihood,
+        answers=at.tuned_answers,
+        merge_check=at.merge_check,
     log:
         "<logs>/{run}/evaluate_tuned.log",
     benchmark:
@@ -66,8 +66,8 @@ rule evaluate_tuned:
     params:
         settings=settings("evaluate_tuned"),
         script=script_of("evaluate_model"),
-        code=code_hash("evaluate_model"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
+        code=code_of("evaluate_model"),
+        tokens=folder_of("report"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \

@@ -9,14 +9,14 @@ rule merge:
     """Add the adapter to the base's weights, tensor by tensor."""
     input:
         model=base_model,
-        plan="<results>/{run}/plan.json",
-        adapter=ancient("<results>/{run}/adapter"),  # its content is tracked by adapter.json
-        summary="<results>/{run}/adapter.json",
-        report=tokens("report.json"),
-        template=tokens("chat_template.jinja"),
+        plan=at.plan,
+        adapter=ancient(at.adapter),  # its content is tracked by adapter.json
+        summary=at.adapter_summary,
+        report=of_encoder(at.report),
+        template=of_encoder(at.template),
     output:
-        merged=directory("<results>/{run}/merged"),
-        summary="<results>/{run}/merge.json",
+        merged=directory(at.merged),
+        summary=at.merge_summary,
     log:
         "<logs>/{run}/merge.log",
     benchmark:
@@ -28,8 +28,8 @@ rule merge:
     params:
         settings=settings("merge"),
         script=script_of("merge"),
-        code=code_hash("merge"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
+        code=code_of("merge"),
+        tokens=folder_of("report"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --plan {input.plan:q} \

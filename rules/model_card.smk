@@ -9,14 +9,14 @@ rule model_card:
     """What the adapter and the merged model are, with the figures; `make publish` uploads it with them."""
     input:
         model=base_model,
-        adapter=ancient("<results>/{run}/adapter"),
-        merged=ancient("<results>/{run}/merged"),
-        made=["<results>/{run}/adapter.json", "<results>/{run}/merge.json"],
-        plan="<results>/{run}/plan.json",
-        metrics="<results>/{run}/metrics.json",
+        adapter=ancient(at.adapter),
+        merged=ancient(at.merged),
+        made=[at.adapter_summary, at.merge_summary],
+        plan=at.plan,
+        metrics=at.metrics,
     output:
-        adapter="<results>/{run}/cards/adapter.md",
-        merged="<results>/{run}/cards/merged.md",
+        adapter=at.adapter_card,
+        merged=at.merged_card,
     log:
         "<logs>/{run}/model_card.log",
     benchmark:
@@ -27,8 +27,8 @@ rule model_card:
     params:
         settings=settings("model_card"),
         script=script_of("model_card"),
-        code=code_hash("model_card", "scripts/show_metrics.py"),
-        cards=lambda wildcards, output: str(Path(output.merged).parent),
+        code=code_of("model_card"),
+        cards=lambda wildcards, output: Path(output.merged).parent,
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --model {input.model:q} \

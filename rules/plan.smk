@@ -6,26 +6,13 @@ Writes: results/<run>/plan.json
 
 
 rule plan:
-    """The plans of all runs: everything that can be known before a GPU is used, checked for all of them in one go."""
-    input:
-        expand("<results>/{run}/plan.json", run=config["runs"]),
-    log:
-        "<logs>/plan.log",
-    localrule: True
-    params:
-        script=script_of("show_plans"),
-    shell:
-        "python {params.script:q} {input:q} | tee {log:q}"
-
-
-rule plan_run:
     """Parameters, LoRA targets, steps, memory and disk, how it can be merged and served."""
     input:
         model=base_model,
-        train=tokens("train.parquet"),
-        report=tokens("report.json"),
+        train=of_encoder(at.train_tokens),
+        report=of_encoder(at.report),
     output:
-        "<results>/{run}/plan.json",
+        at.plan,
     log:
         "<logs>/{run}/plan.log",
     benchmark:
@@ -37,10 +24,10 @@ rule plan_run:
     params:
         settings=settings("plan"),
         script=script_of("plan"),
-        code=code_hash("plan"),
-        tokens=lambda wildcards, input: Path(input.report).parent,
-        # Not tracked (it takes `input`): a changed prompt reruns neither plan nor finetune.
-        prompts=lambda wildcards, input: canonical(config["runs"][wildcards.run]["eval"]["prompts"]),
+        code=code_of("plan"),
+        tokens=folder_of("report"),
+        # A changed prompt reruns neither plan nor finetune.
+        prompts=untracked(of_run(lambda run: canonical(run["eval"]["prompts"]))),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \

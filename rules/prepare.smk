@@ -10,9 +10,9 @@ rule prepare:
     input:
         files=dataset_files,
     output:
-        train="<results>/prepared/{ds}/train.jsonl",
-        val="<results>/prepared/{ds}/val.jsonl",
-        metadata="<results>/prepared/{ds}/metadata.json",
+        train=at.train_rows,
+        val=at.val_rows,
+        metadata=at.ledger,
     log:
         "<logs>/{ds}/prepare.log",
     benchmark:
@@ -25,7 +25,7 @@ rule prepare:
         settings=settings("prepare"),
         contents=glances(dataset_files),
         script=script_of("prepare"),
-        code=code_hash("prepare"),
+        code=code_of("prepare"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \

@@ -8,18 +8,18 @@ Writes: results/<run>/metrics.json, samples.jsonl
 rule score:
     """Intervals and a verdict."""
     input:
-        base=measured_base("likelihood.jsonl"),
-        base_answers=measured_base("answers.jsonl"),
-        tuned="<results>/{run}/tuned/likelihood.jsonl",
-        tuned_answers="<results>/{run}/tuned/answers.jsonl",
-        merge_check="<results>/{run}/tuned/merge_check.json",
-        prepared=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/metadata.json",
-        report=tokens("report.json"),
-        adapter="<results>/{run}/adapter.json",
-        merge="<results>/{run}/merge.json",
+        base=of_base_measurer(at.base_likelihood),
+        base_answers=of_base_measurer(at.base_answers),
+        tuned=at.tuned_likelihood,
+        tuned_answers=at.tuned_answers,
+        merge_check=at.merge_check,
+        prepared=of_dataset(at.ledger),
+        report=of_encoder(at.report),
+        adapter=at.adapter_summary,
+        merge=at.merge_summary,
     output:
-        metrics="<results>/{run}/metrics.json",
-        samples="<results>/{run}/samples.jsonl",
+        metrics=at.metrics,
+        samples=at.samples,
     log:
         "<logs>/{run}/score.log",
     benchmark:
@@ -30,10 +30,10 @@ rule score:
     params:
         settings=settings("score"),
         script=script_of("score"),
-        code=code_hash("score", "scripts/moult/metrics.schema.json"),
-        base=lambda wildcards, input: Path(input.base).parent,
-        tuned=lambda wildcards, input: Path(input.tuned).parent,
-        tokens=lambda wildcards, input: Path(input.report).parent,
+        code=code_of("score", "scripts/moult/measuring/metrics.schema.json"),
+        base=folder_of("base"),
+        tuned=folder_of("tuned"),
+        tokens=folder_of("report"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \

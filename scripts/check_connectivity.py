@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/check_connectivity.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     settings = {"models": [], "datasets": []} | args.settings
     with stage("check_connectivity", args.log_file, settings, online=True) as log:

@@ -35,17 +35,17 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/evaluate.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("evaluate", args.log_file, args.settings) as log:
         evaluate(args.settings, args, log)
 
 
 def evaluate(settings: dict, args, log) -> None:
-    from moult.chat import Chat
-    from moult.device import limit_threads, load_model, pick
     from moult.files import read_json, write_json, write_jsonl
-    from moult.models import open_model
+    from moult.model.chat import Chat
+    from moult.model.device import limit_threads, load_model, pick
+    from moult.model.manifest import open_model
 
     limit_threads(args.threads)
     device = pick()
@@ -93,7 +93,7 @@ def chosen(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    from moult.likelihood import likelihood
+    from moult.measuring.likelihood import likelihood
 
     results = likelihood(model, rows, pad_id, "val rows: likelihood")
     return [
@@ -114,7 +114,7 @@ def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
 
 
 def prompt_questions(prompts: list[dict], chat) -> list[dict]:
-    from moult.chat import prompt_of
+    from moult.model.chat import prompt_of
 
     questions = []
     for prompt in prompts:
@@ -132,7 +132,7 @@ def prompt_questions(prompts: list[dict], chat) -> list[dict]:
 
 
 def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
-    from moult.chat import IGNORE
+    from moult.model.chat import IGNORE
 
     questions = []
     for row in chosen([row for row in rows if row["answer_start"] >= 0], count):
@@ -152,8 +152,8 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
 
 def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
     """The model's own greedy answers, in the order of the questions, with what smoke_test knows the same weights by."""
-    from moult.likelihood import batches
-    from moult.stage import progress
+    from moult.measuring.likelihood import batches
+    from moult.run.stage import progress
 
     stop = report["stop"]["generation_stop_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
@@ -185,8 +185,8 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
 
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     """How likely the model finds each prompt, which it was not trained to say: no two models find it equally likely."""
-    from moult.chat import IGNORE
-    from moult.likelihood import likelihood
+    from moult.measuring.likelihood import likelihood
+    from moult.model.chat import IGNORE
 
     prompts = [row["prompt_ids"] for row in answers]
     sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
@@ -198,8 +198,8 @@ def margins(model, answer: dict, pad_id: int) -> list[float]:
     may go on with the other one."""
     import torch
 
-    from moult.chat import IGNORE
-    from moult.likelihood import MAX_LOGITS, scored_logits
+    from moult.measuring.likelihood import MAX_LOGITS, scored_logits
+    from moult.model.chat import IGNORE
 
     prompt = answer["prompt_ids"]
     ids = answer["token_ids"][: MAX_LOGITS // model.config.get_text_config().vocab_size]
@@ -237,9 +237,9 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     import torch
     from peft import PeftModel
 
-    from moult.device import load_model
-    from moult.likelihood import scored_logits
-    from moult.models import open_model
+    from moult.measuring.likelihood import scored_logits
+    from moult.model.device import load_model
+    from moult.model.manifest import open_model
 
     vocabulary = merged.config.get_text_config().vocab_size
     kept, positions = [], 0

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/fetch_dataset.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     settings = {"subset": None, "split": "train", "revision": None} | args.settings
     with stage("fetch_dataset", args.log_file, settings, online=True) as log:

@@ -1,11 +1,9 @@
-"""Get a base model from the hub, or look at a local one, and write down exactly what it is.
+"""Download a base model from the hub, and write down exactly what it is.
 
     python scripts/fetch_model.py --name Qwen/Qwen3-0.6B --out results/models/Qwen--Qwen3-0.6B \\
         --manifest results/models/Qwen--Qwen3-0.6B.json
-    python scripts/fetch_model.py --name config/demo/base --folder config/demo/base \\
-        --manifest results/models/config--demo--base.json
 
-First stage; the rules fetch_model (hub, needs the network) and inspect_model (a local folder, used in place) call it.
+First stage for a hub model; needs the network. (A local folder is used in place: inspect_model.)
 The revision is resolved to a commit, which the manifest records with the hash of every file. Only safetensors weights
 are taken, and of those only the ones that the model consists of. What has been downloaded when it is cut off stays in
 `<out>.partial`, and the next run goes on from there. HF_TOKEN is read from the environment and written nowhere.
@@ -29,36 +27,30 @@ def main() -> None:
         "--settings", type=json.loads, default="{}", help="JSON of what this stage reads: revision, trust_remote_code"
     )
     parser.add_argument("--name", required=True, help="the model's name in the config")
-    parser.add_argument("--folder", help="local folder to look at; without it the model is downloaded")
-    parser.add_argument("--out", help="folder to download to")
+    parser.add_argument("--out", required=True, help="folder to download to")
     parser.add_argument("--manifest", required=True, help="JSON to write: files and hashes, commit")
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
     parser.add_argument("--log-file", help="log file (default: logs/fetch_model.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     settings = {"revision": None, "trust_remote_code": False} | args.settings
-    with stage("fetch_model", args.log_file, settings, online=args.folder is None) as log:
+    with stage("fetch_model", args.log_file, settings, online=True) as log:
         fetch(settings, args, log)
 
 
 def fetch(settings: dict, args, log) -> None:
     from moult.files import write_json
-    from moult.models import describe
 
-    if args.folder:
-        manifest = describe(Path(args.folder), args.name, settings["trust_remote_code"])
-    else:
-        manifest = download(settings, args, log)
+    manifest = download(settings, args, log)
     write_json(args.manifest, manifest)
-    commit = f", commit {manifest['commit']}" if manifest["commit"] else ""
-    log.info("%s: %s files%s", args.name, len(manifest["files"]), commit)
+    log.info("%s: %s files, commit %s", args.name, len(manifest["files"]), manifest["commit"])
 
 
 def download(settings: dict, args, log) -> dict:
     """Download the snapshot to --out, whole or not at all. Returns its manifest."""
-    from moult.models import describe
+    from moult.model.manifest import describe
     from moult.network import check_names, hub_errors, set_up_hub
 
     set_up_hub(args.tls)
@@ -106,9 +98,9 @@ def download_files(name: str, info, partial: Path, trust_remote_code: bool, log)
     """First the small files: the index among them says which weights the model consists of."""
     from huggingface_hub import snapshot_download
 
-    from moult.models import IGNORED, check_code
-    from moult.stage import progress
-    from moult.weights import indexed_files
+    from moult.model.manifest import IGNORED, check_code
+    from moult.model.safetensors import indexed_files
+    from moult.run.stage import progress
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
     check_code(partial, name, trust_remote_code)
@@ -170,7 +162,7 @@ def check_whole(info, manifest: dict, partial: Path) -> None:
     """That the files are, byte for byte, those that the hub has, and that none has been left out."""
     from fnmatch import fnmatchcase
 
-    from moult.models import IGNORED
+    from moult.model.manifest import IGNORED
 
     for file in info.siblings:
         path = partial / file.rfilename

@@ -35,17 +35,18 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="adapter folder to write")
     parser.add_argument("--summary", required=True, help="small JSON beside it to write: hashes, losses, versions")
     parser.add_argument("--training-log", required=True, help="training log to write (.jsonl)")
+    parser.add_argument("--image", help="what tells the container's image from others; goes into the fingerprint")
     parser.add_argument("--resume-from", help="a checkpoint to go on from, instead of the newest in --state")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--log-file", help="log file (default: logs/finetune.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     settings = args.settings
     log_path = args.log_file or "logs/finetune.log"
     with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
-        from moult.checkpoints import claim, locked
+        from moult.training.checkpoints import claim, locked
 
         stop = StopSignal()
         state = Path(args.state)
@@ -77,11 +78,13 @@ class StopSignal:
 
 def make_fingerprint(settings: dict, args) -> dict:
     """What the weights depend on. A checkpoint of another fingerprint would be resumed without a word, to another result:
-    a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23)."""
-    from moult.checkpoints import FORMAT
-    from moult.device import versions
+    a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23). The code is this script
+    and the library as they lie on the disk, so a command that is run again by hand after an edit trains again too."""
     from moult.files import sha256_file
-    from moult.models import open_model
+    from moult.model.device import versions
+    from moult.model.manifest import open_model
+    from moult.training.checkpoints import FORMAT
+    from moult.workflow.code import hash_of_script
 
     tokens = Path(args.tokens)
     harmless = (
@@ -96,6 +99,8 @@ def make_fingerprint(settings: dict, args) -> dict:
     train = {name: value for name, value in settings["train"].items() if name not in harmless}
     return {
         "format": FORMAT,
+        "code": hash_of_script(Path(__file__)),
+        "image": args.image,
         "settings": {**settings, "train": train},
         "tokens": {name: sha256_file(tokens / name) for name in ("train.parquet", "val.parquet")},
         "model": open_model(args.model)[1]["files"],
@@ -108,8 +113,8 @@ def make_fingerprint(settings: dict, args) -> dict:
 
 
 def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
-    from moult.checkpoints import adopt, newest_whole, restore_log, step_of
     from moult.files import read_json
+    from moult.training.checkpoints import adopt, newest_whole, restore_log, step_of
 
     device = pick_device(args.threads, settings["train"]["gpu"])
     total = read_json(args.plan)["steps"]["total"]
@@ -155,7 +160,7 @@ def rank() -> int:
 
 def pick_device(threads: int, gpus: int) -> str:
     """The device to train on. Raises MoultError if processes or GPUs are not as many as the config says."""
-    from moult.device import limit_threads, pick
+    from moult.model.device import limit_threads, pick
 
     processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != gpus:
@@ -180,8 +185,8 @@ def pick_device(threads: int, gpus: int) -> str:
 
 def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
     """Raises MoultError if the checkpoint of --resume-from is not whole or of another run, and says what differs."""
-    from moult.checkpoints import differences, fault_of
     from moult.files import read_json
+    from moult.training.checkpoints import differences, fault_of
 
     fault = fault_of(folder, fingerprint, keep_best) if folder.is_dir() else "no such folder"
     if fault is None:
@@ -207,13 +212,13 @@ def make_trainer(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moult.chat import load_tokenizer
-    from moult.device import load_model
     from moult.files import read_json
-    from moult.lora import lora_config
-    from moult.models import open_model
-    from moult.sft import trainer_config
-    from moult.trainer import Finetuner, try_longest_batch
+    from moult.model.chat import load_tokenizer
+    from moult.model.device import load_model
+    from moult.model.lora import lora_config
+    from moult.model.manifest import open_model
+    from moult.training.arguments import trainer_config
+    from moult.training.trainer import Finetuner, try_longest_batch
 
     transformers_logging.set_verbosity_info()
     transformers_logging.disable_progress_bar()
@@ -294,8 +299,6 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
 
 def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, total: int, log) -> None:
     """Make the adapter folder out of the best checkpoint, or the last, and check that it holds a trained adapter."""
-    from moult.device import hardware, versions
-    from moult.export import adapter_config, copy_tokenizer, write_generation_config
     from moult.files import (
         atomic_file,
         atomic_folder,
@@ -307,7 +310,9 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
         sha256_text,
         write_json,
     )
-    from moult.models import open_model
+    from moult.model.device import hardware, versions
+    from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
+    from moult.model.manifest import open_model
 
     last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
     keep_best = settings["train"]["load_best_model_at_end"]

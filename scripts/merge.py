@@ -51,18 +51,18 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/merge.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("merge", args.log_file, args.settings) as log:
         merge(args.settings, args, log)
 
 
 def merge(settings: dict, args, log) -> None:
-    from moult.device import limit_threads, versions
-    from moult.export import copy_tokenizer, write_generation_config
     from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
-    from moult.models import open_model
-    from moult.weights import weight_files
+    from moult.model.device import limit_threads, versions
+    from moult.model.export import copy_tokenizer, write_generation_config
+    from moult.model.manifest import open_model
+    from moult.model.safetensors import weight_files
 
     limit_threads(args.threads)
     base, manifest = open_model(args.model)
@@ -105,7 +105,7 @@ def merge(settings: dict, args, log) -> None:
 
 def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, dict]:
     """{base tensor: how it changes}. Raises MoultError unless plan, adapter and base fit together without a remainder."""
-    from moult.weights import read_header, read_tensors
+    from moult.model.safetensors import read_header, read_tensors
 
     tensors = read_tensors(base)
     parts = read_header(adapter / "adapter_model.safetensors", "run finetune again")[1]
@@ -159,8 +159,8 @@ def stream(base: Path, adapter: Path, folder: Path, jobs: dict[str, dict], log) 
     """Write the base's weight files anew: the same headers, each tensor copied or changed."""
     from safetensors import safe_open
 
-    from moult.stage import progress
-    from moult.weights import read_header, weight_files
+    from moult.model.safetensors import read_header, weight_files
+    from moult.run.stage import progress
 
     files = weight_files(base)
     if (base / "model.safetensors.index.json").exists():
@@ -248,7 +248,7 @@ def check_layout(base: Path, folder: Path, streamed: bool) -> None:
 
     transformers, which writes them for peft, may have other names for them than the base's files.
     """
-    from moult.weights import read_tensors
+    from moult.model.safetensors import read_tensors
 
     def form(place: Path) -> Counter:
         tensors = read_tensors(place).values()

@@ -13,8 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-# In the examples, until `make publish` puts the repository's name there.
-PLACE = "path/to/this/folder"
+from moult.model.export import PLACE
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/model_card.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("model_card", args.log_file, args.settings) as log:
         write_cards(args, log)
@@ -40,7 +39,7 @@ def main() -> None:
 
 def write_cards(args, log) -> None:
     from moult.files import read_json, write_text
-    from moult.models import open_model
+    from moult.model.manifest import open_model
 
     metrics, plan = read_json(args.metrics), read_json(args.plan)
     base_card = front_matter(open_model(args.model)[0] / "README.md")
@@ -131,8 +130,8 @@ def metadata(kind: str, run: str, metrics: dict, base_card: dict, settings: dict
 
 
 def figures(metrics: dict) -> str:
-    """The table of show_metrics, which has the intervals."""
-    from show_metrics import table
+    """The table that the demo prints, which has the intervals."""
+    from moult.measuring.table import table
 
     lines = table(metrics, Path()).strip().splitlines()[2:]
     rows = lines[: next(index for index, line in enumerate(lines) if not line.strip())]
@@ -173,7 +172,7 @@ def with_vllm(kind: str, run: str, folder: str, base: str, serve: dict, settings
     """The command that serves it as it was measured. `serve` is what the plan says of it."""
     import shlex
 
-    from moult.serving import adapter_arguments
+    from moult.serving.launch import adapter_arguments
 
     kwargs = settings["chat_template_kwargs"]
     template = f" --default-chat-template-kwargs {shlex.quote(json.dumps(kwargs, sort_keys=True))}" if kwargs else ""

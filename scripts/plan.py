@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/plan.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("plan", args.log_file, args.settings) as log:
         plan(args.settings, args, log)
@@ -40,9 +40,9 @@ def main() -> None:
 
 def plan(settings: dict, args, log) -> None:
     from moult.files import read_json, write_json
-    from moult.lora import lora_config, needs_peft, vllm_refuses
-    from moult.models import open_model
-    from moult.weights import read_tensors
+    from moult.model.lora import lora_config, needs_peft, vllm_refuses
+    from moult.model.manifest import open_model
+    from moult.model.safetensors import read_tensors
 
     report = read_json(Path(args.tokens) / "report.json")
     base = open_model(args.model)[0]
@@ -186,7 +186,7 @@ def check_steps(steps: dict, train: dict) -> None:
 
 def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, config, settings: dict) -> None:
     """The template can show them all, and the model has the tokens and the positions."""
-    from moult.chat import Chat, prompt_of
+    from moult.model.chat import Chat, prompt_of
 
     if not prompts:
         return
@@ -209,7 +209,7 @@ def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, co
 
 def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
-    from moult.sft import check_trainer, trainer_config
+    from moult.training.arguments import check_trainer, trainer_config
 
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/prepare.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("prepare", args.log_file, args.settings) as log:
         prepare(args.settings, args, log)
@@ -132,9 +132,9 @@ def prepare(settings: dict, args, log) -> None:
 
 def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row], list[dict]]:
     """All rows that can be training rows, and the files that they came from with their hashes."""
+    from moult.data.readers import expand, read_rows
     from moult.files import read_json, sha256_file
-    from moult.sources import expand, read_rows
-    from moult.stage import progress
+    from moult.run.stage import progress
 
     files = []
     for index, source in enumerate(sources):
@@ -170,7 +170,7 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
 
 def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:
     """The row in the one shape, or None, counted in the ledger, if it cannot be a training row."""
-    from moult.conversation import BadRow, content_of, find_format, normalise
+    from moult.data.conversation import BadRow, content_of, find_format, normalise
     from moult.files import canonical, sha256_text
 
     columns = source["columns"]
@@ -285,21 +285,21 @@ def with_language(rows: list[Row], settings: dict, workers: int) -> list[Row]:
 
 def set_detector(name: str) -> None:
     global _detect
-    from moult.language import detector
+    from moult.data.language import detector
 
     _detect = detector(name)
 
 
 def language_of(content: str) -> str:
     """The row's language, or languages: "en+zh"."""
-    from moult.language import languages_of, spoken_texts
+    from moult.data.language import languages_of, spoken_texts
 
     return "+".join(languages_of(spoken_texts(json.loads(content)), _detect))
 
 
 def wanted(language: str, settings: dict) -> bool:
     """Whether all of a row's languages are wanted ones."""
-    from moult.language import UNKNOWN
+    from moult.data.language import UNKNOWN
 
     allowed = set(settings["languages"]) | ({UNKNOWN} if settings["unknown_language"] == "keep" else set())
     return set(language.split("+")) <= allowed

@@ -6,7 +6,7 @@
         --samples results/demo/samples.jsonl
 
 Last stage; no GPU and no model. Both sides were measured on the same token ids, which is checked here first. The schema
-of metrics.json is moult/metrics.schema.json; README.md has it as a table.
+of metrics.json is moult/measuring/metrics.schema.json; README.md has it as a table.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/score.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("score", args.log_file, args.settings) as log:
         score(args.settings, args, log)
@@ -44,7 +44,7 @@ def main() -> None:
 def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
-    import moult
+    import moult.measuring
     from moult.files import read_json, read_jsonl, write_json, write_jsonl
 
     sides = {}
@@ -98,7 +98,7 @@ def score(settings: dict, args, log) -> None:
             "step": adapter["step"],
         },
     }
-    schema = read_json(Path(moult.__file__).parent / "metrics.schema.json")
+    schema = read_json(Path(moult.measuring.__file__).parent / "metrics.schema.json")
     Draft202012Validator(schema).validate(metrics)
     write_jsonl(args.samples, samples)
     write_json(args.metrics, metrics)
@@ -136,7 +136,7 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
     """Base, tuned and their paired difference, with intervals from a bootstrap over groups."""
     import numpy as np
 
-    from moult.statistics import bootstrap
+    from moult.measuring.intervals import bootstrap
 
     base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
     groups = {group: index for index, group in enumerate(dict.fromkeys(row["group"] for row in base))}
@@ -194,7 +194,7 @@ def by_source(sides: dict, prepared: dict) -> dict:
 
 def data_name(file: dict) -> str:
     """The hub id, or what is fit to be published of a path."""
-    from moult.models import public_name
+    from moult.model.manifest import public_name
 
     return file.get("hub") or public_name(file["path"])
 
@@ -204,7 +204,7 @@ def data_name(file: dict) -> str:
 
 def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
     """Rates of every check for prompts, rows and both; and each question with both answers."""
-    from moult.checks import check
+    from moult.measuring.checks import check
 
     expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
     samples = []
@@ -251,7 +251,7 @@ def summarise(samples: list[dict], confidence: float) -> dict:
 
 
 def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
-    from moult.statistics import paired_difference, wilson
+    from moult.measuring.intervals import paired_difference, wilson
 
     n = len(passed[0])
     base, tuned = (sum(side) for side in passed)

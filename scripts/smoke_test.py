@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/smoke_test.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("smoke_test", args.log_file, args.settings) as log:
         args.key = None
@@ -83,25 +83,23 @@ def main() -> None:
 
 def fill_in(args) -> None:
     """By hand: settings and paths from the config."""
-    from moult.runtime import paths, read_config, shared_by_runs, the_run
-    from moult.settings import stage_settings
+    from moult.workflow.runtime import read_config, the_run
+    from moult.workflow.stages import places_of, stage_settings
 
     config = read_config(args.configfile)
-    place = paths(config, the_run(config, args.run), *shared_by_runs(config))
+    places = places_of(config, the_run(config, args.run))
     args.settings = stage_settings(config, "smoke_test", args.run)
     args.key = os.environ.get(config["runs"][args.run]["serve"]["api_key_env"])
-    folder = Path(place["METRICS"]).parent
-    args.answers, args.merge_check = folder / "tuned/answers.jsonl", folder / "tuned/merge_check.json"
-    args.rows = Path(place["PREPROCESS_DIR"], "val.jsonl")
-    args.base, args.adapter, args.merged = place["BASE_MODEL_DIR"], place["ADAPTER_DIR"], place["MERGED_DIR"]
-    args.merge, args.plan = folder / "merge.json", place["PLAN"]
-    args.result = args.result or folder / "smoke_test.json"
+    args.answers, args.merge_check, args.rows = places.tuned_answers, places.merge_check, places.val_rows
+    args.base, args.adapter, args.merged = places.model, places.adapter, places.merged
+    args.merge, args.plan = places.merge_summary, places.plan
+    args.result = args.result or places.smoke_test
 
 
 def smoke_test(args, log) -> None:
     from moult.files import read_json, write_json
-    from moult.models import open_model
-    from moult.serving import Server, address, engine_command, free_port, what_to_serve
+    from moult.model.manifest import open_model
+    from moult.serving.launch import Server, address, engine_command, free_port, what_to_serve
 
     settings = args.settings
     base = str(open_model(args.base)[0]) if Path(args.base).is_file() else args.base
@@ -418,7 +416,7 @@ class Test:
         return accepted(response).json()["tokens"]
 
     def expectations(self) -> str:
-        from moult.checks import check
+        from moult.measuring.checks import check
 
         self.need_replies()
         passed = asked = 0

@@ -2,7 +2,7 @@
 
     python scripts/transformers_server.py --model results/demo/merged --name demo --port 8080
 
-scripts/serve.py and scripts/smoke_test.py start it (serve.engine: transformers). It has what they and a chat client need,
+scripts/tools/serve.py and scripts/smoke_test.py start it (serve.engine: transformers). It has what they and a chat client need,
 with the paths, fields and status codes of vLLM: /health, /v1/models, /v1/chat/completions, /v1/completions, /tokenize. One
 request is answered at a time, the others wait. What could change an answer and is not known here (tools, several
 choices, penalties, any other field ...) is refused, not ignored. With VLLM_API_KEY in the environment, requests need that key.
@@ -142,8 +142,8 @@ class Engine:
     def load(self) -> None:
         from transformers import PreTrainedTokenizerBase
 
-        from moult.chat import load_tokenizer, stop_ids
-        from moult.device import limit_threads, load_model, pick
+        from moult.model.chat import load_tokenizer, stop_ids
+        from moult.model.device import limit_threads, load_model, pick
 
         limit_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         settings = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False, **self.args.settings}

@@ -27,8 +27,8 @@ from tokenizers_for_tests import (
 )
 
 import encode
-from moult.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
 from moult.errors import MoultError
+from moult.model.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
 from moult.parallel import ordered_map
 
 SHIPPED = str(ROOT / "config" / "chat_templates")
@@ -124,7 +124,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 
 @pytest.mark.parametrize("template", [LOOP + PLAIN, "{% generation %}{% endgeneration %}" + LOOP + PLAIN])
 def test_template_that_loops(template, make, monkeypatch):
-    monkeypatch.setattr("moult.chat.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("moult.model.chat.TEMPLATE_SECONDS", 0.2)
     before = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(MoultError, match="the chat template has not come to an end"):
         make(template).encode({"messages": ASKED})
@@ -132,7 +132,7 @@ def test_template_that_loops(template, make, monkeypatch):
 
 
 def test_template_that_loops_in_a_worker_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("moult.chat.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("moult.model.chat.TEMPLATE_SECONDS", 0.2)
     folder = str(make_tokenizer(tmp_path / "model"))
     rows = [{"id": str(n), "group": "", "source": 0, "messages": ASKED} for n in range(4)]
     with pytest.raises(MoultError, match="the chat template has not come to an end"):

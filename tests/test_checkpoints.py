@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moult import checkpoints
+from moult.training import checkpoints
 from moult.errors import MoultError
 
 FINGERPRINT = {"settings": {"lr": 1, "r": 2}, "tokens": {"train": "a"}}
@@ -177,7 +177,7 @@ def test_damage_to_an_older_checkpoint_does_not_cost_the_best(tmp_path):
 
 def hold(state: Path, seconds: float) -> subprocess.Popen:
     """Another process that holds the folder for so long."""
-    code = "import sys, time; from pathlib import Path; from moult.checkpoints import locked\n"
+    code = "import sys, time; from pathlib import Path; from moult.training.checkpoints import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(float(sys.argv[2]))"
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)}
     command = [sys.executable, "-c", code, str(state), str(seconds)]

@@ -18,7 +18,7 @@ SERVICES = ("vllm-server", "open-webui", "dozzle")
 
 
 def runtime(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/print_runtime.py", "--format", "env", "--run", "demo", *arguments]
+    command = [sys.executable, "scripts/tools/print_runtime.py", "--format", "env", "--run", "demo", *arguments]
     variables = {**os.environ, **environment}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, check=False)
 

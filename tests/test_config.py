@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from moult.config import (
+from moult.workflow.config import (
     ConfigError,
     dataset_slug,
     duplicate_keys,
@@ -20,7 +20,7 @@ from moult.config import (
     resolve,
     slug,
 )
-from moult.settings import stage_settings
+from moult.workflow.stages import stage_settings
 
 SCHEMA = load_schema(str(ROOT / "config"))
 BASE = """

@@ -2,11 +2,11 @@
 
 import copy
 
+import config_docs
 import pytest
 from conftest import ROOT
 
-import config_docs
-from moult.config import load_schema
+from moult.workflow.config import load_schema
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from workflow import ROOT, snakemake
 
-from moult.config import ConfigError, load_schema, resolve
-from moult.container import check_image, environment, identity
 from moult.errors import MoultError
+from moult.workflow.config import ConfigError, load_schema, resolve
+from moult.workflow.container import check_image, environment, identity
 
 SCHEMA = load_schema(str(ROOT / "config"))
 DIGEST = "sha256:" + "0" * 64
@@ -266,7 +266,7 @@ def test_the_two_recipes_make_the_same(definition, dockerfile):
 
 def test_the_self_test_has_the_modules_that_it_imports():
     """The image holds no more of the workflow than that."""
-    found, todo = set(), ["scripts/print_runtime.py", "scripts/moult/__init__.py"]
+    found, todo = set(), ["scripts/tools/print_runtime.py", "scripts/moult/__init__.py"]
     while todo:
         path = todo.pop()
         found.add(path)

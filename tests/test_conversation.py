@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moult.conversation import BadRow, content_of, find_format, normalise
-from moult.sources import read_rows
+from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.readers import read_rows
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

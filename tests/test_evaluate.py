@@ -10,8 +10,8 @@ from test_merge import LORA, Log, make_plan, run_merge
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
-from moult import likelihood as module
-from moult.likelihood import batches, likelihood, mean_nll
+from moult.measuring import likelihood as module
+from moult.measuring.likelihood import batches, likelihood, mean_nll
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from moult.failures import failures_since, table
+from moult.workflow.failures import failures_since, table
 
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {scripts!r})
 from moult.errors import MoultError
-from moult.stage import stage
+from moult.run.stage import stage
 with stage("prepare", "logs/d/{log}"):
     {body}
 """

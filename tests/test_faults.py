@@ -104,12 +104,12 @@ def whole(tmp_path_factory, base, tokens):
 # --- a signal ---------------------------------------------------------------------------------------------------------
 
 STOPS = {
-    "while the model is loaded": ("moult.device:load_model",),
+    "while the model is loaded": ("moult.model.device:load_model",),
     "while a library is imported": ("transformers.utils.import_utils:_LazyModule._get_module",),
-    "during validation": ("moult.trainer:likelihood", 2),
+    "during validation": ("moult.training.trainer:likelihood", 2),
     "while a checkpoint is written": ("transformers:Trainer._save_rng_state", 2),
-    "while a checkpoint is sealed": ("moult.trainer:seal", 2),
-    "while the adapter is published": ("moult.export:copy_tokenizer",),
+    "while a checkpoint is sealed": ("moult.training.trainer:seal", 2),
+    "while the adapter is published": ("moult.model.export:copy_tokenizer",),
 }
 
 
@@ -133,13 +133,13 @@ def test_a_signal_stops_it_unfinished_and_the_next_attempt_goes_on(instant, numb
 
 
 KILLS = {
-    "before the fingerprint is written": ("moult.checkpoints:write_json",),
+    "before the fingerprint is written": ("moult.training.checkpoints:write_json",),
     "between the files of a checkpoint": ("transformers:Trainer._save_optimizer_and_scheduler", 2),
-    "before a checkpoint has its manifest": ("moult.checkpoints:sha256_folder", 2),
-    "before a checkpoint has its name": ("moult.checkpoints:write_json", 3, True),
-    "before old checkpoints are deleted": ("moult.trainer:prune", 4),
-    "in the published folder": ("moult.export:copy_tokenizer",),
-    "between the adapter and its summary": ("moult.device:hardware",),
+    "before a checkpoint has its manifest": ("moult.training.checkpoints:sha256_folder", 2),
+    "before a checkpoint has its name": ("moult.training.checkpoints:write_json", 3, True),
+    "before old checkpoints are deleted": ("moult.training.trainer:prune", 4),
+    "in the published folder": ("moult.model.export:copy_tokenizer",),
+    "between the adapter and its summary": ("moult.model.device:hardware",),
 }
 
 
@@ -185,7 +185,7 @@ def test_dora_resumes_to_the_same_bytes(run, whole):
 
 
 def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
-    fault = ("moult.trainer:Watch.on_step_end", number, step)
+    fault = ("moult.training.trainer:Watch.on_step_end", number, step)
     attempt(stopped, fault, code=75 if number == TERM else -number)
     assert "going on from" in attempt(stopped)
     check_same(stopped, whole(stopped.config))
@@ -193,7 +193,7 @@ def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
 
 def test_a_training_log_that_was_cut_off_is_that_of_the_checkpoint_again(run, whole):
     killed = run()
-    attempt(killed, ("moult.trainer:Watch.on_step_end", KILL, 8), code=-KILL)
+    attempt(killed, ("moult.training.trainer:Watch.on_step_end", KILL, 8), code=-KILL)
     log = killed.folder / "state" / "training_log.jsonl"
     log.write_text(log.read_text()[:-20])
     attempt(killed)
@@ -224,8 +224,8 @@ def size_on_disk(folder: Path) -> int:
 
 
 def test_a_full_disk_is_named_and_the_checkpoints_before_stay(run, whole, small_disk):
-    from moult.checkpoints import checkpoint_folders, fault_of
     from moult.files import read_json
+    from moult.training.checkpoints import checkpoint_folders, fault_of
 
     full = run()
     one = max(size_on_disk(folder) for folder in checkpoint_folders(whole(settings()).folder / "state"))

@@ -607,6 +607,6 @@ def test_rules_fetch_once(hub, fetch):
 
 
 def dataset_slug() -> str:
-    from moult.config import dataset_slug
+    from moult.workflow.config import dataset_slug
 
     return dataset_slug({"subset": "main", "split": "train", "revision": None}, "org/math")

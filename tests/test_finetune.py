@@ -16,8 +16,8 @@ from test_plan import make as make_plan
 from tiny import change_tensors, make_model, make_tokens
 
 import finetune
-from moult.checkpoints import checkpoint_folders, seal
 from moult.files import read_json, read_jsonl
+from moult.training.checkpoints import checkpoint_folders, seal
 
 SETTINGS = {
     "seed": 0,
@@ -209,7 +209,7 @@ def kill_at(run: Run, step: int, number: int, launcher: tuple[str, ...] = (sys.e
     """Start the stage, send `number` when the training log of the state has reached `step`, and return its exit code."""
     log = run.folder / "state" / "training_log.jsonl"
     # Steps of a tiny model pass in milliseconds: a slow one makes the instant sure.
-    slow = "import time; from moult import trainer; f = trainer.Watch.on_step_end\n"
+    slow = "import time; from moult.training import trainer; f = trainer.Watch.on_step_end\n"
     slow += "def g(self, a, s, c, **k):\n    time.sleep(0.15); return f(self, a, s, c, **k)\ntrainer.Watch.on_step_end = g\n"
     slow += f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({finetune.__file__!r}, run_name='__main__')"
     script = run.folder / "slow.py"
@@ -366,7 +366,7 @@ def test_resume_from_a_checkpoint_elsewhere(run, undisturbed):
 
 
 def test_two_trainers_never_share_a_folder(run):
-    from moult.checkpoints import locked
+    from moult.training.checkpoints import locked
 
     taken = run()
     with locked(taken.folder / "state"):
@@ -483,7 +483,7 @@ def test_a_base_that_is_not_finite_is_found_before_the_first_step(run, tmp_path)
 
 def test_exactly_zero_is_no_loss():
     from moult.errors import MoultError
-    from moult.trainer import check_finite
+    from moult.training.trainer import check_finite
 
     check_finite({"loss": 1e-9, "grad_norm": 0.0}, 3)
     with pytest.raises(MoultError, match="step 3: the loss is exactly 0"):
@@ -536,7 +536,7 @@ def try_batch(trainer, batch):
 
 
 def test_checkpointing_is_switched_on_only_where_the_longest_batch_needs_it(monkeypatch):
-    from moult import trainer as module
+    from moult.training import trainer as module
     from moult.errors import MoultError
 
     monkeypatch.setattr(module, "_try_batch", try_batch)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
 from moult.files import read_jsonl
-from moult.language import UNKNOWN, detector, languages_of, spoken_texts
 
 DETECTORS = ["langdetect", "py3langid"]
 ENGLISH = "The quick brown fox jumps over the lazy dog, and nobody is surprised by it any more."

@@ -17,10 +17,10 @@ from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
 
 import merge
 import plan
-from moult import weights
+from moult.model import safetensors as weights
 from moult.errors import MoultError
 from moult.files import read_json, sha256_folder
-from moult.weights import read_header, read_tensors
+from moult.model.safetensors import read_header, read_tensors
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 TRAIN = {
@@ -438,7 +438,7 @@ def make_large_model(folder: Path, config) -> Path:
 def make_large_adapter(targets: dict, folder: Path, lora: dict) -> Path:
     from safetensors.torch import save_file
 
-    from moult.lora import lora_config
+    from moult.model.lora import lora_config
 
     torch.manual_seed(1)
     tensors = {}

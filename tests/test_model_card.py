@@ -68,7 +68,7 @@ def test_the_merged_card_s_example_runs(carded):
     ],
 )
 def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, command, tmp_path):
-    """The flags of moult.serving.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
+    """The flags of moult.serving.launch.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
     serve = {"reasons": reasons, "max_lora_rank": 64}
     for name in ("chat_template.jinja", "generation_config.json"):
         (tmp_path / name).touch()
@@ -127,7 +127,7 @@ def test_the_metadata_of_the_base_s_card(text, found, tmp_path):
 
 
 def publish(folder: Path, hub: FakeHub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/publish.py", "--run", "demo", "--repo", "tester/demo", *arguments]
+    command = [sys.executable, "scripts/tools/publish.py", "--run", "demo", "--repo", "tester/demo", *arguments]
     variables = environment(home, HF_ENDPOINT=hub.url, HF_TOKEN=token, HF_HUB_DISABLE_XET="1")
     return subprocess.run(
         command,
@@ -179,7 +179,7 @@ def test_what_another_model_left_there_is_removed_and_nothing_else(carded, tmp_p
 def test_the_question_is_seen_on_a_terminal(carded, tmp_path):
     with FakeHub() as hub:
         ours, theirs = os.openpty()
-        command = [sys.executable, "scripts/publish.py", "--run", "demo", "--repo", "tester/demo"]
+        command = [sys.executable, "scripts/tools/publish.py", "--run", "demo", "--repo", "tester/demo"]
         variables = environment(tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
         process = subprocess.Popen(command, cwd=carded, stdin=theirs, stdout=theirs, stderr=theirs, env=variables)
         os.close(theirs)

@@ -5,13 +5,13 @@ from argparse import Namespace
 
 import pytest
 import torch
+from plans import GIB, room
 from test_merge import LORA, TRAIN, Log
 from tiny import make_model, make_tokens
 
 import plan
 from moult.errors import MoultError
 from moult.files import read_json
-from show_plans import GIB, room
 
 
 def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
@@ -38,7 +38,7 @@ def test_counts_are_those_of_the_real_model(kind, tmp_path):
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
-    from moult.lora import lora_config
+    from moult.model.lora import lora_config
 
     base = make_model(tmp_path / "base", kind=kind)
     result, _ = make(base, tmp_path)

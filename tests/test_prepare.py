@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-from moult.config import load_schema, resolve
 from moult.errors import MoultError
-from moult.settings import stage_settings
+from moult.workflow.config import load_schema, resolve
+from moult.workflow.stages import stage_settings
 
 SCHEMA = load_schema(str(ROOT / "config"))
 OUTPUTS = ("train.jsonl", "val.jsonl", "metadata.json")

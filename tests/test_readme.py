@@ -44,7 +44,7 @@ def reachable(name: str, edges: set) -> set[str]:
 
 def test_the_demo_prints_such_a_table(demo):
     """The same rows; the figures depend on the machine's arithmetic."""
-    command = [sys.executable, ROOT / "scripts" / "show_metrics.py", "results/demo/metrics.json"]
+    command = [sys.executable, ROOT / "scripts" / "tools" / "show_metrics.py", "results/demo/metrics.json"]
     shown = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True).stdout
 
     def labels(text: str) -> list[str]:
@@ -57,7 +57,7 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
     """Every snakemake line of the README, with the example's model and dataset replaced by local ones."""
     folder = checkout(tmp_path)
     config = yaml.safe_load(block("mine.yaml"))
-    from moult.config import load_schema, resolve
+    from moult.workflow.config import load_schema, resolve
 
     assert set(resolve(config, load_schema(str(ROOT / "config")))["runs"]) == {"gsm8k", "gsm8k-r64"}
     config["model"] = {"name": "config/demo/base"}
@@ -87,7 +87,7 @@ def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
 
 
 def test_metrics_table(tmp_path):
-    schema = json.loads((ROOT / "scripts" / "moult" / "metrics.schema.json").read_text())
+    schema = json.loads((ROOT / "scripts" / "moult" / "measuring" / "metrics.schema.json").read_text())
     table = re.search(r"<!-- metrics -->\n(.*?)<!-- end of metrics -->", README, re.DOTALL)[1]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     expected = {name: field["description"] for name, field in schema["properties"].items() if "description" in field}

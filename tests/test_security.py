@@ -16,12 +16,12 @@ from tokenizers_for_tests import CHATML, DEMO, assistant, make_tokenizer, user
 
 import encode
 import plan
-from moult.chat import Chat, Unrenderable, load_tokenizer
-from moult.config import ConfigError, load_schema, resolve, slug
 from moult.errors import MoultError
-from moult.models import describe
-from moult.stage import redact
-from moult.weights import weight_files
+from moult.model.chat import Chat, Unrenderable, load_tokenizer
+from moult.model.manifest import describe
+from moult.model.safetensors import weight_files
+from moult.run.stage import redact
+from moult.workflow.config import ConfigError, load_schema, resolve, slug
 
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 

@@ -19,7 +19,7 @@ from workflow import ROOT, snakemake
 
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
-from moult.serving import (
+from moult.serving.launch import (
     Served,
     check_exposed,
     check_port,
@@ -427,7 +427,7 @@ def test_what_is_not_what_was_measured_is_caught(change, check, again):  # noqa:
 
 @pytest.mark.slow
 def test_make_serve_keeps_a_server_until_it_is_told_to_end(again):  # noqa: F811
-    command = [sys.executable, "scripts/serve.py", "--run", "demo", "--threads", "1", "--configfile", "mine.yaml"]
+    command = [sys.executable, "scripts/tools/serve.py", "--run", "demo", "--threads", "1", "--configfile", "mine.yaml"]
     port, environment = free_port(), {**os.environ, "MY_KEY": "a-key-of-the-tests"}
 
     def start(serve: str) -> subprocess.Popen:

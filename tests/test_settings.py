@@ -6,9 +6,9 @@ import pytest
 import yaml
 from test_config import BASE, SCHEMA, config
 
-from moult.config import merged, resolve
 from moult.files import canonical
-from moult.settings import encoded_as, measured_as, stage_settings
+from moult.workflow.config import merged, resolve
+from moult.workflow.stages import encoded_as, measured_as, stage_settings
 
 # --- what each stage reads --------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
+from moult.data.readers import expand, read_rows
 from moult.errors import MoultError
-from moult.sources import expand, read_rows
 
 ROWS = [{"prompt": "Grüße, 世界", "completion": 'two\nlines, "quoted"'}, {"prompt": "q", "completion": "\ttab"}]
 
@@ -139,7 +139,7 @@ def test_damage_to_an_arrow_file_ends_no_process(tmp_path, kind):
     whole = sink.getvalue()
     offset = whole.index((9).to_bytes(4, "little") + (18).to_bytes(4, "little"))
     (tmp_path / "a.arrow").write_bytes(whole[:offset] + (2**30).to_bytes(4, "little") + whole[offset + 4 :])
-    code = "import sys; from pathlib import Path; from moult.sources import read_rows\n"
+    code = "import sys; from pathlib import Path; from moult.data.readers import read_rows\n"
     code += "list(read_rows(Path(sys.argv[1]), 'a'))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     command = [sys.executable, "-c", code, str(tmp_path / "a.arrow")]

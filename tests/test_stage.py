@@ -22,13 +22,13 @@ from conftest import ROOT
 
 from moult.errors import MoultError
 from moult.parallel import ordered_map
-from moult.stage import process_name, redact
+from moult.run.stage import process_name, redact
 
 HEAD = """\
 import logging, os, sys, time, warnings
 from moult.errors import MoultError, UNFINISHED
 from moult.files import atomic_file, atomic_folder
-from moult.stage import progress, stage
+from moult.run.stage import progress, stage
 """
 
 

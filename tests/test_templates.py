@@ -25,8 +25,8 @@ from tokenizers_for_tests import (
     user,
 )
 
-from moult.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
-from moult.conversation import normalise
+from moult.data.conversation import normalise
+from moult.model.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
 
 TOOLS = [
     {

@@ -13,7 +13,7 @@ from test_serve import settings_for
 from workflow import ROOT
 
 import transformers_server
-from moult.serving import (
+from moult.serving.launch import (
     Served,
     Server,
     address,

@@ -22,7 +22,7 @@ STAGES = (
     "finetune",
     "inspect_model",
     "merge",
-    "plan_run",
+    "plan",
     "prepare",
     "score",
 )
@@ -183,7 +183,7 @@ EDITS = {
     "another dataset": (set_key("datasets", "other", value={"source": "other.jsonl"}), set()),
     "the learning rate": (set_key("runs", "demo", "train", "learning_rate", value=1e-3), AFTER_FINETUNE),
     "how often it logs": (set_key("runs", "demo", "train", "logging_steps", value=5), AFTER_FINETUNE),
-    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan_run", *AFTER_FINETUNE}),
+    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan", *AFTER_FINETUNE}),
     "an eval prompt": (
         set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
         {"evaluate_base", "evaluate_tuned", "score"},
@@ -193,11 +193,11 @@ EDITS = {
             set_key("runs", "demo", "lora", "r", value=16)(folder),
             set_key("runs", "demo", "eval", "prompts", value=[PROMPT])(folder),
         ),
-        {"plan_run", "evaluate_base", *AFTER_FINETUNE},
+        {"plan", "evaluate_base", *AFTER_FINETUNE},
     ),
     "the dtype": (
         set_key("runs", "demo", "model", "dtype", value="float16"),
-        {"plan_run", "evaluate_base", *AFTER_FINETUNE},
+        {"plan", "evaluate_base", *AFTER_FINETUNE},
     ),
     "what an answer is checked for": (set_key("runs", "demo", "eval", "row_expect", value={"json": True}), {"score"}),
     "the level of the intervals": (set_key("eval", "confidence", value=0.9), {"score"}),
@@ -219,9 +219,9 @@ EDITS = {
     "the base's card": (append("config/demo/base/README.md"), set()),
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),
-    "a module that some stages import": (append("scripts/moult/statistics.py"), {"score"}),
-    "a module that others import": (append("scripts/moult/lora.py"), {"plan_run", *AFTER_FINETUNE}),
-    "a script that no rule calls": (append("scripts/print_runtime.py"), set()),
+    "a module that some stages import": (append("scripts/moult/measuring/intervals.py"), {"score"}),
+    "a module that others import": (append("scripts/moult/model/lora.py"), {"plan", *AFTER_FINETUNE}),
+    "a script that no rule calls": (append("scripts/tools/print_runtime.py"), set()),
 }
 
 
@@ -245,7 +245,7 @@ def test_a_variant_shares_tokens_and_the_base_measurement(again):
     set_key("runs", "small", value={"dataset": "demo", "model": {"name": "config/demo/base"}, "lora": {"r": 2}})(again)
     edit_config(again, lambda config: config["runs"]["small"].update(eval=config["runs"]["demo"]["eval"]))
     found = planned(again, "results/small/metrics.json")
-    assert found == {"plan_run", *AFTER_FINETUNE}
+    assert found == {"plan", *AFTER_FINETUNE}
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def make_adapter(base: Path, folder: Path, lora: dict, scale: float = 0.1) -> Pa
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from moult.lora import lora_config
+    from moult.model.lora import lora_config
 
     torch.manual_seed(3)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), lora_config(lora))

@@ -4,7 +4,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from moult.chat import IGNORE, Sequence
+from moult.model.chat import IGNORE, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "config" / "demo" / "base"
@@ -128,7 +128,7 @@ def turns(chat, messages: list[dict], tools: list[dict] | None, sequences: list[
 
 
 def server_ids(chat, messages: list[dict], tools: list[dict] | None) -> list[int]:
-    """The prompt as transformers, and so a server, makes it: nothing of moult.chat but the template and its settings."""
+    """The prompt as transformers, and so a server, makes it: nothing of moult.model.chat but the template and its settings."""
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     return chat.tokenizer.apply_chat_template(
         shown, tools=tools, chat_template=chat.template, add_generation_prompt=True, **chat.template_kwargs

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from moult.errors import MoultError
-from moult.stage import progress
+from moult.run.stage import progress
 
 
 def ordered_map(

@@ -36,7 +36,7 @@ STAGES = {
     "inspect_model": "results/models/base-*.json",
     "prepare": "results/prepared/d/metadata.json",
     "encode": "results/d/tokens/report.json",
-    "plan_run": "results/d/plan.json",
+    "plan": "results/d/plan.json",
     "finetune": "results/d/adapter.json",
     "merge": "results/d/merge.json",
     "evaluate_base": "results/d/base/answers.jsonl",
@@ -67,7 +67,7 @@ class Case:
     rows: list | str | bytes | None = None
     make: Callable[[Path], None] | None = None
     spoil: Callable[[Path], None] | None = None
-    target: str = "plan_run"
+    target: str = "plan"
     code: int = 1
     environment: dict = field(default_factory=dict)
     largest_file: int | None = None

@@ -9,7 +9,7 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moult import checkpoints
+from moult.training import checkpoints
 from moult.errors import MoultError
 
 FINGERPRINT = {"settings": {"lr": 1}}

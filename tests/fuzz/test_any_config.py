@@ -10,10 +10,10 @@ from conftest import ROOT, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moult.config import load_schema, resolve
 from moult.errors import MoultError
 from moult.files import canonical
-from moult.settings import encoded_as, measured_as, stage_settings
+from moult.workflow.config import load_schema, resolve
+from moult.workflow.stages import encoded_as, measured_as, stage_settings
 
 SCHEMA = load_schema(str(ROOT / "config"))
 SHIPPED = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())

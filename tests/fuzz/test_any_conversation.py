@@ -12,9 +12,9 @@ from test_templates import FAMILIES, chat_of  # noqa: F401 (a fixture)
 from tokenizers_for_tests import CHATML, DEMO, assistant, system, turns, user
 
 import encode
-from moult.chat import Chat, Unrenderable, check_syntax
-from moult.conversation import BadRow, content_of, find_format, normalise
+from moult.data.conversation import BadRow, content_of, find_format, normalise
 from moult.errors import MoultError
+from moult.model.chat import Chat, Unrenderable, check_syntax
 
 WORDS = st.lists(
     st.sampled_from(

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
+from moult.data.readers import read_rows
 from moult.errors import MoultError
 from moult.files import read_jsonl
-from moult.sources import read_rows
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252")
 PLACE = re.compile(r"^odd\.\w+(\.gz)?(:\d+)?: ")

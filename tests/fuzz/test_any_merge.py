@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from moult.errors import MoultError
-from moult.weights import read_header, read_tensors, weight_files
+from moult.model.safetensors import read_header, read_tensors, weight_files
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LAYERS = st.lists(

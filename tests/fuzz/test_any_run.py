@@ -17,11 +17,11 @@ from tokenizers_for_tests import DEMO
 import encode
 import plan
 import prepare
-from moult.config import load_schema, resolve
 from moult.errors import MoultError
 from moult.files import sha256_folder
 from moult.parallel import ordered_map
-from moult.settings import stage_settings
+from moult.workflow.config import load_schema, resolve
+from moult.workflow.stages import stage_settings
 
 LOG = logging.getLogger("test")
 SCHEMA = load_schema(str(ROOT / "config"))

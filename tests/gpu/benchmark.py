@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from moult.config import load_schema, resolve
 from moult.files import canonical
-from moult.settings import stage_settings
+from moult.workflow.config import load_schema, resolve
+from moult.workflow.stages import stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"

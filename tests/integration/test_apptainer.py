@@ -261,7 +261,7 @@ def test_on_a_cluster_too(folder):
     quick = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
     snakemake(folder, "--use-singularity", *quick, "--slurm-keep-successful-logs", "results/demo/plan.json", cores=None)
     (log,) = (folder / "logs/slurm").rglob("*.log")
-    assert log.read_text().count("Activating singularity image") == 3  # prepare, encode, plan_run
+    assert log.read_text().count("Activating singularity image") == 3  # prepare, encode, plan
     assert json.loads((folder / "results/demo/plan.json").read_text())["steps"]["total"] == 200
 
 
@@ -429,8 +429,8 @@ def give_to_nobody(folder: Path) -> None:
 
 def test_for_a_user_without_rights(sif, open_folder, monkeypatch):
     """Apptainer then works in a name space of the user's; home and checkout are mounted into one another all the same."""
-    from moult.config import load_schema, resolve
-    from moult.container import environment as environment_of
+    from moult.workflow.config import load_schema, resolve
+    from moult.workflow.container import environment as environment_of
 
     folder = open_folder / "user"
     for name in ("home/checkout", "data"):

@@ -19,7 +19,7 @@ import pytest
 import requests
 import yaml
 
-from moult.serving import free_port
+from moult.serving.launch import free_port
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [
@@ -77,7 +77,7 @@ def test_a_model_that_vllm_refuses_is_told_with_its_own_words(folder):
 
 def test_two_adapters_and_a_key(folder):
     arguments = configure(folder, mode="adapter", port=(port := free_port()), api_key_env="MY_KEY")
-    command = [sys.executable, "scripts/serve.py", "--run", "demo", "twin", *arguments]
+    command = [sys.executable, "scripts/tools/serve.py", "--run", "demo", "twin", *arguments]
     environment = {**os.environ, "MY_KEY": "a-key-of-the-tests"}
     server = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
     try:

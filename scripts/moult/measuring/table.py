@@ -1,18 +1,6 @@
-"""Print metrics.json as a table: base against tuned, with intervals and the verdict.
+"""metrics.json as a table for people: base against tuned, with intervals and the verdict."""
 
-python scripts/show_metrics.py results/demo/metrics.json [more metrics.json ...]
-"""
-
-import argparse
-import json
 from pathlib import Path
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="+", help="metrics.json of one or more runs")
-    for path in map(Path, parser.parse_args().metrics):
-        print(table(json.loads(path.read_text(encoding="utf-8")), path.parent))
 
 
 def table(metrics: dict, folder: Path) -> str:
@@ -77,7 +65,3 @@ def share(figure: dict) -> str:
 def change(figure: dict, scale: float = 1) -> str:
     low, high = (f"{scale * limit:+.3g}" for limit in figure["interval"])
     return f"{scale * figure['value']:+.3g} [{low}, {high}]"
-
-
-if __name__ == "__main__":
-    main()

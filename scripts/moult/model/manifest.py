@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_file
-from moult.weights import AGAIN, read_header, weight_files
+from moult.model.safetensors import AGAIN, read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (

@@ -1,7 +1,7 @@
 """Upload a run's merged model or adapter to the hub, after showing what goes up.
 
     make publish RUN=demo REPO=name/demo                    # WHAT=adapter; YES=1 asks nothing; PUBLIC=1 for all to see
-    python scripts/publish.py --run demo --repo name/demo --what adapter --yes
+    python scripts/tools/publish.py --run demo --repo name/demo --what adapter --yes
 
 The repository is made if it is not there, private unless --public. All files go up in one commit, the card with the
 repository's name in its examples. The token is huggingface_hub's: HF_TOKEN, or `hf auth login`.
@@ -11,7 +11,10 @@ import argparse
 from fnmatch import fnmatch
 from pathlib import Path
 
+import _library  # noqa: F401
+
 from moult.errors import MoultError
+from moult.model.export import PLACE
 
 # Of another model, these would be loaded with ours. A licence or a picture that somebody has put there stays.
 LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
@@ -30,22 +33,22 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/publish.log)")
     args = parser.parse_args()
 
-    from moult.stage import stage
+    from moult.run.stage import stage
 
     with stage("publish", args.log_file, online=True) as log:
         publish(args, log)
 
 
 def publish(args, log) -> None:
-    from model_card import PLACE
     from moult.files import read_json
     from moult.network import endpoint, hub_errors, set_up_hub, token
-    from moult.runtime import paths, read_config, shared_by_runs, the_run
+    from moult.workflow.runtime import read_config, the_run
+    from moult.workflow.stages import places_of
 
     config = read_config(args.configfile)
-    place = paths(config, the_run(config, args.run), *shared_by_runs(config))
-    folder = Path(place["MERGED_DIR"] if args.what == "merged" else place["ADAPTER_DIR"])
-    made_by = read_json(folder.parent / "merge.json")["files" if args.what == "merged" else "adapter"]
+    places = places_of(config, the_run(config, args.run))
+    folder = Path(places.merged if args.what == "merged" else places.adapter)
+    made_by = read_json(places.merge_summary)["files" if args.what == "merged" else "adapter"]
     check_whole(folder, made_by, args.run)
     card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACE, args.repo)
     files = sorted([path for path in folder.iterdir() if path.is_file() and path.name in {*made_by, "metadata.json"}])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moult.errors import MoultError
 from moult.files import read_json
-from moult.models import public_name
+from moult.model.manifest import public_name
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -142,7 +142,7 @@ def as_json(value: dict) -> str:
 
 def transformers_command(settings: dict, served: Served, host: str, port: int) -> list[str]:
     """Moult's own server, with the Python that runs this."""
-    command = [sys.executable, str(Path(__file__).parent.parent / "transformers_server.py"), "--model", served.model]
+    command = [sys.executable, str(Path(__file__).parents[2] / "transformers_server.py"), "--model", served.model]
     command += ["--name", served.name, "--host", host, "--port", str(port)]
     command += ["--settings", json.dumps(settings["model"], sort_keys=True)]
     if settings["serve"]["max_model_len"]:

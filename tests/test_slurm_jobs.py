@@ -1,4 +1,4 @@
-"""moult.slurm against a Slurm of three scripts; tests/integration/test_slurm.py has the real one."""
+"""moult.workflow.slurm against a Slurm of three scripts; tests/integration/test_slurm.py has the real one."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moult.slurm import Job, jobs_of, refusals, stop, watch
+from moult.workflow.slurm import Job, jobs_of, refusals, stop, watch
 
 UUID = "c352fdd3-6442-42db-9870-eeead72ebd20"
 

@@ -1,9 +1,9 @@
 """Say what would run where: resolved paths of each run, versions, device, backends.
 
-    python scripts/print_runtime.py                               # for people
-    python scripts/print_runtime.py --format json --probe         # for programs; --probe imports torch and looks at the GPU
-    python scripts/print_runtime.py --format env --run demo       # shell variables of one run
-    python scripts/print_runtime.py --configfile mine.yaml        # laid over config/config.yaml, as snakemake does it
+    python scripts/tools/print_runtime.py                               # for people
+    python scripts/tools/print_runtime.py --format json --probe         # for programs; --probe imports torch and looks at the GPU
+    python scripts/tools/print_runtime.py --format env --run demo       # shell variables of one run
+    python scripts/tools/print_runtime.py --configfile mine.yaml        # laid over config/config.yaml, as snakemake does it
 
 Needs no GPU, and without --probe imports nothing heavy. It is also the self-test of an image.
 """
@@ -19,6 +19,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import _library  # noqa: F401
+
+from moult.errors import MoultError, some
+from moult.serving.launch import Served, check_exposed, vllm_arguments
+from moult.workflow.runtime import read_config, the_run
+from moult.workflow.stages import Places, places_of_runs, stage_settings
 
 PACKAGES = (
     *("snakemake", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
@@ -38,17 +46,47 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true", help="import torch and look at the device")
     args = parser.parse_args()
 
-    from moult.errors import MoultError
-    from moult.runtime import paths, read_config, shared_by_runs, the_run
-
     try:
         config = read_config(args.configfile)
-        shared = shared_by_runs(config)
         names = list(config["runs"]) if args.run is None else [the_run(config, args.run)]
-        runs = {name: paths(config, name, *shared) for name in names}
+        runs = {name: variables(config, name, places) for name, places in places_of_runs(config, names).items()}
         print(FORMATS[args.format](runs, args))
     except MoultError as error:
         sys.exit(f"print_runtime: {error}")
+
+
+def variables(config: dict, name: str, places: Places) -> dict[str, str | int]:
+    """Where a run's things are, and what it is made of, under the names of --format env."""
+    run = config["runs"][name]
+    settings = stage_settings(config, "serve", name)
+    served_name = run["serve"]["served_model_name"] or name
+    return {
+        "RUN": name,
+        "DATASET": run["dataset"],
+        "BASE_MODEL": run["model"]["name"],
+        "BASE_MODEL_DIR": places.model,
+        "PREPROCESS_DIR": places.prepared,
+        "TOKENS_DIR": places.tokens,
+        "TRAINER_STATE_DIR": places.trainer_state,
+        "ADAPTER_DIR": places.adapter,
+        "MERGED_DIR": places.merged,
+        "BASE_MEASUREMENT_DIR": places.base,
+        # The compose file serves the merged model, mounted at /model, with the same flags as `make serve`.
+        "SERVED_MODEL_PATH": str(Path(places.merged).resolve()),
+        "SERVED_MODEL_NAME": served_name,
+        "MAX_MODEL_LEN": run["serve"]["max_model_len"] or "auto",
+        "VLLM_ARGS": shlex.join(vllm_arguments(settings, Served(served_name, "/model"), "0.0.0.0", 8080)),
+        "SERVE_HOST": run["serve"]["host"],
+        "SERVE_PORT": run["serve"]["port"],
+        "WEBUI_PORT": 3000,
+        "DOZZLE_PORT": 9999,
+        "PLAN": places.plan,
+        "METRICS": places.metrics,
+        "LOG_DIR": f"logs/{name}",
+        "GPUS": run["train"]["gpu"],
+        "DTYPE": run["model"]["dtype"],
+        "ATTENTION": run["model"]["attn_implementation"] or "chosen by transformers",
+    }
 
 
 def versions() -> dict[str, str]:
@@ -104,9 +142,6 @@ def as_json(runs: dict, args) -> str:
 
 def as_env(runs: dict, args) -> str:
     """For a shell, and for containers/.env, which Docker Compose reads."""
-    from moult.errors import MoultError, some
-    from moult.serving import check_exposed
-
     if len(runs) != 1:
         raise MoultError(f"--format env is of one run, and there are {len(runs)}", f"give --run: {some(runs)}")
     (values,) = runs.values()

@@ -7,8 +7,8 @@ another number that depends on the batch size (huggingface/transformers#34191).
 import inspect
 from dataclasses import dataclass
 
-from moult.chat import IGNORE
-from moult.stage import progress
+from moult.model.chat import IGNORE
+from moult.run.stage import progress
 
 # Most logits that are in memory at once, in elements of float32: 1 GiB.
 MAX_LOGITS = 2**28

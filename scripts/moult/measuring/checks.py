@@ -40,7 +40,7 @@ def _json(answer: str, wanted: bool, reference: str | None) -> bool:
 
 
 def _language(answer: str, code: str, reference: str | None) -> bool:
-    from moult.language import detector, languages_of
+    from moult.data.language import detector, languages_of
 
     return languages_of([answer], detector("langdetect")) == [code]
 

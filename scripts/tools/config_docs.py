@@ -1,7 +1,7 @@
 """Write what is derived from the schema and the libraries: lora.schema.json, train.schema.json, config/README.md's tables.
 
-    python scripts/config_docs.py            # write them (make schema)
-    python scripts/config_docs.py --check    # only say whether they are up to date; exit 1 if not (a test runs this)
+    python scripts/tools/config_docs.py            # write them (make schema)
+    python scripts/tools/config_docs.py --check    # only say whether they are up to date; exit 1 if not (a test runs this)
 
 No rule calls it. `lora.schema.json` and `train.schema.json` hold every field of peft.LoraConfig and trl.SFTConfig of the
 pinned versions with its type, so that a typo or a wrong type in the config is found before anything heavy is imported.
@@ -12,8 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-CONFIG = Path(__file__).resolve().parent.parent / "config"
-BEGIN, END = "<!-- tables: made by scripts/config_docs.py -->", "<!-- end of tables -->"
+import _library  # noqa: F401
+
+CONFIG = Path(__file__).resolve().parents[2] / "config"
+BEGIN, END = "<!-- tables: made by scripts/tools/config_docs.py -->", "<!-- end of tables -->"
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 JSON_TYPE = {int: "integer", float: "number", bool: "boolean", str: "string", dict: "object", list: "array"}
 
@@ -86,7 +88,7 @@ def shown_type(schema: dict) -> str:
 
 def rows(prefix: str, schema: dict, root: dict):
     """(key, type, default, description) of all keys below a section that Moult itself documents."""
-    from moult.config import _deref
+    from moult.workflow.config import _deref
 
     for key, below in schema.get("properties", {}).items():
         below = _deref(below, root)
@@ -109,7 +111,7 @@ def rows(prefix: str, schema: dict, root: dict):
 
 def tables() -> str:
     """The README's tables: all keys of ours, then the refused fields, then the names of all that pass through."""
-    from moult.config import load_schema
+    from moult.workflow.config import load_schema
 
     schema = load_schema(str(CONFIG))
     lines = ["| key | type | default | what it is |", "| --- | --- | --- | --- |"]

@@ -1,8 +1,8 @@
 """Serve a run's model behind an OpenAI-compatible API, until Ctrl-C.
 
     make serve RUN=demo                                              # http://127.0.0.1:8080/v1
-    python scripts/serve.py --run demo --configfile mine.yaml
-    python scripts/serve.py --run gsm8k gsm8k-r64                    # serve.mode: adapter; the names in the API are the runs'
+    python scripts/tools/serve.py --run demo --configfile mine.yaml
+    python scripts/tools/serve.py --run gsm8k gsm8k-r64                    # serve.mode: adapter; the names in the API are the runs'
 
 No rule calls it: smoke_test starts a server of its own. The engine is serve.engine of the config: vLLM, which has an
 environment of its own (serve.python), or Moult's small server on transformers. It says when the server is ready, with a
@@ -11,6 +11,10 @@ first request to try. If the engine fails, its last lines are shown. Nothing of 
 
 import argparse
 import os
+
+import _library  # noqa: F401
+
+from moult.workflow.stages import places_of
 
 
 def main() -> None:
@@ -21,31 +25,31 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/serve.log)")
     args = parser.parse_args()
 
-    from moult.runtime import paths, read_config, shared_by_runs, the_run
-    from moult.settings import stage_settings
-    from moult.stage import stage
+    from moult.run.stage import stage
+    from moult.workflow.runtime import read_config, the_run
+    from moult.workflow.stages import stage_settings
 
     with stage("serve", args.log_file) as log:
         config = read_config(args.configfile)
-        shared = shared_by_runs(config)
-        places = [paths(config, the_run(config, name), *shared) for name in args.run]
+        runs = [as_served(config, the_run(config, name)) for name in args.run]
         log.debug("settings: %s", settings := stage_settings(config, "serve", args.run[0]))
-        serve(settings, [as_served(place) for place in places], args.threads, log)
+        serve(settings, runs, args.threads, log)
 
 
-def as_served(place: dict) -> dict:
+def as_served(config: dict, name: str) -> dict:
+    places = places_of(config, name)
     return {
-        "name": place["RUN"],
-        "merged": place["MERGED_DIR"],
-        "adapter": place["ADAPTER_DIR"],
-        "base": place["BASE_MODEL_DIR"],
-        "plan": place["PLAN"],
+        "name": name,
+        "merged": places.merged,
+        "adapter": places.adapter,
+        "base": places.model,
+        "plan": places.plan,
     }
 
 
 def serve(settings: dict, runs: list[dict], threads: int, log) -> None:
     from moult.errors import MoultError
-    from moult.serving import Server, address, check_exposed, check_port, engine_command, what_to_serve
+    from moult.serving.launch import Server, address, check_exposed, check_port, engine_command, what_to_serve
 
     host, port, variable = (settings["serve"][key] for key in ("host", "port", "api_key_env"))
     key = os.environ.get(variable)

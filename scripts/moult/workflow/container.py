@@ -1,7 +1,7 @@
 """The stages in a container: whether the image is there, and what the container sees of the machine.
 
 Apptainer takes all of this from environment variables. So `snakemake --use-singularity` needs no profile, and a job of a
-cluster, which reads rules/common.smk again, gets the folders and the GPU of its own node.
+cluster, which reads the rules again, gets the folders and the GPU of its own node.
 """
 
 import csv
@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moult.config import is_local, local_model, source_entries
 from moult.errors import MoultError
+from moult.workflow.config import is_local, local_model, source_entries
 
 # What the stages and their libraries read of the environment. All else stays outside: PYTHONPATH, LD_LIBRARY_PATH,
 # settings of the host's compilers. (Apptainer itself lets TERM and the proxies through.)

@@ -18,10 +18,10 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from moult.checkpoints import STAGING, TRAINING_LOG, prune, seal
 from moult.errors import MoultError
-from moult.likelihood import likelihood
-from moult.stage import log, progress
+from moult.measuring.likelihood import likelihood
+from moult.run.stage import log, progress
+from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 
 
 class Finetuner(SFTTrainer):

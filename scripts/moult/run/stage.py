@@ -180,7 +180,7 @@ def _namespace() -> str:
 def _end_with_starter() -> None:
     """Terminate this stage when the Snakemake that has started it is gone, so that a killed one leaves no trainer behind.
 
-    Which one that is comes in the environment (rules/common.smk). Run by hand, or in a container that does not see that
+    Which one that is comes in the environment (rules/failures.smk). Run by hand, or in a container that does not see that
     process, nothing is watched.
     """
     starter, _, namespace = os.environ.get("MOULT_STARTED_BY", "").partition("@")

@@ -12,15 +12,15 @@ rule smoke_test:
     """Is what is served what was measured?"""
     input:
         model=base_model,
-        adapter=ancient("<results>/{run}/adapter"),
-        merged=ancient("<results>/{run}/merged"),  # their content is tracked by merge.json
-        summary="<results>/{run}/merge.json",
-        plan="<results>/{run}/plan.json",
-        answers="<results>/{run}/tuned/answers.jsonl",
-        merge_check="<results>/{run}/tuned/merge_check.json",
-        rows=lambda wildcards: f"<results>/prepared/{config['runs'][wildcards.run]['dataset']}/val.jsonl",
+        adapter=ancient(at.adapter),
+        merged=ancient(at.merged),  # their content is tracked by merge.json
+        summary=at.merge_summary,
+        plan=at.plan,
+        answers=at.tuned_answers,
+        merge_check=at.merge_check,
+        rows=of_dataset(at.val_rows),
     output:
-        result="<results>/{run}/smoke_test.json",
+        result=at.smoke_test,
     log:
         "<logs>/{run}/smoke_test.log",
     benchmark:
@@ -29,13 +29,13 @@ rule smoke_test:
         server_image
     threads: 4
     resources:
-        gpu=lambda wildcards: config["runs"][wildcards.run]["serve"]["vllm"].get("tensor_parallel_size", 1),
+        gpu=of_run(lambda run: run["serve"]["vllm"].get("tensor_parallel_size", 1)),
         mem_mb=growing(16000),
         runtime=growing(60),
     params:
         settings=settings("smoke_test"),
         script=script_of("smoke_test"),
-        code=code_hash("smoke_test", "scripts/transformers_server.py"),
+        code=code_of("smoke_test", "scripts/transformers_server.py"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --answers {input.answers:q} \

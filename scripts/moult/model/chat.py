@@ -19,7 +19,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_text
-from moult.weights import AGAIN
+from moult.model.safetensors import AGAIN
 
 log = logging.getLogger("moult")
 

@@ -21,6 +21,9 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 
+# In the examples of a model card, until `make publish` puts the repository's name there.
+PLACE = "path/to/this/folder"
+
 
 def copy_tokenizer(base: Path, out: Path, template: str) -> None:
     """The base's tokenizer files as they are, and the template that the run was trained with."""

@@ -1,0 +1,37 @@
+"""After a failure: all that has failed since the start, for all runs, in one table below Snakemake's own lines."""
+
+import time
+
+from moult.run.stage import process_name
+from moult.workflow.config import dataset_slug
+from moult.workflow.failures import failures_since, table
+
+started = time.time()
+
+# Stages end when the Snakemake that has started them does (moult/run/stage.py), also when it is killed.
+os.environ["MOULT_STARTED_BY"] = process_name()
+
+
+def tell_failures():
+    found = failures_since(started, Path(workflow.pathvars.apply("<logs>")))
+    if found:
+        print(table([failure._replace(runs=runs_of(failure)) for failure in found]), file=sys.stderr)
+
+
+def runs_of(failure):
+    """The runs that need what a stage could not make; its log lies in the folder of its run, dataset, or kind."""
+    owner, name = failure.log.parts[-2:]
+    slugs = {"models": lambda run: [model_slug(config["runs"][run]["model"])], "datasets": dataset_slugs}
+    owners = {
+        "prepare.log": lambda run: config["runs"][run]["dataset"],
+        "encode.log": encoders.get,
+        "evaluate_base.log": base_measurers.get,
+    }
+    if owner in slugs:
+        return [run for run in config["runs"] if failure.log.stem in slugs[owner](run)]
+    return [run for run in config["runs"] if owners.get(name, str)(run) == owner]
+
+
+def dataset_slugs(run):
+    dataset = config["datasets"][config["runs"][run]["dataset"]]
+    return [dataset_slug(dataset, entry["path"]) for entry in all_entries(dataset)]

@@ -1,0 +1,1 @@
+"""Measuring a model: likelihood, checks of answers, intervals."""

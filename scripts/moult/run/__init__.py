@@ -1,0 +1,1 @@
+"""How a stage runs: its log, its console, its errors and signals. Nothing here can change a result, so no stage's code hash holds it."""

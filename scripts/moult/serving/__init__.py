@@ -1,0 +1,1 @@
+"""Serving a model: starting an engine, and Moult's own small one."""

@@ -1,0 +1,1 @@
+"""Training: TRL's arguments, the trainer, its checkpoints."""

@@ -1,0 +1,30 @@
+"""The config as the workflow reads it, for commands that are run by hand."""
+
+from pathlib import Path
+
+import yaml
+
+from moult.errors import MoultError, some
+from moult.workflow.config import load_schema, merged, resolve
+
+SCHEMA = Path(__file__).resolve().parents[3] / "config"
+
+
+def read_config(files: list[str]) -> dict:
+    """The checked config that the workflow would have with these files."""
+    config: dict = {}
+    for file in ["config/config.yaml", *files]:
+        try:
+            config = merged(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
+        except OSError as error:
+            raise MoultError(f"{file}: {error.strerror}", "run it where config/config.yaml is") from None
+        except yaml.YAMLError as error:
+            raise MoultError(f"{file}: not YAML: {str(error).splitlines()[0]}", "mend the file") from None
+    return resolve(config, load_schema(str(SCHEMA)))
+
+
+def the_run(config: dict, name: str) -> str:
+    """`name`, if a run has it. Raises MoultError."""
+    if name not in config["runs"]:
+        raise MoultError(f"no run is named {name}", f"there are: {some(config['runs'])}")
+    return name

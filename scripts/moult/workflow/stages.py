@@ -1,0 +1,268 @@
+"""What each stage reads of the config and where it writes: the one place that knows the layout of `results/`.
+
+A rule passes its stage these keys and no others, as one canonical JSON: an edit elsewhere reruns nothing. Rules and commands
+take every path from `Places`. CONTRIBUTING.md says how a stage is added.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from moult.errors import MoultError
+from moult.files import canonical
+from moult.workflow.config import fetched_dataset, is_local, local_model, slug, source_entries
+
+# --- where things are -------------------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Every file and folder of a run, below `results/`. {ds}, {run}, {model}, {dataset} are the rules' wildcards."""
+
+    # fetch_model or inspect_model; fetch_dataset. {model} and {dataset} are slugs (workflow/config.py).
+    manifest: str = "models/{model}.json"
+    model: str = "models/{model}"
+    dataset: str = "datasets/{dataset}.parquet"
+    dataset_metadata: str = "datasets/{dataset}.json"
+    # prepare
+    prepared: str = "prepared/{ds}"
+    train_rows: str = "prepared/{ds}/train.jsonl"
+    val_rows: str = "prepared/{ds}/val.jsonl"
+    ledger: str = "prepared/{ds}/metadata.json"
+    # encode; shared by the runs with the same data, model and template (`encoded_as`)
+    tokens: str = "{run}/tokens"
+    train_tokens: str = "{run}/tokens/train.parquet"
+    val_tokens: str = "{run}/tokens/val.parquet"
+    template: str = "{run}/tokens/chat_template.jinja"
+    report: str = "{run}/tokens/report.json"
+    preview: str = "{run}/tokens/preview.html"
+    # plan
+    plan: str = "{run}/plan.json"
+    # finetune
+    adapter: str = "{run}/adapter"
+    adapter_summary: str = "{run}/adapter.json"
+    training_log: str = "{run}/training_log.jsonl"
+    trainer_state: str = "{run}/trainer_state"
+    # merge
+    merged: str = "{run}/merged"
+    merge_summary: str = "{run}/merge.json"
+    # evaluate_base; shared by the runs that ask the base the same (`measured_as`)
+    base: str = "{run}/base"
+    base_likelihood: str = "{run}/base/likelihood.jsonl"
+    base_answers: str = "{run}/base/answers.jsonl"
+    # evaluate_tuned
+    tuned: str = "{run}/tuned"
+    tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
+    tuned_answers: str = "{run}/tuned/answers.jsonl"
+    merge_check: str = "{run}/tuned/merge_check.json"
+    # score
+    metrics: str = "{run}/metrics.json"
+    samples: str = "{run}/samples.jsonl"
+    # smoke_test
+    smoke_test: str = "{run}/smoke_test.json"
+    # model_card
+    cards: str = "{run}/cards"
+    adapter_card: str = "{run}/cards/adapter.md"
+    merged_card: str = "{run}/cards/merged.md"
+
+
+def places_below(results: str) -> Places:
+    """All places, below the folder `results` (in rules Snakemake's `<results>`), the wildcards still in them."""
+    return Places(*(f"{results}/{place}" for place in Places()))
+
+
+def places_of(config: dict, name: str) -> Places:
+    """The places of the run `name`, where they are: what it shares with others lies in the folder of the run that made it."""
+    return places_of_runs(config, [name])[name]
+
+
+def places_of_runs(config: dict, names: Iterable[str]) -> dict[str, Places]:
+    encoders, measurers = encoded_as(config), measured_as(config)
+    return {name: _filled(config, name, {"tokens": encoders[name], "base": measurers[name]}) for name in names}
+
+
+def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
+    """`owners`: {folder of a run: the run that it is in}."""
+    run = config["runs"][name]
+    known = {"ds": run["dataset"], "model": model_slug(run["model"])}
+    known["dataset"] = "{dataset}"  # stays: a run has as many as its dataset has sources
+    filled = [place.format(run=owners.get(place.split("/")[1], name), **known) for place in Places()]
+    places = Places(*(f"{config['paths']['results']}/{place}" for place in filled))
+    return places._replace(model=local_model(run["model"], config["paths"]) or places.model)
+
+
+def model_slug(model: dict) -> str:
+    return slug(model["name"], model["revision"])
+
+
+# --- what runs share --------------------------------------------------------------------------------------------------
+
+
+def encoded_as(config: dict) -> dict[str, str]:
+    """{run: the run whose tokens it uses}. Of those with the same dataset, model and template that is the dataset's own; or
+    else the first by name, of those that have tokens if there are any, so that a new run changes no old one."""
+    return _owners(config, Places().report, lambda run: _tokens_depend_on(config, run))
+
+
+def measured_as(config: dict) -> dict[str, str]:
+    """{run: the run whose measurement of the base it uses}: likewise, of those with the same tokens that also ask the same."""
+    return _owners(
+        config,
+        Places().base_likelihood,
+        lambda run: [_tokens_depend_on(config, run), _evaluate(config, config["runs"][run], {})],
+    )
+
+
+def _tokens_depend_on(config: dict, name: str) -> list:
+    run = config["runs"][name]
+    keys = ("name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
+    return [run["dataset"], _pick(run["model"], *keys)]
+
+
+def _owners(config: dict, place: str, depends_on: Callable[[str], list]) -> dict[str, str]:
+    alike: dict[str, list[str]] = {}
+    for name in config["runs"]:
+        alike.setdefault(canonical(depends_on(name)), []).append(name)
+    owners = {}
+    for names in alike.values():
+        own = config["runs"][names[0]]["dataset"]
+        made = [name for name in names if Path(config["paths"]["results"], place.format(run=name)).exists()]
+        owners |= dict.fromkeys(names, own if own in names else min(made or names))
+    return owners
+
+
+# --- what each stage reads ------------------------------------------------------------------------------------------
+
+
+def stage_settings(config: dict, stage: str, name: str) -> dict:
+    """What `stage` reads of the config for the run `name` (for prepare the dataset's own). Raises MoultError for an unknown stage."""
+    if stage not in STAGES:
+        raise MoultError(
+            f"the stage {stage} is not in STAGES of scripts/moult/workflow/stages.py",
+            "add what it reads of the config there (`_nothing` if that is nothing); CONTRIBUTING.md has an example",
+        )
+    return STAGES[stage](config, config["runs"][name], config["datasets"][config["runs"][name]["dataset"]])
+
+
+def _pick(section: dict, *keys: str) -> dict:
+    return {key: section[key] for key in keys if key in section}
+
+
+def _fetch_model(config: dict, run: dict, dataset: dict) -> dict:
+    return _pick(run["model"], "revision", "trust_remote_code")
+
+
+def _prepare(config: dict, run: dict, dataset: dict) -> dict:
+    keys = (
+        "split",
+        "max_rows",
+        "languages",
+        "language_detector",
+        "unknown_language",
+        "broken",
+        "sample_size",
+        "val_size",
+    )
+    sources = {
+        key: source_entries(dataset[old], dataset) if dataset[old] else []
+        for key, old in (("sources", "source"), ("val_sources", "val_source"))
+    }
+    for entry in [*sources["sources"], *sources["val_sources"]]:
+        if not is_local(entry["path"]):
+            entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
+    return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
+
+
+def _encode(config: dict, run: dict, dataset: dict) -> dict:
+    own = _pick(dataset, "max_length", "overlength", "max_token_loss", "unrenderable")
+    return own | _pick(run["model"], "chat_template", "chat_template_kwargs", "trust_remote_code")
+
+
+def _plan(config: dict, run: dict, dataset: dict) -> dict:
+    # What is not a number may name what is not there. Of the numbers only these say how long and how large the run is: the
+    # limits of the others are the schema's, and a new learning rate needs no new plan.
+    counts = (
+        "num_train_epochs",
+        "max_steps",
+        "warmup_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gpu",
+        "nodes",
+        "save_total_limit",
+    )
+    words = [
+        name for name, value in run["train"].items() if isinstance(value, bool) or not isinstance(value, int | float)
+    ]
+    own = _pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    return {"lora": run["lora"], "train": _pick(run["train"], *counts, *words), **own}
+
+
+def _finetune(config: dict, run: dict, dataset: dict) -> dict:
+    # On how many nodes its processes are is the launcher's business (rules/cluster.smk).
+    train = {name: value for name, value in run["train"].items() if name != "nodes"}
+    own = _pick(run["model"], "dtype", "attn_implementation", "trust_remote_code")
+    return {"train": train, **_pick(run, "lora", "seed"), **own}
+
+
+def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
+    # `expect` is score's: a changed expectation needs no new answers.
+    prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    return {
+        "eval": {**own, "prompts": prompts},
+        **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
+    }
+
+
+def _evaluate_tuned(config: dict, run: dict, dataset: dict) -> dict:
+    settings = _evaluate(config, run, dataset)
+    return {**settings, "eval": {**settings["eval"], "merge_check_rows": run["eval"]["merge_check_rows"]}}
+
+
+def _score(config: dict, run: dict, dataset: dict) -> dict:
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit")
+    return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
+
+
+def _merge(config: dict, run: dict, dataset: dict) -> dict:
+    return _pick(run["model"], "trust_remote_code")
+
+
+def _model_card(config: dict, run: dict, dataset: dict) -> dict:
+    return _pick(dataset, "languages") | _pick(run["model"], "chat_template_kwargs")
+
+
+def _serve(config: dict, run: dict, dataset: dict) -> dict:
+    model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    own = {key: value for key, value in run["serve"].items() if key != "container"}
+    return {"serve": own, "model": _pick(run["model"], *model)}
+
+
+def _smoke_test(config: dict, run: dict, dataset: dict) -> dict:
+    # It listens on a free port of this machine only, whatever is configured.
+    settings = _serve(config, run, dataset)
+    own = {key: value for key, value in settings["serve"].items() if key not in ("host", "port", "api_key_env")}
+    return {**settings, "serve": own, "eval": _pick(run["eval"], "prompts", "max_new_tokens")}
+
+
+def _nothing(config: dict, run: dict, dataset: dict) -> dict:
+    return {}
+
+
+# Every stage, and what it reads. `serve` is a command, not a stage.
+STAGES: dict[str, Callable] = {
+    "fetch_model": _fetch_model,
+    "inspect_model": _fetch_model,
+    "fetch_dataset": _nothing,  # its settings are a source's, not a run's (rules/fetch.smk)
+    "prepare": _prepare,
+    "encode": _encode,
+    "plan": _plan,
+    "finetune": _finetune,
+    "merge": _merge,
+    "evaluate_base": _evaluate,
+    "evaluate_tuned": _evaluate_tuned,
+    "score": _score,
+    "model_card": _model_card,
+    "serve": _serve,
+    "smoke_test": _smoke_test,
+}
