@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moult.training import checkpoints
 from moult.errors import MoultError
+from moult.training import checkpoints
 
 FINGERPRINT = {"settings": {"lr": 1, "r": 2}, "tokens": {"train": "a"}}
 
@@ -179,7 +179,7 @@ def hold(state: Path, seconds: float) -> subprocess.Popen:
     """Another process that holds the folder for so long."""
     code = "import sys, time; from pathlib import Path; from moult.training.checkpoints import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(float(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[2])}
     command = [sys.executable, "-c", code, str(state), str(seconds)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     assert holder.stdout.readline() == "held\n"

@@ -13,6 +13,7 @@ import yaml
 from workflow import ROOT, snakemake
 
 from moult.errors import MoultError
+from moult.workflow.code import closure
 from moult.workflow.config import ConfigError, load_schema, resolve
 from moult.workflow.container import check_image, environment, identity
 
@@ -266,12 +267,8 @@ def test_the_two_recipes_make_the_same(definition, dockerfile):
 
 def test_the_self_test_has_the_modules_that_it_imports():
     """The image holds no more of the workflow than that."""
-    found, todo = set(), ["scripts/tools/print_runtime.py", "scripts/moult/__init__.py"]
-    while todo:
-        path = todo.pop()
-        found.add(path)
-        modules = re.findall(r"^\s*from moult\.(\w+) import", (ROOT / path).read_text(), re.MULTILINE)
-        todo += [module for name in modules if (module := f"scripts/moult/{name}.py") not in found]
+    modules = closure("tools/print_runtime.py", lambda path: (ROOT / "scripts" / path).read_text())
+    found = {"scripts/tools/_library.py", *(f"scripts/{path}" for path in modules)}
     for definition, _ in RECIPES:
         assert found == {path for path in files_of_definition(definition) if path.startswith("scripts/")}
 

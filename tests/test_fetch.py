@@ -217,7 +217,7 @@ def test_local_folder_is_looked_at_in_place(tmp_path, hub, fetch):
     for name, data in model().items():
         (tmp_path / "base" / name).write_bytes(data)
     inspect = ("--name", "base", "--folder", "base", "--manifest", "results/base.json")
-    assert fetch.run(fetch.command("fetch_model", *inspect)).returncode == 0
+    assert fetch.run(fetch.command("inspect_model", *inspect)).returncode == 0
     assert fetch.json("base.json")["folder"] == "base"
     assert fetch.json("base.json")["commit"] is None
     assert hub.requests == []

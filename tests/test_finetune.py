@@ -536,8 +536,8 @@ def try_batch(trainer, batch):
 
 
 def test_checkpointing_is_switched_on_only_where_the_longest_batch_needs_it(monkeypatch):
-    from moult.training import trainer as module
     from moult.errors import MoultError
+    from moult.training import trainer as module
 
     monkeypatch.setattr(module, "_try_batch", try_batch)
     fits = OutOfMemory(fits_with=True)

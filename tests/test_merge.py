@@ -17,9 +17,9 @@ from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
 
 import merge
 import plan
-from moult.model import safetensors as weights
 from moult.errors import MoultError
 from moult.files import read_json, sha256_folder
+from moult.model import safetensors as weights
 from moult.model.safetensors import read_header, read_tensors
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -68,7 +68,7 @@ def test_the_merged_card_s_example_runs(carded):
     ],
 )
 def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, command, tmp_path):
-    """The flags of moult.serving.launch.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
+    """The flags of launch.vllm_arguments; without them vLLM refuses the rank, or answers with the base's template."""
     serve = {"reasons": reasons, "max_lora_rank": 64}
     for name in ("chat_template.jinja", "generation_config.json"):
         (tmp_path / name).touch()

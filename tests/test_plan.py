@@ -5,13 +5,13 @@ from argparse import Namespace
 
 import pytest
 import torch
-from plans import GIB, room
 from test_merge import LORA, TRAIN, Log
 from tiny import make_model, make_tokens
 
 import plan
 from moult.errors import MoultError
 from moult.files import read_json
+from plans import GIB, room
 
 
 def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):

@@ -2,7 +2,7 @@
 
     make serve RUN=demo                                              # http://127.0.0.1:8080/v1
     python scripts/tools/serve.py --run demo --configfile mine.yaml
-    python scripts/tools/serve.py --run gsm8k gsm8k-r64                    # serve.mode: adapter; the names in the API are the runs'
+    python scripts/tools/serve.py --run gsm8k gsm8k-r64         # serve.mode: adapter; the names in the API are the runs'
 
 No rule calls it: smoke_test starts a server of its own. The engine is serve.engine of the config: vLLM, which has an
 environment of its own (serve.python), or Moult's small server on transformers. It says when the server is ready, with a

@@ -23,7 +23,7 @@ CASES = [
     Case(
         "a file where the logs belong",
         (
-            "fetch_model failed: logs/models/base.log: the log cannot be written (Not a directory)\n"
+            "inspect_model failed: logs/models/base.log: the log cannot be written (Not a directory)\n"
             "what to do: mend the folder's permissions, or free space"
         ),
         make=write("logs", ""),

@@ -72,33 +72,33 @@ CASES = [
     Case(
         "no such folder",
         (
-            "fetch_model failed: nowhere: no such folder\n"
+            "inspect_model failed: nowhere: no such folder\n"
             "what to do: check model.name; a relative path is relative to the working directory"
         ),
         {"model": {"name": "./nowhere"}},
     ),
     Case(
         "no config.json",
-        ("fetch_model failed: base: no config.json, so this is no model folder\nwhat to do: check model.name"),
+        ("inspect_model failed: base: no config.json, so this is no model folder\nwhat to do: check model.name"),
         make=without("config.json"),
     ),
     Case(
         "config.json that is no JSON",
         (
-            "fetch_model failed: base/config.json:1: not JSON (Expecting value)\n"
+            "inspect_model failed: base/config.json:1: not JSON (Expecting value)\n"
             "what to do: download or copy the model again"
         ),
         make=write("base/config.json", '{"model_type": '),
     ),
     Case(
         "no weights",
-        ("fetch_model failed: base: no model.safetensors\nwhat to do: check model.name"),
+        ("inspect_model failed: base: no model.safetensors\nwhat to do: check model.name"),
         make=without("model.safetensors"),
     ),
     Case(
         "pickle weights only",
         (
-            "fetch_model failed: base: weights only as pickle (pytorch_model.bin), which can run code when it is "
+            "inspect_model failed: base: weights only as pickle (pytorch_model.bin), which can run code when it is "
             "loaded\n"
             "what to do: convert it once where you trust it: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
@@ -108,7 +108,7 @@ CASES = [
     Case(
         "an adapter",
         (
-            "fetch_model failed: base: an adapter, no model\n"
+            "inspect_model failed: base: an adapter, no model\n"
             "what to do: set model.name to the base model that it was made for"
         ),
         make=adapter_folder,
@@ -116,7 +116,7 @@ CASES = [
     Case(
         "weights cut short",
         (
-            "fetch_model failed: base/model.safetensors: not a whole safetensors file: it has 1,777,060 bytes, "
+            "inspect_model failed: base/model.safetensors: not a whole safetensors file: it has 1,777,060 bytes, "
             "and its header says 1,777,160\n"
             "what to do: download or copy the model again"
         ),
@@ -125,7 +125,7 @@ CASES = [
     Case(
         "weights that are an error page",
         (
-            "fetch_model failed: base/model.safetensors: not a whole safetensors file: its header is longer than "
+            "inspect_model failed: base/model.safetensors: not a whole safetensors file: its header is longer than "
             "the file\n"
             "what to do: download or copy the model again"
         ),
@@ -134,7 +134,7 @@ CASES = [
     Case(
         "weights of a large-file pointer",
         (
-            "fetch_model failed: base/model.safetensors: a pointer of Git LFS, not the weights\n"
+            "inspect_model failed: base/model.safetensors: a pointer of Git LFS, not the weights\n"
             "what to do: git lfs pull, or download the model again"
         ),
         make=write("base/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
@@ -142,7 +142,7 @@ CASES = [
     Case(
         "a header that lies about a shape",
         (
-            "fetch_model failed: base/model.safetensors: not a whole safetensors file: model.norm.weight is said "
+            "inspect_model failed: base/model.safetensors: not a whole safetensors file: model.norm.weight is said "
             "to have 256 bytes, and its shape needs 2,000,000,000\n"
             "what to do: download or copy the model again"
         ),
@@ -151,7 +151,7 @@ CASES = [
     Case(
         "a header whose tensors overlap",
         (
-            "fetch_model failed: base/model.safetensors: not a whole safetensors file: model.embed_tokens.weight "
+            "inspect_model failed: base/model.safetensors: not a whole safetensors file: model.embed_tokens.weight "
             "does not begin where the tensor before it ends\n"
             "what to do: download or copy the model again"
         ),
@@ -160,7 +160,7 @@ CASES = [
     Case(
         "a header that is a list",
         (
-            "fetch_model failed: base/model.safetensors: not a whole safetensors file: its header is not a JSON "
+            "inspect_model failed: base/model.safetensors: not a whole safetensors file: its header is not a JSON "
             "object\n"
             "what to do: download or copy the model again"
         ),
@@ -169,7 +169,7 @@ CASES = [
     Case(
         "a shard that is missing",
         (
-            "fetch_model failed: base: files of the index are missing: model-00001-of-00002.safetensors\n"
+            "inspect_model failed: base: files of the index are missing: model-00001-of-00002.safetensors\n"
             "what to do: download or copy the model again"
         ),
         make=index({NORM: "model-00001-of-00002.safetensors"}),
@@ -177,7 +177,7 @@ CASES = [
     Case(
         "an index that leaves the folder",
         (
-            "fetch_model failed: base/model.safetensors.index.json: lists ../other/model.safetensors, "
+            "inspect_model failed: base/model.safetensors.index.json: lists ../other/model.safetensors, "
             "where safetensors files beside it belong\n"
             "what to do: download or copy the model again"
         ),
@@ -186,7 +186,7 @@ CASES = [
     Case(
         "code of its own",
         (
-            "fetch_model failed: base: the model brings its own Python code (modeling_evil.EvilModel)\n"
+            "inspect_model failed: base: the model brings its own Python code (modeling_evil.EvilModel)\n"
             "what to do: read that code, then allow it with model.trust_remote_code: true"
         ),
         make=edit_json("base/config.json", **CODE),
@@ -194,7 +194,7 @@ CASES = [
     Case(
         "a tokenizer with code of its own",
         (
-            "fetch_model failed: base: the model brings its own Python code (evil.Tokenizer)\n"
+            "inspect_model failed: base: the model brings its own Python code (evil.Tokenizer)\n"
             "what to do: read that code, then allow it with model.trust_remote_code: true"
         ),
         make=edit_json("base/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}),

@@ -9,8 +9,8 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moult.training import checkpoints
 from moult.errors import MoultError
+from moult.training import checkpoints
 
 FINGERPRINT = {"settings": {"lr": 1}}
 STEPS = (2, 4, 6)

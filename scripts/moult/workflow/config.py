@@ -1,4 +1,4 @@
-"""The config: checked against its schema and completed with its defaults. moult/workflow/stages.py cuts it into what each stage reads.
+"""The config: checked against its schema and completed with its defaults. stages.py cuts it into what each stage reads.
 
 Nothing heavier than yaml and jsonschema is imported here: Snakemake parses the Snakefile again in every job.
 """

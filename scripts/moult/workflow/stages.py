@@ -134,7 +134,7 @@ def _owners(config: dict, place: str, depends_on: Callable[[str], list]) -> dict
 
 
 def stage_settings(config: dict, stage: str, name: str) -> dict:
-    """What `stage` reads of the config for the run `name` (for prepare the dataset's own). Raises MoultError for an unknown stage."""
+    """What `stage` reads of the config for the run `name`, which for prepare is the dataset's own. Raises MoultError."""
     if stage not in STAGES:
         raise MoultError(
             f"the stage {stage} is not in STAGES of scripts/moult/workflow/stages.py",
