@@ -5,7 +5,7 @@
 
 After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (a sequence per line: id, group, source,
 input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is none), `report.json` (where
-every row and token went), `preview.html` (ten rows with what is trained marked). moult/model/chat.py makes the labels and
+every row and token went), `preview.html` (ten rows with what is trained marked). moult/data/labels.py makes the labels and
 holds the gates; here they are counted, and what is too long is dealt with.
 """
 
@@ -149,12 +149,14 @@ def set_chat(*chat_settings) -> None:
 
 def encode_row(row: dict) -> dict:
     """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered."""
-    from moult.model.chat import IGNORE, Unrenderable
+    from moult.data.labels import sequences_of
+    from moult.data.sequence import IGNORE
+    from moult.model.chat import Unrenderable
 
     said = [row] if "text" in row else row["messages"]
     said = "".join(part.get(key, "") for part in said for key in ("text", "content", "reasoning_content"))
     try:
-        sequences = _chat.encode(row)
+        sequences = sequences_of(_chat, row)
     except Unrenderable as refusal:
         return {"sequences": [], "lost": "", "reason": refusal.reason, "message": str(refusal)}
     return {
@@ -178,7 +180,7 @@ def encode_row(row: dict) -> dict:
 
 def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list[dict], dict]:
     """Deal with sequences over max_length as `overlength` says, within `max_token_loss`. Returns what is kept and the account."""
-    from moult.model.chat import IGNORE
+    from moult.data.sequence import IGNORE
 
     limit = settings["max_length"]
     lengths = sorted(len(sequence["input_ids"]) for sequence in sequences)
@@ -246,7 +248,7 @@ def quantile(values: list[int], q: float) -> int:
 
 
 def count_tokens(sequences: list[dict]) -> dict:
-    from moult.model.chat import IGNORE
+    from moult.data.sequence import IGNORE
 
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     trained = sum(label != IGNORE for sequence in sequences for label in sequence["labels"])
@@ -313,7 +315,7 @@ def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], 
 
 def turn_ends(sequences: list[dict]) -> Counter:
     """How often each token is the last of what is trained in one piece."""
-    from moult.model.chat import IGNORE
+    from moult.data.sequence import IGNORE
 
     ends: Counter = Counter()
     for sequence in sequences:
@@ -349,7 +351,7 @@ def write_sequences(path: Path, sequences: list[dict]) -> None:
 
 def preview(sequences: list[dict], chat, origin: str) -> str:
     """A page with a few sequences, evenly picked; what is trained is marked, and each token shows its id on hover."""
-    from moult.model.chat import IGNORE
+    from moult.data.sequence import IGNORE
 
     step = max(1, len(sequences) // PREVIEWED)
     articles = []

@@ -132,7 +132,7 @@ def prompt_questions(prompts: list[dict], chat) -> list[dict]:
 
 
 def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
-    from moult.model.chat import IGNORE
+    from moult.data.sequence import IGNORE
 
     questions = []
     for row in chosen([row for row in rows if row["answer_start"] >= 0], count):
@@ -185,8 +185,8 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
 
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     """How likely the model finds each prompt, which it was not trained to say: no two models find it equally likely."""
+    from moult.data.sequence import IGNORE
     from moult.measuring.likelihood import likelihood
-    from moult.model.chat import IGNORE
 
     prompts = [row["prompt_ids"] for row in answers]
     sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
@@ -198,8 +198,8 @@ def margins(model, answer: dict, pad_id: int) -> list[float]:
     may go on with the other one."""
     import torch
 
+    from moult.data.sequence import IGNORE
     from moult.measuring.likelihood import MAX_LOGITS, scored_logits
-    from moult.model.chat import IGNORE
 
     prompt = answer["prompt_ids"]
     ids = answer["token_ids"][: MAX_LOGITS // model.config.get_text_config().vocab_size]

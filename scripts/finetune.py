@@ -213,10 +213,10 @@ def make_trainer(
     from transformers.utils import logging as transformers_logging
 
     from moult.files import read_json
-    from moult.model.chat import load_tokenizer
     from moult.model.device import load_model
     from moult.model.lora import lora_config
     from moult.model.manifest import open_model
+    from moult.model.tokenizer import load_tokenizer
     from moult.training.arguments import trainer_config
     from moult.training.trainer import Finetuner, try_longest_batch
 

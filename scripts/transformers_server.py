@@ -142,8 +142,8 @@ class Engine:
     def load(self) -> None:
         from transformers import PreTrainedTokenizerBase
 
-        from moult.model.chat import load_tokenizer, stop_ids
         from moult.model.device import limit_threads, load_model, pick
+        from moult.model.tokenizer import load_tokenizer, stop_ids
 
         limit_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         settings = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False, **self.args.settings}

@@ -27,8 +27,11 @@ from tokenizers_for_tests import (
 )
 
 import encode
+from moult.data.labels import sequences_of
+from moult.data.sequence import IGNORE
 from moult.errors import MoultError
-from moult.model.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
+from moult.model.chat import Chat, Unrenderable, choose_template
+from moult.model.tokenizer import load_tokenizer
 from moult.parallel import ordered_map
 
 SHIPPED = str(ROOT / "config" / "chat_templates")
@@ -54,12 +57,12 @@ def make(tmp_path):
 
 def refusal(chat: Chat, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
     with pytest.raises(Unrenderable) as error:
-        chat.encode({"messages": messages, "tools": tools})
+        sequences_of(chat, {"messages": messages, "tools": tools})
     return error.value.reason, str(error.value)
 
 
 def said(chat: Chat, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
-    return list(turns(chat, messages, tools, chat.encode({"messages": messages, "tools": tools})).values())
+    return list(turns(chat, messages, tools, sequences_of(chat, {"messages": messages, "tools": tools})).values())
 
 
 # --- the template as a file -------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def test_template_that_loops(template, make, monkeypatch):
     monkeypatch.setattr("moult.model.chat.TEMPLATE_SECONDS", 0.2)
     before = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(MoultError, match="the chat template has not come to an end"):
-        make(template).encode({"messages": ASKED})
+        sequences_of(make(template), {"messages": ASKED})
     assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
@@ -179,14 +182,14 @@ def test_double_bos_that_is_also_the_eos(make):
 
 def test_bos_once(make):
     chat = make(bos="<s>")
-    [sequence] = chat.encode({"messages": ASKED * 2})
+    [sequence] = sequences_of(chat, {"messages": ASKED * 2})
     assert sequence.input_ids.count(chat.tokenizer.bos_token_id) == 1
     assert sequence.input_ids[0] == chat.tokenizer.bos_token_id
 
 
 def test_chatml_does_not_open_twice_where_its_opening_is_the_bos(make):
     chat = make(bos="<|im_start|>")
-    [sequence] = chat.encode({"messages": ASKED})
+    [sequence] = sequences_of(chat, {"messages": ASKED})
     assert decode(chat, sequence.input_ids) == (
         "<|im_start|>user\nWhere is it?<|im_end|>\n<|im_start|>assistant\nHere.<|im_end|>"
     )
@@ -239,7 +242,7 @@ def test_prompt_that_is_not_what_the_answer_follows(make):
 def test_prompt_that_differs_in_whitespace_stays_as_it_is_asked(make):
     chat = make(PLAIN.replace("assistant\n' }}{% endif", "assistant \n\n' }}{% endif"))
     messages = [*ASKED, user("And now?"), assistant("There.")]
-    sequences = chat.encode({"messages": messages})
+    sequences = sequences_of(chat, {"messages": messages})
     assert list(turns(chat, messages, None, sequences).values()) == ["Here.<|im_end|>", "There.<|im_end|>"]
     assert len(sequences) == 2  # the first answer is shown otherwise than it is asked for
     assert decode(chat, sequences[0].input_ids).endswith("assistant \n\nHere.<|im_end|>")
@@ -341,14 +344,14 @@ def test_words_that_only_look_like_control_tokens(make):
 def test_turns_that_are_not_to_be_trained(make):
     chat = make()
     messages = [*ASKED, user("And now?"), {**assistant("There."), "train": False}, user("Then?"), assistant("Gone.")]
-    [sequence] = chat.encode({"messages": messages})
+    [sequence] = sequences_of(chat, {"messages": messages})
     assert turns(chat, messages, None, [sequence]) == {1: "Here.<|im_end|>", 5: "Gone.<|im_end|>"}
     assert "There.<|im_end|>" in decode(chat, sequence.input_ids)  # it is there as context
     assert sequence.answer_start == spans(sequence.labels)[-1][0]
 
 
 def test_last_turn_that_is_not_to_be_trained(make):
-    [sequence] = make().encode({"messages": [*ASKED, user("And now?"), {**assistant("There."), "train": False}]})
+    [sequence] = sequences_of(make(), {"messages": [*ASKED, user("And now?"), {**assistant("There."), "train": False}]})
     assert sequence.answer_start == -1 and len(spans(sequence.labels)) == 1
 
 
@@ -422,7 +425,7 @@ def test_prompt_is_tokenized_as_a_server_does_it(make):
     chat = make(change=joins_newlines)
     assert len(chat.ids("\n\n")) == 1
     messages = [user("List"), assistant("\n\n- one"), user("More"), assistant("- two")]
-    sequences = chat.encode({"messages": messages})
+    sequences = sequences_of(chat, {"messages": messages})
     assert list(turns(chat, messages, None, sequences).values()) == ["\n\n- one<|im_end|>", "- two<|im_end|>"]
     assert len(sequences) == 2  # in the second the first answer is context, and tokenized with its prompt
     assert chat.ids("\n\n")[0] not in sequences[0].input_ids
@@ -461,7 +464,7 @@ def test_mostly_unencodable_answer(make):
     assert reason == "not_encodable" and "日" in message
     assert said(chat, [user("日本語のテスト ok"), assistant("日本 ok")]) == [" ok<end>"]  # half of it is not most
     with pytest.raises(Unrenderable, match="no tokens for most") as error:
-        chat.encode({"text": "日本語"})
+        sequences_of(chat, {"text": "日本語"})
     assert error.value.reason == "not_encodable"
 
 
@@ -515,7 +518,7 @@ def test_tokens_that_say_something_else(make):
 @pytest.mark.parametrize("text", ["Once upon a time.", "<s>Once upon a time.", "Once upon a time.<|im_end|>"])
 def test_text_has_bos_and_eos_once(text, make):
     chat = make(None, bos="<s>", change=adds_bos)
-    [sequence] = chat.encode({"text": text})
+    [sequence] = sequences_of(chat, {"text": text})
     assert decode(chat, sequence.input_ids) == "<s>Once upon a time.<|im_end|>"
     assert sequence.labels == [IGNORE, *sequence.input_ids[1:]]  # nothing predicts the first token
     assert sequence.answer_start == -1
@@ -523,19 +526,19 @@ def test_text_has_bos_and_eos_once(text, make):
 
 def test_text_without_bos(make):
     chat = make(None)
-    [sequence] = chat.encode({"text": "Once."})
+    [sequence] = sequences_of(chat, {"text": "Once."})
     assert decode(chat, sequence.input_ids) == "Once.<|im_end|>"
     assert spans(sequence.labels) == [(1, len(sequence.input_ids))]
 
 
 def test_text_of_a_tokenizer_without_eos(make):
     with pytest.raises(Unrenderable, match="names no EOS"):
-        make(None, eos=None).encode({"text": "Once."})
+        sequences_of(make(None, eos=None), {"text": "Once."})
 
 
 def test_text_that_is_nothing_but_the_end(make):
     with pytest.raises(Unrenderable, match="no token that could be trained"):
-        make(None).encode({"text": "<|im_end|>"})
+        sequences_of(make(None), {"text": "<|im_end|>"})
 
 
 def test_prompts(make):
@@ -577,5 +580,5 @@ def test_any_conversation(name, first, exchanges, request):
 @given(text=TEXT.filter(str.strip))
 def test_any_text(text):
     chat = chatml_on(str(DEMO))
-    [sequence] = chat.encode({"text": text})
+    [sequence] = sequences_of(chat, {"text": text})
     assert decode(chat, sequence.input_ids) == f"{text}<|im_end|>"

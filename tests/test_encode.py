@@ -11,9 +11,10 @@ import pytest
 from tokenizers_for_tests import CHATML, DEMO, ROOT, adds_bos, assistant, make_tokenizer, poor, server_ids, spans, user
 
 import encode
+from moult.data.sequence import IGNORE
 from moult.errors import MoultError
 from moult.files import read_json, sha256_text, write_json, write_jsonl
-from moult.model.chat import IGNORE, Chat
+from moult.model.chat import Chat
 
 SETTINGS = {
     "chat_template": "chatml",

@@ -16,10 +16,12 @@ from tokenizers_for_tests import CHATML, DEMO, assistant, make_tokenizer, user
 
 import encode
 import plan
+from moult.data.labels import sequences_of
 from moult.errors import MoultError
-from moult.model.chat import Chat, Unrenderable, load_tokenizer
+from moult.model.chat import Chat, Unrenderable
 from moult.model.manifest import describe
 from moult.model.safetensors import weight_files
+from moult.model.tokenizer import load_tokenizer
 from moult.run.stage import redact
 from moult.workflow.config import ConfigError, load_schema, resolve, slug
 
@@ -98,10 +100,10 @@ def test_a_template_reaches_nothing_of_python(escape):
     """It is refused, or shows nothing (Jinja's answer to a name that must not be read)."""
     row = {"messages": [user("Hi"), assistant("Hello.")]}
     try:
-        shown = Chat(str(DEMO), escape + CHATML).encode(row)
+        shown = sequences_of(Chat(str(DEMO), escape + CHATML), row)
     except (Unrenderable, MoultError):
         return
-    assert shown == Chat(str(DEMO), CHATML).encode(row)
+    assert shown == sequences_of(Chat(str(DEMO), CHATML), row)
 
 
 # --- the demo, watched ------------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ from tokenizers_for_tests import (
 )
 
 from moult.data.conversation import normalise
-from moult.model.chat import IGNORE, Chat, Unrenderable, choose_template, load_tokenizer
+from moult.data.labels import sequences_of
+from moult.data.sequence import IGNORE
+from moult.model.chat import Chat, Unrenderable, choose_template
+from moult.model.tokenizer import load_tokenizer
 
 TOOLS = [
     {
@@ -371,10 +374,10 @@ def test_table(name, case, chat_of):
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     if isinstance(expected, Refused):
         with pytest.raises(Unrenderable, match=re.escape(expected.says)) as refusal:
-            chat.encode(row)
+            sequences_of(chat, row)
         assert refusal.value.reason == expected.reason
         return
-    sequences = chat.encode(row)
+    sequences = sequences_of(chat, row)
     assert list(turns(chat, messages, tools, sequences).values()) == [text + family.stop for text in expected]
     assert len(sequences) == (len(expected) if case in family.split else 1)
     last = sequences[-1]
@@ -408,11 +411,11 @@ def test_sentencepiece(name, case, chat_of, shared, tmp_path):
     ]
     if isinstance(expected, Refused):
         with pytest.raises(Unrenderable, match=re.escape(expected.says)):
-            chat.encode({"messages": messages})
+            sequences_of(chat, {"messages": messages})
         return
     vocabulary = set("".join(load_tokenizer(str(source)).get_vocab())) | {" "}
     written = ["".join(char for char in text if char in vocabulary) + stop for text in expected]
-    sequences = chat.encode({"messages": messages})
+    sequences = sequences_of(chat, {"messages": messages})
     assert list(turns(chat, messages, None, sequences).values()) == written
     assert len(sequences[-1].input_ids) > sequences[-1].answer_start > 0
 
@@ -430,7 +433,7 @@ def test_tool_calling_and_reasoning_demos(file, name, chat_of, shared):
     for raw in rows:
         row, _ = normalise(raw, {}, "sharegpt" if "conversations" in raw else "messages")
         messages, tools = row["messages"], row.get("tools")
-        said = turns(chat, messages, tools, chat.encode(row))
+        said = turns(chat, messages, tools, sequences_of(chat, row))
         assert list(said) == [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for index, answer in said.items():
             settings = {"tools": tools, "chat_template": chat.template, "tokenize": False}
@@ -468,7 +471,7 @@ def test_mask_is_that_of_transformers(name, case, chat_of):
     theirs = chat.tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=chat.template, return_assistant_tokens_mask=True
     )
-    [ours] = chat.encode({"messages": messages, "tools": tools})
+    [ours] = sequences_of(chat, {"messages": messages, "tools": tools})
     size = len(ours.input_ids)  # behind the last stop token the template writes a newline
     assert theirs["input_ids"][:size] == ours.input_ids
     assert [label != IGNORE for label in ours.labels] == [mask == 1 for mask in theirs["assistant_masks"][:size]]
@@ -497,7 +500,7 @@ def test_mask_is_that_of_trl(theirs, case, chat_of):
     messages, tools = CASES[case], TOOLS if case in CALLS else None
     chat = Chat(chat_of(TRL_FAMILIES[theirs]).tokenizer.name_or_path, getattr(trl, f"{theirs}_chat_template"))
     assert not chat.has_generation_markers
-    sequence = chat.encode({"messages": messages, "tools": tools})[-1]
+    sequence = sequences_of(chat, {"messages": messages, "tools": tools})[-1]
     marked = chat.tokenizer.apply_chat_template(
         messages,
         tools=tools,
@@ -527,7 +530,7 @@ def test_dates_in_a_template_are_frozen(tmp_path):
     messages = [user("Hi"), assistant("Hello")]
     folder = make_tokenizer(tmp_path / "model")
     chat = Chat(str(folder), template)
-    [sequence] = chat.encode({"messages": messages})
+    [sequence] = sequences_of(chat, {"messages": messages})
     assert decode(chat, sequence.input_ids).startswith("01 January 2026<|im_start|>user")
     unfrozen = chat.tokenizer.apply_chat_template(messages, chat_template=template + " ", tokenize=False)
     assert not unfrozen.startswith("01 January 2026")

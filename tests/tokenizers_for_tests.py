@@ -4,7 +4,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from moult.model.chat import IGNORE, Sequence
+from moult.data.sequence import IGNORE, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "config" / "demo" / "base"

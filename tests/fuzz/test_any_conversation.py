@@ -13,6 +13,7 @@ from tokenizers_for_tests import CHATML, DEMO, assistant, system, turns, user
 
 import encode
 from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.labels import sequences_of
 from moult.errors import MoultError
 from moult.model.chat import Chat, Unrenderable, check_syntax
 
@@ -80,7 +81,7 @@ def test_trained_is_what_the_assistant_says(name, first, exchanges, tools, chat_
         messages += [user(question), assistant(answer, **more)]
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}] if tools else None
     try:
-        sequences = chat.encode({"messages": messages, **({"tools": tools} if tools else {})})
+        sequences = sequences_of(chat, {"messages": messages, **({"tools": tools} if tools else {})})
     except Unrenderable as refusal:
         assert refusal.reason and str(refusal)
         return
@@ -177,6 +178,6 @@ def test_any_template(pieces):
         assert error.what.startswith("chat template (odd)") and error.fix
         return
     try:
-        assert chat.encode({"messages": [user("Hi"), assistant("Hello.")]})
+        assert sequences_of(chat, {"messages": [user("Hi"), assistant("Hello.")]})
     except Unrenderable as refusal:
         assert refusal.reason and str(refusal)

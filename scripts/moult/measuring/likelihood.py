@@ -7,7 +7,7 @@ another number that depends on the batch size (huggingface/transformers#34191).
 import inspect
 from dataclasses import dataclass
 
-from moult.model.chat import IGNORE
+from moult.data.sequence import IGNORE
 from moult.run.stage import progress
 
 # Most logits that are in memory at once, in elements of float32: 1 GiB.
