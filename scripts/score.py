@@ -17,6 +17,8 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 
+SCHEMA = Path(__file__).parent / "moult" / "measuring" / "metrics.schema.json"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +46,6 @@ def main() -> None:
 def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
-    import moult.measuring
     from moult.files import read_json, read_jsonl, write_json, write_jsonl
 
     sides = {}
@@ -98,7 +99,7 @@ def score(settings: dict, args, log) -> None:
             "step": adapter["step"],
         },
     }
-    schema = read_json(Path(moult.measuring.__file__).parent / "metrics.schema.json")
+    schema = read_json(SCHEMA)
     Draft202012Validator(schema).validate(metrics)
     write_jsonl(args.samples, samples)
     write_json(args.metrics, metrics)

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,10 @@ def watched_demo(tmp_path_factory):
 def demo(watched_demo):
     """A checkout in which the demo has run."""
     return watched_demo[0]
+
+
+@pytest.fixture
+def again(demo, tmp_path):
+    """A copy of it, for a test that changes something. Times stay, as Snakemake looks at them."""
+    shutil.copytree(demo, tmp_path / "demo", copy_function=shutil.copy2)
+    return tmp_path / "demo"

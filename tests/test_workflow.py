@@ -12,36 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import FOLDERS, ROOT, checkout, snakemake, write_rows
+from workflow import ROOT, checkout, snakemake, write_rows
+
+from moult.workflow.stages import STAGES
 
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
-STAGES = (
-    "encode",
-    "evaluate_base",
-    "evaluate_tuned",
-    "finetune",
-    "inspect_model",
-    "merge",
-    "plan",
-    "prepare",
-    "score",
-)
-
-
-def planned(folder: Path, *arguments: str) -> set[str]:
-    """The rules that a dry run would run."""
-    output = snakemake(folder, "-n", *arguments)
-    if "Nothing to be done" in output:
-        return set()
-    table = output[output.index("Job stats:") :].split("total")[0]
-    return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE))
-
-
-@pytest.fixture
-def again(demo, tmp_path):
-    """A copy of it, for a test that changes something. Times stay, as Snakemake looks at them."""
-    shutil.copytree(demo, tmp_path / "demo", copy_function=shutil.copy2)
-    return tmp_path / "demo"
+MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
 
 
 TARGET = "results/demo/metrics.json"
@@ -80,7 +56,7 @@ def test_everything_that_the_design_promises_is_there(demo):
     ):
         assert (results / path).stat().st_size > 0, path
     logs = {path.stem for path in (demo / "logs" / "demo").glob("*.log")}
-    assert logs == {stage.removesuffix("_run") for stage in STAGES if stage != "inspect_model"}
+    assert logs == MEASURED - {"inspect_model"}
     for stage in logs:
         assert json.loads((demo / "benchmarks" / "demo" / f"{stage}.jsonl").read_text())["s"] > 0
     ledger = json.loads((results / "prepared/demo/metadata.json").read_text())["ledger"]
@@ -110,142 +86,6 @@ def test_the_result_is_a_model_that_transformers_loads_and_that_answers(demo):
         model.generate(**prompt, max_new_tokens=30)[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
     )
     assert json.loads(answer) == {"answer": "Tokyo"}
-
-
-# --- what an edit reruns ----------------------------------------------------------------------------------------------
-
-
-def edit_config(folder: Path, change) -> None:
-    path = folder / "config" / "config.yaml"
-    config = yaml.safe_load(path.read_text())
-    change(config)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def set_key(*keys, value):
-    def change(config):
-        for key in keys[:-1]:
-            config = config.setdefault(key, {})
-        config[keys[-1]] = value
-
-    return lambda folder: edit_config(folder, change)
-
-
-def reorder(folder: Path) -> None:
-    path = folder / "config" / "config.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()), sort_keys=True))
-
-
-def touch_everything(folder: Path) -> None:
-    for path in [folder / "Snakefile", *(file for name in FOLDERS for file in (folder / name).rglob("*"))]:
-        os.utime(path)
-
-
-def append(name: str, text: str = "\n# an edit\n"):
-    def change(folder: Path) -> None:
-        with (folder / name).open("a") as file:
-            file.write(text)
-
-    return change
-
-
-def checkout_back_and_forth(folder: Path) -> None:
-    """What `git checkout` of another branch and back does: the same contents, new times."""
-    for name in FOLDERS:
-        shutil.copytree(folder / name, folder / f"{name}.other", copy_function=shutil.copy)
-        shutil.rmtree(folder / name)
-        (folder / f"{name}.other").rename(folder / name)
-
-
-PROMPT = {"id": "more", "prompt": "What is the capital of Italy?", "expect": {"contains": "Rome"}}
-AFTER_FINETUNE = {"finetune", "merge", "evaluate_tuned", "score"}
-
-
-def put_older(name):
-    """Another file of the same size, with a time of long ago, as cp -p and rsync -a leave it."""
-
-    def edit(folder):
-        path = folder / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-2000] + content[-2000:].swapcase())
-        os.utime(path, (0, 0))
-
-    return edit
-
-
-EDITS = {
-    "nothing": (lambda folder: None, set()),
-    "touch everything": (touch_everything, set()),
-    "reorder the config's keys": (reorder, set()),
-    "git checkout back and forth": (checkout_back_and_forth, set()),
-    "a comment in the config": (append("config/config.yaml"), set()),
-    "a setting of another run": (set_key("lora", "r", value=64), set()),
-    "another dataset": (set_key("datasets", "other", value={"source": "other.jsonl"}), set()),
-    "the learning rate": (set_key("runs", "demo", "train", "learning_rate", value=1e-3), AFTER_FINETUNE),
-    "how often it logs": (set_key("runs", "demo", "train", "logging_steps", value=5), AFTER_FINETUNE),
-    "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan", *AFTER_FINETUNE}),
-    "an eval prompt": (
-        set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
-        {"evaluate_base", "evaluate_tuned", "score"},
-    ),
-    "the rank and an eval prompt": (
-        lambda folder: (
-            set_key("runs", "demo", "lora", "r", value=16)(folder),
-            set_key("runs", "demo", "eval", "prompts", value=[PROMPT])(folder),
-        ),
-        {"plan", "evaluate_base", *AFTER_FINETUNE},
-    ),
-    "the dtype": (
-        set_key("runs", "demo", "model", "dtype", value="float16"),
-        {"plan", "evaluate_base", *AFTER_FINETUNE},
-    ),
-    "what an answer is checked for": (set_key("runs", "demo", "eval", "row_expect", value={"json": True}), {"score"}),
-    "the level of the intervals": (set_key("eval", "confidence", value=0.9), {"score"}),
-    "the languages": (set_key("datasets", "demo", "languages", value=["en", "fr"]), set(STAGES) - {"inspect_model"}),
-    "the longest sequence": (
-        set_key("datasets", "demo", "max_length", value=200),
-        set(STAGES) - {"inspect_model", "prepare"},
-    ),
-    "a row of the data": (
-        append("config/demo/data/house_format.jsonl", '{"question": "What?", "answer": "That."}\n'),
-        set(STAGES) - {"inspect_model"},
-    ),
-    "a file of the base": (append("config/demo/base/generation_config.json", "\n"), set(STAGES) - {"prepare"}),
-    "other weights, older ones": (put_older("config/demo/base/model.safetensors"), set(STAGES) - {"prepare"}),
-    "other rows, older ones": (
-        put_older("config/demo/data/house_format.jsonl"),
-        set(STAGES) - {"inspect_model"},
-    ),
-    "the base's card": (append("config/demo/base/README.md"), set()),
-    "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
-    "the last script": (append("scripts/score.py"), {"score"}),
-    "a module that some stages import": (append("scripts/moult/measuring/intervals.py"), {"score"}),
-    "a module that others import": (append("scripts/moult/model/lora.py"), {"plan", *AFTER_FINETUNE}),
-    "a script that no rule calls": (append("scripts/tools/print_runtime.py"), set()),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("edit", EDITS)
-def test_what_an_edit_reruns(edit, again):
-    change, expected = EDITS[edit]
-    time.sleep(0.01)
-    change(again)
-    found = planned(again, TARGET)
-    assert found == expected
-
-
-@pytest.mark.slow
-def test_nothing_runs_twice(demo):
-    assert "Nothing to be done" in snakemake(demo, TARGET)
-
-
-@pytest.mark.slow
-def test_a_variant_shares_tokens_and_the_base_measurement(again):
-    set_key("runs", "small", value={"dataset": "demo", "model": {"name": "config/demo/base"}, "lora": {"r": 2}})(again)
-    edit_config(again, lambda config: config["runs"]["small"].update(eval=config["runs"]["demo"]["eval"]))
-    found = planned(again, "results/small/metrics.json")
-    assert found == {"plan", *AFTER_FINETUNE}
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -506,7 +346,7 @@ def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
         },
     }
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
-    output = snakemake(folder, "plan", "--configfile", "mine.yaml", code=1)
+    output = snakemake(folder, "plans", "--configfile", "mine.yaml", code=1)
     table = output[output.index("4 stages have failed:") :]
     for row in (
         r"^bad +plan +2 problems:\n",
@@ -520,7 +360,7 @@ def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
         del config["datasets"][name]
     config["runs"] = {"d-r4": {"dataset": "d", "lora": {"r": 4}}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
-    output = snakemake(folder, "plan", "--configfile", "mine.yaml")
+    output = snakemake(folder, "plans", "--configfile", "mine.yaml")
     assert re.search(r"^run +steps.*serve\nd +\d.*merged\nd-r4 +\d.*merged$", output, re.MULTILINE), output
     assert re.search(r"^disk: [\d.]+ GiB for all runs, and [\d.]+ GiB are free$", output, re.MULTILINE), output
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | 
     if code is not None:
         assert done.returncode == code, done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+def planned(folder: Path, *arguments: str) -> set[str]:
+    """The rules that a dry run would run."""
+    output = snakemake(folder, "-n", *arguments)
+    if "Nothing to be done" in output:
+        return set()
+    table = output[output.index("Job stats:") :].split("total")[0]
+    return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE))
 
 
 def write_rows(folder: Path, rows: list, name: str = "rows.jsonl") -> None:

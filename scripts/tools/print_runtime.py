@@ -26,7 +26,7 @@ import _library  # noqa: F401
 from moult.errors import MoultError, some
 from moult.serving.launch import Served, check_exposed, vllm_arguments
 from moult.workflow.runtime import read_config, the_run
-from moult.workflow.stages import Places, places_of_runs, stage_settings
+from moult.workflow.stages import Places, places_of_runs, serve_settings
 
 PACKAGES = (
     *("snakemake", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
@@ -58,7 +58,7 @@ def main() -> None:
 def variables(config: dict, name: str, places: Places) -> dict[str, str | int]:
     """Where a run's things are, and what it is made of, under the names of --format env."""
     run = config["runs"][name]
-    settings = stage_settings(config, "serve", name)
+    settings = serve_settings(run)
     served_name = run["serve"]["served_model_name"] or name
     return {
         "RUN": name,

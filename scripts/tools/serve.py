@@ -27,12 +27,12 @@ def main() -> None:
 
     from moult.run.stage import stage
     from moult.workflow.runtime import read_config, the_run
-    from moult.workflow.stages import stage_settings
+    from moult.workflow.stages import serve_settings
 
     with stage("serve", args.log_file) as log:
         config = read_config(args.configfile)
         runs = [as_served(config, the_run(config, name)) for name in args.run]
-        log.debug("settings: %s", settings := stage_settings(config, "serve", args.run[0]))
+        log.debug("settings: %s", settings := serve_settings(config["runs"][args.run[0]]))
         serve(settings, runs, args.threads, log)
 
 

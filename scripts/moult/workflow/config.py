@@ -322,7 +322,8 @@ def merged(base: dict, override: dict) -> dict:
 
 
 def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, list[str]]:
-    shared = {key: config[key] for key in ("seed", "model", "lora", "train", "eval", "serve")}
+    # What a run may set and the config has too: all runs start from that.
+    shared = {key: config[key] for key in schema["$defs"]["run"]["properties"] if key in config}
     no_model: dict = {}
     _fill(no_model, {"$ref": "#/$defs/model"}, schema)
     overrides = {name: {} for name in config["datasets"]}

@@ -232,7 +232,8 @@ def _model_card(config: dict, run: dict, dataset: dict) -> dict:
     return _pick(dataset, "languages") | _pick(run["model"], "chat_template_kwargs")
 
 
-def _serve(config: dict, run: dict, dataset: dict) -> dict:
+def serve_settings(run: dict) -> dict:
+    """What `make serve`, a command and not a stage, reads of a run's config."""
     model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
     own = {key: value for key, value in run["serve"].items() if key != "container"}
     return {"serve": own, "model": _pick(run["model"], *model)}
@@ -240,7 +241,7 @@ def _serve(config: dict, run: dict, dataset: dict) -> dict:
 
 def _smoke_test(config: dict, run: dict, dataset: dict) -> dict:
     # It listens on a free port of this machine only, whatever is configured.
-    settings = _serve(config, run, dataset)
+    settings = serve_settings(run)
     own = {key: value for key, value in settings["serve"].items() if key not in ("host", "port", "api_key_env")}
     return {**settings, "serve": own, "eval": _pick(run["eval"], "prompts", "max_new_tokens")}
 
@@ -249,7 +250,7 @@ def _nothing(config: dict, run: dict, dataset: dict) -> dict:
     return {}
 
 
-# Every stage, and what it reads. `serve` is a command, not a stage.
+# Every stage, and what it reads.
 STAGES: dict[str, Callable] = {
     "fetch_model": _fetch_model,
     "inspect_model": _fetch_model,
@@ -263,6 +264,5 @@ STAGES: dict[str, Callable] = {
     "evaluate_tuned": _evaluate_tuned,
     "score": _score,
     "model_card": _model_card,
-    "serve": _serve,
     "smoke_test": _smoke_test,
 }

@@ -8,12 +8,10 @@ from test_config import BASE, SCHEMA, config
 
 from moult.files import canonical
 from moult.workflow.config import merged, resolve
-from moult.workflow.stages import encoded_as, measured_as, stage_settings
+from moult.workflow.stages import STAGES, encoded_as, measured_as, stage_settings
 
 # --- what each stage reads --------------------------------------------------------------------------------------------
 
-STAGES = {"fetch_model", "prepare", "encode", "plan", "finetune", "merge", "evaluate_base", "evaluate_tuned", "score"}
-STAGES |= {"smoke_test", "model_card"}
 BOTH = {"evaluate_base", "evaluate_tuned"}
 ASKING = {*BOTH, "smoke_test"}
 PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
@@ -50,7 +48,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("model: {dtype: float16}", {"plan", "finetune", *ASKING}),
         ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, "model_card"}),
         ("model: {chat_template: null}", {"encode"}),
-        ("model: {revision: v2}", {"fetch_model"}),
+        ("model: {revision: v2}", {"fetch_model", "inspect_model"}),
         ("serve: {max_model_len: 64}", {"smoke_test"}),
         ("serve: {mode: adapter}", {"smoke_test"}),
         ("serve: {host: 0.0.0.0, port: 9000, api_key_env: KEY}", set()),
