@@ -8,8 +8,6 @@ dataset of the config, of which the first byte of a file is downloaded, because 
 which a firewall may not let through. One line for each, OK or FAIL with what to do; exit code 1 if one has failed.
 """
 
-import argparse
-import json
 import os
 import socket
 import ssl
@@ -18,20 +16,18 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from moult.errors import MoultError
 from moult.network import CONNECT_TIMEOUT, PROXY_LOGIN, READ_TIMEOUT, ca_file, endpoint, proxy_of, refusal, token
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
 
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, default="{}", help="JSON: models and datasets, lists of {name, revision}"
+    parser = stage_parser(
+        __doc__, "check_connectivity", reads="models and datasets, lists of {name, revision}", optional=True
     )
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
-    parser.add_argument("--log-file", help="log file (default: logs/check_connectivity.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     settings = {"models": [], "datasets": []} | args.settings
     with stage("check_connectivity", args.log_file, settings, online=True) as log:

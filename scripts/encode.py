@@ -9,23 +9,26 @@ every row and token went), `preview.html` (ten rows with what is trained marked)
 holds the gates; here they are counted, and what is too long is dealt with.
 """
 
-import argparse
 import html
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+from moult.data.labels import sequences_of
+from moult.data.sequence import IGNORE
 from moult.errors import MoultError, some
+from moult.files import atomic_file, read_json, read_jsonl, sha256_text, write_json, write_text
+from moult.model.chat import Chat, Unrenderable, choose_template
+from moult.model.manifest import open_model
+from moult.parallel import ordered_map
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
 
 PREVIEWED = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "encode", threads="processes")
     parser.add_argument(
         "--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)"
     )
@@ -33,21 +36,13 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
     parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--threads", type=int, default=1, help="processes")
-    parser.add_argument("--log-file", help="log file (default: logs/encode.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("encode", args.log_file, args.settings) as log:
         encode(args.settings, args, log)
 
 
 def encode(settings: dict, args, log) -> None:
-    from moult.files import read_json, read_jsonl, sha256_text, write_json, write_text
-    from moult.model.chat import Chat, choose_template
-    from moult.model.manifest import open_model
-
     base = str(open_model(args.model)[0])
     template, origin = choose_template(base, settings["chat_template"], args.templates, settings["trust_remote_code"])
     rows = {"train": list(read_jsonl(args.train)), "val": list(read_jsonl(args.val))}
@@ -103,8 +98,6 @@ def encode_rows(
     part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int
 ) -> tuple[list[dict], dict]:
     """The sequences of all rows, and the account of the rows. Raises MoultError for rows that cannot be rendered."""
-    from moult.parallel import ordered_map
-
     results = ordered_map(encode_row, rows, workers, f"{part} rows: tokens", set_chat, chat_settings)
     made = [sequence for result in results for sequence in result["sequences"]]
     refused = [
@@ -142,17 +135,12 @@ def encode_rows(
 
 def set_chat(*chat_settings) -> None:
     global _chat
-    from moult.model.chat import Chat
 
     _chat = Chat(*chat_settings)
 
 
 def encode_row(row: dict) -> dict:
     """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered."""
-    from moult.data.labels import sequences_of
-    from moult.data.sequence import IGNORE
-    from moult.model.chat import Unrenderable
-
     said = [row] if "text" in row else row["messages"]
     said = "".join(part.get(key, "") for part in said for key in ("text", "content", "reasoning_content"))
     try:
@@ -180,8 +168,6 @@ def encode_row(row: dict) -> dict:
 
 def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list[dict], dict]:
     """Deal with sequences over max_length as `overlength` says, within `max_token_loss`. Returns what is kept and the account."""
-    from moult.data.sequence import IGNORE
-
     limit = settings["max_length"]
     lengths = sorted(len(sequence["input_ids"]) for sequence in sequences)
     over = sum(length > limit for length in lengths)
@@ -248,8 +234,6 @@ def quantile(values: list[int], q: float) -> int:
 
 
 def count_tokens(sequences: list[dict]) -> dict:
-    from moult.data.sequence import IGNORE
-
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     trained = sum(label != IGNORE for sequence in sequences for label in sequence["labels"])
     empty = [sequence["id"] for sequence in sequences if all(label == IGNORE for label in sequence["labels"])]
@@ -315,8 +299,6 @@ def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], 
 
 def turn_ends(sequences: list[dict]) -> Counter:
     """How often each token is the last of what is trained in one piece."""
-    from moult.data.sequence import IGNORE
-
     ends: Counter = Counter()
     for sequence in sequences:
         labels = [*sequence["labels"], IGNORE]
@@ -330,8 +312,6 @@ def turn_ends(sequences: list[dict]) -> Counter:
 def write_sequences(path: Path, sequences: list[dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from moult.files import atomic_file
 
     ids = pa.list_(pa.int32())
     schema = pa.schema(
@@ -351,8 +331,6 @@ def write_sequences(path: Path, sequences: list[dict]) -> None:
 
 def preview(sequences: list[dict], chat, origin: str) -> str:
     """A page with a few sequences, evenly picked; what is trained is marked, and each token shows its id on hover."""
-    from moult.data.sequence import IGNORE
-
     step = max(1, len(sequences) // PREVIEWED)
     articles = []
     for sequence in sequences[::step][:PREVIEWED]:

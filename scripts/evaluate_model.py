@@ -8,9 +8,16 @@ compares. Base and tuned get the same token ids: those that encode made. Decodin
 --merge-check the merged model is also compared with base plus adapter on a few rows.
 """
 
-import argparse
-import json
 from pathlib import Path
+
+from moult.data.sequence import IGNORE
+from moult.files import read_json, sha256_text, write_json, write_jsonl
+from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_logits
+from moult.model.chat import Chat, prompt_of
+from moult.model.device import limit_threads, load_model, pick
+from moult.model.manifest import open_model
+from moult.run.cli import stage_parser
+from moult.run.stage import progress, stage
 
 # Most tokens, prompts and answers together, that are generated side by side.
 GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
@@ -20,10 +27,7 @@ KEPT_LOGITS = 2**27
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "evaluate", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--likelihood", required=True, help="a line per validation sequence to write (.jsonl)")
@@ -31,22 +35,13 @@ def main() -> None:
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
     parser.add_argument("--merge-check", help="JSON to write: merged model against base plus adapter")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log-file", help="log file (default: logs/evaluate.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("evaluate", args.log_file, args.settings) as log:
         evaluate(args.settings, args, log)
 
 
 def evaluate(settings: dict, args, log) -> None:
-    from moult.files import read_json, write_json, write_jsonl
-    from moult.model.chat import Chat
-    from moult.model.device import limit_threads, load_model, pick
-    from moult.model.manifest import open_model
-
     limit_threads(args.threads)
     device = pick()
     tokens = Path(args.tokens)
@@ -81,8 +76,6 @@ def read_rows(path: Path) -> list[dict]:
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:
     """`count` of the rows, always the same ones, in their order."""
-    from moult.files import sha256_text
-
     if count is None or count >= len(rows):
         return rows
     order = sorted(range(len(rows)), key=lambda index: sha256_text(f"{rows[index]['id']}:{index}"))
@@ -93,8 +86,6 @@ def chosen(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    from moult.measuring.likelihood import likelihood
-
     results = likelihood(model, rows, pad_id, "val rows: likelihood")
     return [
         {
@@ -114,8 +105,6 @@ def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
 
 
 def prompt_questions(prompts: list[dict], chat) -> list[dict]:
-    from moult.model.chat import prompt_of
-
     questions = []
     for prompt in prompts:
         messages, ids = prompt_of(prompt, chat)
@@ -132,8 +121,6 @@ def prompt_questions(prompts: list[dict], chat) -> list[dict]:
 
 
 def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
-    from moult.data.sequence import IGNORE
-
     questions = []
     for row in chosen([row for row in rows if row["answer_start"] >= 0], count):
         start = row["answer_start"]
@@ -152,9 +139,6 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
 
 def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
     """The model's own greedy answers, in the order of the questions, with what smoke_test knows the same weights by."""
-    from moult.measuring.likelihood import batches
-    from moult.run.stage import progress
-
     stop = report["stop"]["generation_stop_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     budget = GENERATION_TOKENS[model.device.type]
@@ -185,9 +169,6 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
 
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     """How likely the model finds each prompt, which it was not trained to say: no two models find it equally likely."""
-    from moult.data.sequence import IGNORE
-    from moult.measuring.likelihood import likelihood
-
     prompts = [row["prompt_ids"] for row in answers]
     sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
     return [result.nll for result in likelihood(model, sequences, pad_id, "prompts: likelihood")]
@@ -197,9 +178,6 @@ def margins(model, answer: dict, pad_id: int) -> list[float]:
     """By how many nats the best token led at each token of an answer. Where it is nearly a tie, another kernel or batch
     may go on with the other one."""
     import torch
-
-    from moult.data.sequence import IGNORE
-    from moult.measuring.likelihood import MAX_LOGITS, scored_logits
 
     prompt = answer["prompt_ids"]
     ids = answer["token_ids"][: MAX_LOGITS // model.config.get_text_config().vocab_size]
@@ -236,10 +214,6 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     """Mean KL divergence in nats per token, KL(base + adapter || merged), and how often the two have the same first choice."""
     import torch
     from peft import PeftModel
-
-    from moult.measuring.likelihood import scored_logits
-    from moult.model.device import load_model
-    from moult.model.manifest import open_model
 
     vocabulary = merged.config.get_text_config().vocab_size
     kept, positions = [], 0

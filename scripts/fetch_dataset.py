@@ -11,29 +11,25 @@ files go to the hub's own cache if HF_HOME says where that is, and otherwise int
 fill ~/.cache. HF_TOKEN is read from the environment and written nowhere.
 """
 
-import argparse
-import json
 import os
 import shutil
 from pathlib import Path
 
 from moult.errors import MoultError, some
+from moult.files import atomic_file, sha256_file, write_json
+from moult.network import check_names, hub_errors, refusal, set_up_hub
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
 
 KEY = "datasets.<name>.source"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads: id, subset, split, revision"
-    )
+    parser = stage_parser(__doc__, "fetch_dataset", reads="id, subset, split, revision")
     parser.add_argument("--out", required=True, help="rows to write (.parquet)")
     parser.add_argument("--metadata", required=True, help="JSON to write: commit, rows, hash")
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
-    parser.add_argument("--log-file", help="log file (default: logs/fetch_dataset.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     settings = {"subset": None, "split": "train", "revision": None} | args.settings
     with stage("fetch_dataset", args.log_file, settings, online=True) as log:
@@ -41,9 +37,6 @@ def main() -> None:
 
 
 def fetch(settings: dict, args, log) -> None:
-    from moult.files import atomic_file, sha256_file, write_json
-    from moult.network import check_names, hub_errors, set_up_hub
-
     partial = Path(f"{args.out}.partial")
     set_up_caches(partial)
     set_up_hub(args.tls)
@@ -93,8 +86,6 @@ def load(settings: dict, commit: str, cache: Path):
         DatasetGenerationError,
         DatasetNotFoundError,
     )
-
-    from moult.network import refusal
 
     name, subset, split = settings["id"], settings["subset"], settings["split"]
     try:

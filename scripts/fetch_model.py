@@ -9,31 +9,29 @@ are taken, and of those only the ones that the model consists of. What has been 
 `<out>.partial`, and the next run goes on from there. HF_TOKEN is read from the environment and written nowhere.
 """
 
-import argparse
-import json
 import shutil
 import signal
 import threading
 from pathlib import Path
 
 from moult.errors import MoultError, some
+from moult.files import fsync, write_json
+from moult.model.manifest import IGNORED, check_code, describe
+from moult.model.safetensors import indexed_files
+from moult.network import check_names, hub_errors, set_up_hub
+from moult.run.cli import stage_parser
+from moult.run.stage import progress, stage
 
 MB = 1_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, default="{}", help="JSON of what this stage reads: revision, trust_remote_code"
-    )
+    parser = stage_parser(__doc__, "fetch_model", reads="revision, trust_remote_code", optional=True)
     parser.add_argument("--name", required=True, help="the model's name in the config")
     parser.add_argument("--out", required=True, help="folder to download to")
     parser.add_argument("--manifest", required=True, help="JSON to write: files and hashes, commit")
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
-    parser.add_argument("--log-file", help="log file (default: logs/fetch_model.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     settings = {"revision": None, "trust_remote_code": False} | args.settings
     with stage("fetch_model", args.log_file, settings, online=True) as log:
@@ -41,8 +39,6 @@ def main() -> None:
 
 
 def fetch(settings: dict, args, log) -> None:
-    from moult.files import write_json
-
     manifest = download(settings, args, log)
     write_json(args.manifest, manifest)
     log.info("%s: %s files, commit %s", args.name, len(manifest["files"]), manifest["commit"])
@@ -50,9 +46,6 @@ def fetch(settings: dict, args, log) -> None:
 
 def download(settings: dict, args, log) -> dict:
     """Download the snapshot to --out, whole or not at all. Returns its manifest."""
-    from moult.model.manifest import describe
-    from moult.network import check_names, hub_errors, set_up_hub
-
     set_up_hub(args.tls)
     from huggingface_hub import HfApi, constants
 
@@ -97,10 +90,6 @@ def partial_folder(out: str, commit: str) -> Path:
 def download_files(name: str, info, partial: Path, trust_remote_code: bool, log) -> None:
     """First the small files: the index among them says which weights the model consists of."""
     from huggingface_hub import snapshot_download
-
-    from moult.model.manifest import IGNORED, check_code
-    from moult.model.safetensors import indexed_files
-    from moult.run.stage import progress
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
     check_code(partial, name, trust_remote_code)
@@ -162,8 +151,6 @@ def check_whole(info, manifest: dict, partial: Path) -> None:
     """That the files are, byte for byte, those that the hub has, and that none has been left out."""
     from fnmatch import fnmatchcase
 
-    from moult.model.manifest import IGNORED
-
     for file in info.siblings:
         path = partial / file.rfilename
         spare = path.suffix == ".safetensors" and not path.exists()
@@ -177,8 +164,6 @@ def check_whole(info, manifest: dict, partial: Path) -> None:
 
 def put(partial: Path, out: Path) -> None:
     """Give the whole snapshot its name."""
-    from moult.files import fsync
-
     shutil.rmtree(partial / ".cache")  # huggingface_hub's notes on what it has downloaded
     for path in partial.rglob("*"):
         fsync(path)

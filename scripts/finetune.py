@@ -11,9 +11,7 @@ the step and exit with 75, of which torchrun makes a 1.
 The adapter is a checkpoint's, so it is published by copying: the one with the lowest validation loss, or the last.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -21,13 +19,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import UNFINISHED, MoultError, some
+from moult.files import (
+    atomic_file,
+    atomic_folder,
+    canonical,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    sha256_folder,
+    sha256_text,
+    write_json,
+)
+from moult.model.device import hardware, limit_threads, load_model, pick, versions
+from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
+from moult.model.lora import lora_config
+from moult.model.manifest import open_model
+from moult.model.tokenizer import load_tokenizer
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
+from moult.training.arguments import trainer_config
+from moult.training.checkpoints import (
+    FORMAT,
+    adopt,
+    claim,
+    differences,
+    fault_of,
+    locked,
+    newest_whole,
+    restore_log,
+    step_of,
+)
+from moult.workflow.code import hash_of_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "finetune", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--plan", required=True, help="plan.json")
@@ -37,17 +63,11 @@ def main() -> None:
     parser.add_argument("--training-log", required=True, help="training log to write (.jsonl)")
     parser.add_argument("--image", help="what tells the container's image from others; goes into the fingerprint")
     parser.add_argument("--resume-from", help="a checkpoint to go on from, instead of the newest in --state")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log-file", help="log file (default: logs/finetune.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     settings = args.settings
     log_path = args.log_file or "logs/finetune.log"
     with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
-        from moult.training.checkpoints import claim, locked
-
         stop = StopSignal()
         state = Path(args.state)
         fingerprint = make_fingerprint(settings, args)
@@ -80,12 +100,6 @@ def make_fingerprint(settings: dict, args) -> dict:
     """What the weights depend on. A checkpoint of another fingerprint would be resumed without a word, to another result:
     a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23). The code is this script
     and the library as they lie on the disk, so a command that is run again by hand after an edit trains again too."""
-    from moult.files import sha256_file
-    from moult.model.device import versions
-    from moult.model.manifest import open_model
-    from moult.training.checkpoints import FORMAT
-    from moult.workflow.code import hash_of_script
-
     tokens = Path(args.tokens)
     harmless = (
         "report_to",
@@ -113,9 +127,6 @@ def make_fingerprint(settings: dict, args) -> dict:
 
 
 def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
-    from moult.files import read_json
-    from moult.training.checkpoints import adopt, newest_whole, restore_log, step_of
-
     device = pick_device(args.threads, settings["train"]["gpu"])
     total = read_json(args.plan)["steps"]["total"]
     wanted = settings["train"].get("max_steps", -1)
@@ -160,8 +171,6 @@ def rank() -> int:
 
 def pick_device(threads: int, gpus: int) -> str:
     """The device to train on. Raises MoultError if processes or GPUs are not as many as the config says."""
-    from moult.model.device import limit_threads, pick
-
     processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != gpus:
         raise MoultError(
@@ -185,9 +194,6 @@ def pick_device(threads: int, gpus: int) -> str:
 
 def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
     """Raises MoultError if the checkpoint of --resume-from is not whole or of another run, and says what differs."""
-    from moult.files import read_json
-    from moult.training.checkpoints import differences, fault_of
-
     fault = fault_of(folder, fingerprint, keep_best) if folder.is_dir() else "no such folder"
     if fault is None:
         return
@@ -212,12 +218,6 @@ def make_trainer(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moult.files import read_json
-    from moult.model.device import load_model
-    from moult.model.lora import lora_config
-    from moult.model.manifest import open_model
-    from moult.model.tokenizer import load_tokenizer
-    from moult.training.arguments import trainer_config
     from moult.training.trainer import Finetuner, try_longest_batch
 
     transformers_logging.set_verbosity_info()
@@ -299,21 +299,6 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
 
 def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, total: int, log) -> None:
     """Make the adapter folder out of the best checkpoint, or the last, and check that it holds a trained adapter."""
-    from moult.files import (
-        atomic_file,
-        atomic_folder,
-        canonical,
-        read_json,
-        read_jsonl,
-        sha256_file,
-        sha256_folder,
-        sha256_text,
-        write_json,
-    )
-    from moult.model.device import hardware, versions
-    from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
-    from moult.model.manifest import open_model
-
     last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
     keep_best = settings["train"]["load_best_model_at_end"]
     step = last["best_global_step"] if keep_best else total

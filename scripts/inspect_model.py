@@ -7,25 +7,20 @@ First stage for a model that is on this machine. (One of the hub is downloaded: 
 each file. Only safetensors weights are taken, and code that the model brings is refused unless the config allows it.
 """
 
-import argparse
-import json
 from pathlib import Path
+
+from moult.files import write_json
+from moult.model.manifest import describe
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, default="{}", help="JSON of what this stage reads: revision, trust_remote_code"
-    )
+    parser = stage_parser(__doc__, "inspect_model", reads="revision, trust_remote_code", optional=True)
     parser.add_argument("--name", required=True, help="the model's name in the config")
     parser.add_argument("--folder", required=True, help="the model's folder")
     parser.add_argument("--manifest", required=True, help="JSON to write: files and hashes")
-    parser.add_argument("--log-file", help="log file (default: logs/inspect_model.log)")
     args = parser.parse_args()
-
-    from moult.files import write_json
-    from moult.model.manifest import describe
-    from moult.run.stage import stage
 
     settings = {"trust_remote_code": False} | args.settings
     with stage("inspect_model", args.log_file, settings) as log:

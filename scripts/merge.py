@@ -9,13 +9,18 @@ tensor by tensor, the sum in float32, rounded once, which gives the bits of peft
 times the largest tensor. What cannot be streamed (DoRA, modules_to_save, ...) goes through peft, and the log says so.
 """
 
-import argparse
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 from moult.errors import MoultError, some
+from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
+from moult.model.device import limit_threads, versions
+from moult.model.export import copy_tokenizer, write_generation_config
+from moult.model.manifest import open_model
+from moult.model.safetensors import read_header, read_tensors, weight_files
+from moult.run.cli import stage_parser
+from moult.run.stage import progress, stage
 
 # Bytes copied at a time where a tensor stays as it is.
 CHUNK = 16 * 1024 * 1024
@@ -39,31 +44,20 @@ WRITTEN_ANEW = ("generation_config.json", "chat_template.jinja", "model.safetens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=json.loads, default="{}", help="JSON of what this stage reads of the config")
+    parser = stage_parser(__doc__, "merge", optional=True, threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--plan", required=True, help="plan.json: which layers have LoRA, and where their weights are")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote (template, stop tokens)")
     parser.add_argument("--adapter", required=True, help="adapter folder")
     parser.add_argument("--merged", required=True, help="model folder to write")
     parser.add_argument("--summary", required=True, help="small JSON beside it to write: hashes, how it was merged")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log-file", help="log file (default: logs/merge.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("merge", args.log_file, args.settings) as log:
         merge(args.settings, args, log)
 
 
 def merge(settings: dict, args, log) -> None:
-    from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
-    from moult.model.device import limit_threads, versions
-    from moult.model.export import copy_tokenizer, write_generation_config
-    from moult.model.manifest import open_model
-    from moult.model.safetensors import weight_files
-
     limit_threads(args.threads)
     base, manifest = open_model(args.model)
     adapter = Path(args.adapter)
@@ -105,8 +99,6 @@ def merge(settings: dict, args, log) -> None:
 
 def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, dict]:
     """{base tensor: how it changes}. Raises MoultError unless plan, adapter and base fit together without a remainder."""
-    from moult.model.safetensors import read_header, read_tensors
-
     tensors = read_tensors(base)
     parts = read_header(adapter / "adapter_model.safetensors", "run finetune again")[1]
     jobs: dict[str, dict] = {}
@@ -158,9 +150,6 @@ def plan_jobs(base: Path, adapter: Path, targets: dict[str, dict]) -> dict[str, 
 def stream(base: Path, adapter: Path, folder: Path, jobs: dict[str, dict], log) -> None:
     """Write the base's weight files anew: the same headers, each tensor copied or changed."""
     from safetensors import safe_open
-
-    from moult.model.safetensors import read_header, weight_files
-    from moult.run.stage import progress
 
     files = weight_files(base)
     if (base / "model.safetensors.index.json").exists():
@@ -248,7 +237,6 @@ def check_layout(base: Path, folder: Path, streamed: bool) -> None:
 
     transformers, which writes them for peft, may have other names for them than the base's files.
     """
-    from moult.model.safetensors import read_tensors
 
     def form(place: Path) -> Counter:
         tensors = read_tensors(place).values()

@@ -9,18 +9,20 @@ kept in --cards, because no stage owns another's folder. `make publish` uploads 
 made up: what is not known (a licence, a hub name) is left out.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from moult.files import read_json, write_text
+from moult.measuring.table import table
 from moult.model.export import PLACE
+from moult.model.manifest import open_model
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
+from moult.serving.launch import adapter_arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "model_card")
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--model", required=True, help="manifest of the base model; its card names the licence")
     parser.add_argument("--plan", required=True, help="plan.json: whether and how vLLM serves the adapter")
@@ -28,19 +30,13 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="adapter folder, which gets its card")
     parser.add_argument("--merged", required=True, help="merged model's folder, which gets its card")
     parser.add_argument("--cards", required=True, help="folder of the copies to write")
-    parser.add_argument("--log-file", help="log file (default: logs/model_card.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("model_card", args.log_file, args.settings) as log:
         write_cards(args, log)
 
 
 def write_cards(args, log) -> None:
-    from moult.files import read_json, write_text
-    from moult.model.manifest import open_model
-
     metrics, plan = read_json(args.metrics), read_json(args.plan)
     base_card = front_matter(open_model(args.model)[0] / "README.md")
     for kind, folder in (("adapter", args.adapter), ("merged", args.merged)):
@@ -131,8 +127,6 @@ def metadata(kind: str, run: str, metrics: dict, base_card: dict, settings: dict
 
 def figures(metrics: dict) -> str:
     """The table that the demo prints, which has the intervals."""
-    from moult.measuring.table import table
-
     lines = table(metrics, Path()).strip().splitlines()[2:]
     rows = lines[: next(index for index, line in enumerate(lines) if not line.strip())]
     data = metrics["data"]
@@ -171,8 +165,6 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0, prompt["i
 def with_vllm(kind: str, run: str, folder: str, base: str, serve: dict, settings: dict) -> str:
     """The command that serves it as it was measured. `serve` is what the plan says of it."""
     import shlex
-
-    from moult.serving.launch import adapter_arguments
 
     kwargs = settings["chat_template_kwargs"]
     template = f" --default-chat-template-kwargs {shlex.quote(json.dumps(kwargs, sort_keys=True))}" if kwargs else ""

@@ -8,7 +8,6 @@ read but the headers of their files. finetune and merge take the targets from he
 tried out as well, with their own libraries, and all that is wrong is said at once.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -16,34 +15,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import MoultError, some
+from moult.files import read_json, write_json
+from moult.model.chat import Chat, prompt_of
+from moult.model.lora import lora_config, needs_peft, vllm_refuses
+from moult.model.manifest import open_model
+from moult.model.safetensors import read_tensors
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
+from moult.training.arguments import check_trainer, trainer_config
 
 GIB = 1024**3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "plan")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
     parser.add_argument("--prompts", type=json.loads, default="[]", help="JSON of eval.prompts, to be tried out")
     parser.add_argument("--out", required=True, help="plan.json to write")
-    parser.add_argument("--log-file", help="log file (default: logs/plan.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("plan", args.log_file, args.settings) as log:
         plan(args.settings, args, log)
 
 
 def plan(settings: dict, args, log) -> None:
-    from moult.files import read_json, write_json
-    from moult.model.lora import lora_config, needs_peft, vllm_refuses
-    from moult.model.manifest import open_model
-    from moult.model.safetensors import read_tensors
-
     report = read_json(Path(args.tokens) / "report.json")
     base = open_model(args.model)[0]
     tensors = read_tensors(base)
@@ -186,8 +182,6 @@ def check_steps(steps: dict, train: dict) -> None:
 
 def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, config, settings: dict) -> None:
     """The template can show them all, and the model has the tokens and the positions."""
-    from moult.model.chat import Chat, prompt_of
-
     if not prompts:
         return
     template = (Path(tokens) / "chat_template.jinja").read_text(encoding="utf-8") or None
@@ -209,8 +203,6 @@ def check_prompts(prompts: list[dict], base: Path, tokens: str, report: dict, co
 
 def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
-    from moult.training.arguments import check_trainer, trainer_config
-
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}
     config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])

@@ -1,18 +1,19 @@
 """Print the plans of one or more runs as a table: what each will do, and what it needs.
 
-python scripts/show_plans.py results/demo/plan.json [more plan.json ...]
+python scripts/plans.py results/demo/plan.json [more plan.json ...]
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
+
+from moult.run.cli import tool_parser
 
 GIB = 1024**3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("plans", nargs="+", help="plan.json of one or more runs")
     paths = [Path(path) for path in parser.parse_args().plans]
     plans = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}

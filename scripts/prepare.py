@@ -9,7 +9,6 @@ drop exact duplicates -> language filter -> sample -> split by group -> check th
 by weight. Weights come last: a row repeated before the split would land on both sides. Same input and seed, same bytes.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -17,7 +16,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
+from moult.data.readers import expand, read_rows
 from moult.errors import MoultError, some
+from moult.files import canonical, read_json, sha256_file, sha256_text, write_json, write_jsonl
+from moult.parallel import ordered_map
+from moult.run.cli import stage_parser
+from moult.run.stage import progress, stage
 
 
 @dataclass
@@ -51,26 +57,17 @@ class Ledger:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "prepare", threads="processes for language detection")
     parser.add_argument("--train", required=True, help="training rows to write (.jsonl)")
     parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
     parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
-    parser.add_argument("--threads", type=int, default=1, help="processes for language detection")
-    parser.add_argument("--log-file", help="log file (default: logs/prepare.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("prepare", args.log_file, args.settings) as log:
         prepare(args.settings, args, log)
 
 
 def prepare(settings: dict, args, log) -> None:
-    from moult.files import write_json, write_jsonl
-
     ledger = Ledger()
     rows, files = read(settings["sources"], settings, ledger)
     log.info("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
@@ -132,10 +129,6 @@ def prepare(settings: dict, args, log) -> None:
 
 def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row], list[dict]]:
     """All rows that can be training rows, and the files that they came from with their hashes."""
-    from moult.data.readers import expand, read_rows
-    from moult.files import read_json, sha256_file
-    from moult.run.stage import progress
-
     files = []
     for index, source in enumerate(sources):
         hub = {}
@@ -170,9 +163,6 @@ def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row]
 
 def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:
     """The row in the one shape, or None, counted in the ledger, if it cannot be a training row."""
-    from moult.data.conversation import BadRow, content_of, find_format, normalise
-    from moult.files import canonical, sha256_text
-
     columns = source["columns"]
     try:
         format_name = find_format(raw, columns, source["format"])
@@ -237,8 +227,6 @@ def without_duplicates(rows: list[Row], ledger: Ledger) -> list[Row]:
 
 def draw(seed: int, *what: str) -> float:
     """A number in [0, 1) that depends on nothing but the seed and the words: no order, no library, no version."""
-    from moult.files import sha256_text
-
     return int(sha256_text("\0".join([str(seed), *what]))[:16], 16) / 2**64
 
 
@@ -272,8 +260,6 @@ def in_languages(rows: list[Row], settings: dict, workers: int, sample: int | No
 
 
 def with_language(rows: list[Row], settings: dict, workers: int) -> list[Row]:
-    from moult.parallel import ordered_map
-
     if settings["languages"]:
         contents = [row.content for row in rows]
         detector = settings["language_detector"]
@@ -285,22 +271,17 @@ def with_language(rows: list[Row], settings: dict, workers: int) -> list[Row]:
 
 def set_detector(name: str) -> None:
     global _detect
-    from moult.data.language import detector
 
     _detect = detector(name)
 
 
 def language_of(content: str) -> str:
     """The row's language, or languages: "en+zh"."""
-    from moult.data.language import languages_of, spoken_texts
-
     return "+".join(languages_of(spoken_texts(json.loads(content)), _detect))
 
 
 def wanted(language: str, settings: dict) -> bool:
     """Whether all of a row's languages are wanted ones."""
-    from moult.data.language import UNKNOWN
-
     allowed = set(settings["languages"]) | ({UNKNOWN} if settings["unknown_language"] == "keep" else set())
     return set(language.split("+")) <= allowed
 

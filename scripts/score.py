@@ -9,22 +9,23 @@ Last stage; no GPU and no model. Both sides were measured on the same token ids,
 of metrics.json is moult/measuring/metrics.schema.json; README.md has it as a table.
 """
 
-import argparse
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 
 from moult.errors import MoultError, some
+from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.measuring.checks import check
+from moult.measuring.intervals import bootstrap, paired_difference, wilson
+from moult.model.manifest import public_name
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
 
 SCHEMA = Path(__file__).parent / "moult" / "measuring" / "metrics.schema.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", type=json.loads, required=True, help="JSON of what this stage reads of the config"
-    )
+    parser = stage_parser(__doc__, "score")
     parser.add_argument("--run", required=True, help="the run's name")
     parser.add_argument("--base", required=True, help="folder with the base's likelihood.jsonl and answers.jsonl")
     parser.add_argument("--tuned", required=True, help="the same of the tuned model, and merge_check.json")
@@ -34,10 +35,7 @@ def main() -> None:
     parser.add_argument("--merge", required=True, help="merge's merge.json")
     parser.add_argument("--metrics", required=True, help="metrics.json to write")
     parser.add_argument("--samples", required=True, help="samples.jsonl to write")
-    parser.add_argument("--log-file", help="log file (default: logs/score.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("score", args.log_file, args.settings) as log:
         score(args.settings, args, log)
@@ -45,8 +43,6 @@ def main() -> None:
 
 def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
-
-    from moult.files import read_json, read_jsonl, write_json, write_jsonl
 
     sides = {}
     for side, folder in (("base", Path(args.base)), ("tuned", Path(args.tuned))):
@@ -137,8 +133,6 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
     """Base, tuned and their paired difference, with intervals from a bootstrap over groups."""
     import numpy as np
 
-    from moult.measuring.intervals import bootstrap
-
     base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
     groups = {group: index for index, group in enumerate(dict.fromkeys(row["group"] for row in base))}
 
@@ -195,8 +189,6 @@ def by_source(sides: dict, prepared: dict) -> dict:
 
 def data_name(file: dict) -> str:
     """The hub id, or what is fit to be published of a path."""
-    from moult.model.manifest import public_name
-
     return file.get("hub") or public_name(file["path"])
 
 
@@ -205,8 +197,6 @@ def data_name(file: dict) -> str:
 
 def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
     """Rates of every check for prompts, rows and both; and each question with both answers."""
-    from moult.measuring.checks import check
-
     expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
@@ -252,8 +242,6 @@ def summarise(samples: list[dict], confidence: float) -> dict:
 
 
 def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
-    from moult.measuring.intervals import paired_difference, wilson
-
     n = len(passed[0])
     base, tuned = (sum(side) for side in passed)
     return {

@@ -23,7 +23,6 @@ wrong_model, too_long, api_key    each is refused with a 4xx
 The result is a JSON with `passed` of each check: true, false, or null where the server cannot tell. Exit code 1 if one failed.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -33,6 +32,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moult.errors import MoultError
+from moult.files import read_json, read_jsonl, sha256_folder, write_json
+from moult.measuring.checks import check
+from moult.model.manifest import open_model
+from moult.run.cli import stage_parser
+from moult.run.stage import stage
+from moult.serving.launch import Server, address, engine_command, free_port, what_to_serve
 
 # Validation rows that are asked besides eval.prompts, and requests at once.
 ROWS = 8
@@ -52,13 +57,12 @@ REQUEST_TIMEOUT = 600
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage_parser(__doc__, "smoke_test", optional=True)
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--base-url", help="a server that runs already, with or without /v1")
     parser.add_argument(
         "--configfile", nargs="+", default=[], help="by hand: config files laid over config/config.yaml"
     )
-    parser.add_argument("--settings", type=json.loads, help="JSON of what this stage reads of the config")
     parser.add_argument("--answers", help="answers.jsonl of the tuned model")
     parser.add_argument("--merge-check", help="merge_check.json of the tuned model: the dtype of its measurement")
     parser.add_argument("--rows", help="val.jsonl: the validation rows' messages")
@@ -69,14 +73,11 @@ def main() -> None:
     parser.add_argument("--plan", help="plan.json")
     parser.add_argument("--result", help="JSON to write")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the server")
-    parser.add_argument("--log-file", help="log file (default: logs/smoke_test.log)")
     args = parser.parse_args()
-
-    from moult.run.stage import stage
 
     with stage("smoke_test", args.log_file, args.settings) as log:
         args.key = None
-        if args.settings is None:
+        if not args.settings:
             fill_in(args)
         smoke_test(args, log)
 
@@ -97,10 +98,6 @@ def fill_in(args) -> None:
 
 
 def smoke_test(args, log) -> None:
-    from moult.files import read_json, write_json
-    from moult.model.manifest import open_model
-    from moult.serving.launch import Server, address, engine_command, free_port, what_to_serve
-
     settings = args.settings
     base = str(open_model(args.base)[0]) if Path(args.base).is_file() else args.base
     run = {"name": args.run, "merged": args.merged, "adapter": args.adapter, "base": base, "plan": args.plan}
@@ -159,8 +156,6 @@ def read_questions(answers: str, rows: str, prompts: list[dict], chat: bool) -> 
 
     Rows with tools or reasoning are left out: an API has its own form of those, which a template may show otherwise.
     """
-    from moult.files import read_jsonl
-
     by_id = {row["id"]: row for row in read_jsonl(rows)}
     entries = {prompt["id"]: prompt for prompt in prompts}
     questions, from_rows = [], 0
@@ -184,8 +179,6 @@ def read_questions(answers: str, rows: str, prompts: list[dict], chat: bool) -> 
 
 
 def check_files(args, adapted: bool) -> str:
-    from moult.files import read_json, sha256_folder
-
     folder = args.adapter if adapted else args.merged
     wanted = read_json(args.merge)["adapter" if adapted else "files"]
     found = sha256_folder(folder, but=("metadata.json", "README.md"))
@@ -416,8 +409,6 @@ class Test:
         return accepted(response).json()["tokens"]
 
     def expectations(self) -> str:
-        from moult.measuring.checks import check
-
         self.need_replies()
         passed = asked = 0
         for question, reply in zip(self.questions, self.replies, strict=True):

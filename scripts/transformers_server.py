@@ -8,7 +8,6 @@ request is answered at a time, the others wait. What could change an answer and 
 choices, penalties, any other field ...) is refused, not ignored. With VLLM_API_KEY in the environment, requests need that key.
 """
 
-import argparse
 import contextlib
 import hmac
 import inspect
@@ -25,6 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from moult.errors import MoultError
+from moult.model.device import limit_threads, load_model, pick
+from moult.model.tokenizer import load_tokenizer, stop_ids
+from moult.run.cli import tool_parser
 
 LARGEST_BODY = 16 * 1024 * 1024
 
@@ -78,7 +80,7 @@ NEUTRAL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--name", required=True, help="the model's name in the API")
     parser.add_argument("--adapter", help="adapter folder; its chat template and stop tokens are used")
@@ -141,9 +143,6 @@ class Engine:
 
     def load(self) -> None:
         from transformers import PreTrainedTokenizerBase
-
-        from moult.model.device import limit_threads, load_model, pick
-        from moult.model.tokenizer import load_tokenizer, stop_ids
 
         limit_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         settings = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False, **self.args.settings}

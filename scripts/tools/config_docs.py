@@ -7,12 +7,13 @@ No rule calls it. `lora.schema.json` and `train.schema.json` hold every field of
 pinned versions with its type, so that a typo or a wrong type in the config is found before anything heavy is imported.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import _library  # noqa: F401
+
+from moult.run.cli import tool_parser
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 BEGIN, END = "<!-- tables: made by scripts/tools/config_docs.py -->", "<!-- end of tables -->"
@@ -142,7 +143,7 @@ def readme() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
     check = parser.parse_args().check
     stale = []

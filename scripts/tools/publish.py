@@ -7,7 +7,6 @@ The repository is made if it is not there, private unless --public. All files go
 repository's name in its examples. The token is huggingface_hub's: HF_TOKEN, or `hf auth login`.
 """
 
-import argparse
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import _library  # noqa: F401
 
 from moult.errors import MoultError
 from moult.model.export import PLACE
+from moult.run.cli import tool_parser
 
 # Of another model, these would be loaded with ours. A licence or a picture that somebody has put there stays.
 LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--run", required=True, help="the run")
     parser.add_argument("--repo", required=True, help="repository on the hub: name/model")
     parser.add_argument(

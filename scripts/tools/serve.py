@@ -9,16 +9,16 @@ environment of its own (serve.python), or Moult's small server on transformers. 
 first request to try. If the engine fails, its last lines are shown. Nothing of it is left behind.
 """
 
-import argparse
 import os
 
 import _library  # noqa: F401
 
+from moult.run.cli import tool_parser
 from moult.workflow.stages import places_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--run", nargs="+", required=True, help="the run; several are served as adapters of one base")
     parser.add_argument("--configfile", nargs="+", default=[], help="config files laid over config/config.yaml")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
