@@ -11,7 +11,12 @@ from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
 from moult.measuring import likelihood as module
-from moult.measuring.likelihood import batches, likelihood, mean_nll
+from moult.measuring.likelihood import Likelihood, batches, likelihood
+
+
+def mean_nll(results: list[Likelihood]) -> float:
+    """Nats per trained token."""
+    return sum(result.nll for result in results) / sum(result.tokens for result in results)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 
 def check(answer: str, expect: dict, reference: str | None = None) -> dict[str, bool]:
@@ -45,7 +47,7 @@ def _language(answer: str, code: str, reference: str | None) -> bool:
     return languages_of([answer], detector("langdetect")) == [code]
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[str, Any, str | None], bool]] = {
     "contains": _contains,
     "exact": _exact,
     "json": _json,

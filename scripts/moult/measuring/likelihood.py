@@ -86,7 +86,7 @@ def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences
     """The likelihood of each sequence (dicts with input_ids and labels), in their order. The model must be in eval mode."""
     import torch
 
-    results: list[Likelihood | None] = [None] * len(sequences)
+    results: dict[int, Likelihood] = {}
     vocabulary = model.config.get_text_config().vocab_size
     plan = batches([len(sequence["input_ids"]) for sequence in sequences], token_budget(model.device.type, vocabulary))
     with progress(len(sequences), what) as bar, torch.inference_mode():
@@ -98,9 +98,4 @@ def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences
                 mine = rows == position
                 results[index] = Likelihood(nll[mine].sum().item(), int(mine.sum()), int(correct[mine].sum()))
             bar.update(len(indices))
-    return results
-
-
-def mean_nll(results: list[Likelihood]) -> float:
-    """Nats per trained token: the sum over all tokens, divided by their number."""
-    return sum(result.nll for result in results) / sum(result.tokens for result in results)
+    return [results[index] for index in range(len(sequences))]

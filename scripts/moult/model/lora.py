@@ -10,7 +10,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 STARTS = r"gaussian|orthogonal|olora|mica|pissa(_niter_\d+)?"
 
 
-def lora_config(settings: dict, inference: bool = False):
+def lora_config(settings: dict):
     """peft.LoraConfig of the config's `lora` section. Raises MoultError for values that peft refuses, or would misread."""
     from peft import LoraConfig
 
@@ -23,7 +23,7 @@ def lora_config(settings: dict, inference: bool = False):
             "set true, false, gaussian, orthogonal, olora, mica, pissa or pissa_niter_<number>",
         )
     try:
-        return LoraConfig(task_type="CAUSAL_LM", inference_mode=inference, **settings)
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
     except (TypeError, ValueError) as error:
         raise MoultError(f"lora: {error}", "mend the lora section of the config") from None
 

@@ -227,7 +227,8 @@ def prune(state: Path, keep: int, with_best: bool) -> None:
     needed = set(folders[-keep:])
     for folder in folders[-keep:] if with_best else ():
         with contextlib.suppress(MoultError, LookupError, TypeError, ValueError):  # it was damaged meanwhile
-            needed.add(best_before(folder))
+            if best := best_before(folder):
+                needed.add(best)
     for folder in folders:
         if folder not in needed:
             shutil.rmtree(folder)

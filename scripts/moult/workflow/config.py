@@ -326,7 +326,7 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
     shared = {key: config[key] for key in schema["$defs"]["run"]["properties"] if key in config}
     no_model: dict = {}
     _fill(no_model, {"$ref": "#/$defs/model"}, schema)
-    overrides = {name: {} for name in config["datasets"]}
+    overrides: dict[str, dict] = {name: {} for name in config["datasets"]}
     overrides |= {name: run for name, run in config["runs"].items() if run is not None}
     over_runs = {key: value for key, value in config["override"].items() if key != "dataset"}
     runs, problems = {}, []

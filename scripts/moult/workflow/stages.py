@@ -122,7 +122,7 @@ def _owners(config: dict, place: str, depends_on: Callable[[str], list]) -> dict
     alike: dict[str, list[str]] = {}
     for name in config["runs"]:
         alike.setdefault(canonical(depends_on(name)), []).append(name)
-    owners = {}
+    owners: dict[str, str] = {}
     for names in alike.values():
         own = config["runs"][names[0]]["dataset"]
         made = [name for name in names if Path(config["paths"]["results"], place.format(run=name)).exists()]
