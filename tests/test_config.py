@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 import yaml
-from conftest import ROOT
+from workflow import ROOT
 
 from moult.workflow.config import (
     ConfigError,

@@ -10,6 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("config", "profiles", "rules", "scripts")
+# In the environment of the demo; nothing that looks like a real one.
+SECRETS = {
+    "HF_TOKEN": "a-token-of-the-tests-1",
+    "MY_PASSWORD": 'a "password" of the tests',
+    "SIGNING_KEY": "a-key-of-the-tests",
+}
 
 
 def checkout(folder: Path) -> Path:
