@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_plan import make as make_plan
+from planning import make as make_plan
 
 import finetune
 from moult.files import read_jsonl

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from finetuning import TORCHRUN, Run, settings, tokenizer
+from planning import make as make_plan
 from safetensors.torch import load_file
-from test_plan import make as make_plan
 from tiny import change_tensors, make_model
 
 from moult.files import read_json, read_jsonl

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from apptainer import BASE_MAKER, CACHE, TARGET, contained, local_packages, make_image, pip_setting, with_image
-from test_container import files_of_definition
+from recipes import files_of_definition
 from workflow import ROOT
 
 
