@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import examples
+import examples  # noqa: F401 (hypothesis asks for its profiles before a test is imported)
 import pytest
 from workflow import ROOT, SECRETS, checkout, snakemake
 
