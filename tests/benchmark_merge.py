@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def make(folder: Path) -> tuple[Path, Path]:
-    from test_merge import make_large_adapter, make_large_model, make_plan
+    from merging import make_large_adapter, make_large_model, make_plan
     from transformers import AutoConfig
 
     from moult.files import read_json

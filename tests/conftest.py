@@ -6,24 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import examples  # noqa: F401 (hypothesis asks for its profiles before a test is imported)
 import pytest
-from hypothesis import HealthCheck, settings
-from workflow import ROOT, checkout, snakemake
-
-# The same examples each time, about a minute in all; `--hypothesis-profile=long` looks at others, and at more.
-EVERYWHERE = {
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-}
-settings.register_profile("ci", max_examples=100, derandomize=True, **EVERYWHERE)
-settings.register_profile("long", max_examples=5000, print_blob=True, **EVERYWHERE)
-settings.load_profile("ci")
-
-
-def examples(count: int) -> settings:
-    """Settings for `count` examples; 50 times as many under `--hypothesis-profile=long`."""
-    return settings(max_examples=count * settings.default.max_examples // 100)
+from workflow import ROOT, SECRETS, checkout, snakemake
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +20,33 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def chat_of(shared, tmp_path_factory):
+    """The Chat of a family of families.py, made once."""
+    from families import FAMILIES
+    from tokenizers_for_tests import DEMO, SHIPPED, make_tokenizer
+
+    from moult.model.chat import Chat, choose_template
+
+    made: dict[str, Chat] = {}
+
+    def make(name: str) -> Chat:
+        if name not in made:
+            family = FAMILIES[name]
+            source = DEMO if family.source == "demo" else shared / family.source
+            folder, setting = source, None
+            if family.template == "shipped":
+                setting = "chatml"
+            elif family.template:
+                folder = make_tokenizer(tmp_path_factory.mktemp("family"), source, **family.tokenizer)
+                setting = str(shared / "chat_templates" / f"{family.template}.jinja")
+            template, _ = choose_template(str(folder), setting, SHIPPED)
+            made[name] = Chat(str(folder), template, family.settings)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture
 def run_script():
     """Run a stage as a rule does: `run_script("prepare", "--train", path, ...)` -> returncode, stdout, stderr."""
@@ -44,14 +56,6 @@ def run_script():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
     return run
-
-
-# In the environment of the demo; nothing that looks like a real one.
-SECRETS = {
-    "HF_TOKEN": "a-token-of-the-tests-1",
-    "MY_PASSWORD": 'a "password" of the tests',
-    "SIGNING_KEY": "a-key-of-the-tests",
-}
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,17 @@
 
 import subprocess
 import sys
-from functools import reduce
 
 import pytest
 import yaml
-from conftest import ROOT
+from configs import BASE, SCHEMA, config
+from workflow import ROOT
 
 from moult.workflow.config import (
     ConfigError,
     dataset_slug,
     duplicate_keys,
     is_local,
-    load_schema,
     local_model,
     merged,
     misplaced,
@@ -21,19 +20,6 @@ from moult.workflow.config import (
     slug,
 )
 from moult.workflow.stages import stage_settings
-
-SCHEMA = load_schema(str(ROOT / "config"))
-BASE = """
-model: {name: org/base, chat_template: chatml}
-datasets:
-  a: {source: a.jsonl}
-  b: {source: [b.jsonl, {path: c.jsonl, weight: 2}]}
-"""
-
-
-def config(*texts: str) -> dict:
-    """BASE with the texts laid over it as --configfile does, resolved."""
-    return resolve(reduce(merged, map(yaml.safe_load, texts), yaml.safe_load(BASE)), SCHEMA)
 
 
 def problems(text: str) -> list[str]:

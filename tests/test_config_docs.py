@@ -4,7 +4,7 @@ import copy
 
 import config_docs
 import pytest
-from conftest import ROOT
+from workflow import ROOT
 
 from moult.workflow.config import load_schema
 

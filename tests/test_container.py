@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipes import files_of_definition, files_of_dockerfile, recipe
 from workflow import ROOT, snakemake
 
 from moult.errors import MoultError
@@ -233,20 +234,6 @@ def test_runs_with_and_without_containers_agree(demo, tmp_path):
 
 
 # --- the recipes ------------------------------------------------------------------------------------------------------
-
-
-def recipe(name: str) -> str:
-    return (ROOT / "containers" / name).read_text()
-
-
-def files_of_definition(name: str) -> set[str]:
-    """What %files copies into the image."""
-    section = re.search(r"^%files\n((?: .*\n|\n)*)", recipe(name), re.MULTILINE)[1]
-    return {line.split()[0] for line in section.splitlines() if line.strip() and not line.strip().startswith("#")}
-
-
-def files_of_dockerfile(name: str) -> set[str]:
-    return {path for line in re.findall(r"^COPY (.*) \S+$", recipe(name), re.MULTILINE) for path in line.split()}
 
 
 RECIPES = [("train.def", "Dockerfile"), ("serve.def", "Dockerfile.serve")]

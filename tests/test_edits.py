@@ -7,29 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import FOLDERS, planned, snakemake
+from workflow import FOLDERS, edit_config, planned, set_key, snakemake
 
 from moult.workflow.stages import STAGES
 
 TARGET = "results/demo/metrics.json"
 # What it takes to get there with a local model and local rows.
 MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
-
-
-def edit_config(folder: Path, change) -> None:
-    path = folder / "config" / "config.yaml"
-    config = yaml.safe_load(path.read_text())
-    change(config)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def set_key(*keys, value):
-    def change(config):
-        for key in keys[:-1]:
-            config = config.setdefault(key, {})
-        config[keys[-1]] = value
-
-    return lambda folder: edit_config(folder, change)
 
 
 def reorder(folder: Path) -> None:

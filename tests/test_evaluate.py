@@ -6,7 +6,8 @@ from argparse import Namespace
 import pyarrow.parquet
 import pytest
 import torch
-from test_merge import LORA, Log, make_plan, run_merge
+from merging import make_plan, run_merge
+from planning import LORA, Log
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model

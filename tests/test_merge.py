@@ -6,68 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from benchmark_merge import WATCH
+from merging import make_large_adapter, make_large_model, make_plan, run_merge
+from planning import LORA
 from safetensors.torch import load_file
-from tiny import change_tensors, copy, make_adapter, make_model, make_tokens
+from tiny import change_tensors, copy, make_adapter, make_model
 
 import merge
-import plan
 from moult.errors import MoultError
 from moult.files import read_json, sha256_folder
 from moult.model import safetensors as weights
 from moult.model.safetensors import read_header, read_tensors
-
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-TRAIN = {
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "gpu": 1,
-    "nodes": 1,
-    "packing": False,
-    "packing_strategy": "bfd",
-    "save_total_limit": 2,
-    "warmup_steps": 0,
-    "gradient_checkpointing": "auto",
-}
-
-
-class Log:
-    def __init__(self):
-        self.lines = []
-
-    def info(self, message, *values):
-        self.lines.append(message % values)
-
-    debug = warning = info
-
-
-def make_plan(base: Path, tmp_path: Path, lora: dict) -> Path:
-    model = {"dtype": "float32", "attn_implementation": None, "chat_template_kwargs": {}, "trust_remote_code": False}
-    tokens = make_tokens(tmp_path / "tokens")
-    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=[], out=str(tmp_path / "plan.json"))
-    plan.plan({"lora": lora, "train": TRAIN, **model}, arguments, Log())
-    return tmp_path / "plan.json"
-
-
-def run_merge(base: Path, adapter: Path, tmp_path: Path) -> tuple[Path, Log]:
-    log = Log()
-    arguments = Namespace(
-        model=str(base),
-        plan=str(tmp_path / "plan.json"),
-        tokens=str(tmp_path / "tokens"),
-        adapter=str(adapter),
-        merged=str(tmp_path / "merged"),
-        summary=str(tmp_path / "merge.json"),
-        threads=1,
-    )
-    merge.merge({"trust_remote_code": False}, arguments, log)
-    return tmp_path / "merged", log
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -412,41 +365,3 @@ def test_two_gigabytes_in_shards_within_one_gigabyte_of_memory(tmp_path):
     for name, tensor in all_tensors(tmp_path / "merged").items():
         assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
     assert set(read_tensors(tmp_path / "merged")) == set(read_tensors(base))
-
-
-def make_large_model(folder: Path, config) -> Path:
-    """Random bfloat16 weights in four shards, without building the model."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    torch.manual_seed(0)
-    names = list(shapes)
-    index = {}
-    for shard in range(4):
-        part = names[shard * len(names) // 4 : (shard + 1) * len(names) // 4]
-        file = f"model-0000{shard + 1}-of-00004.safetensors"
-        tensors = {name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02) for name in part}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return folder
-
-
-def make_large_adapter(targets: dict, folder: Path, lora: dict) -> Path:
-    from safetensors.torch import save_file
-
-    from moult.model.lora import lora_config
-
-    torch.manual_seed(1)
-    tensors = {}
-    for module, target in targets.items():
-        rows, columns = target["shape"]
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(target["r"], columns) * 0.02
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, target["r"]) * 0.02
-    config = lora_config({**lora, "target_modules": sorted({module.rsplit(".", 1)[-1] for module in targets})})
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder

@@ -5,31 +5,13 @@ from argparse import Namespace
 
 import pytest
 import torch
-from test_merge import LORA, TRAIN, Log
+from planning import LORA, make
 from tiny import make_model, make_tokens
 
 import plan
 from moult.errors import MoultError
 from moult.files import read_json
 from plans import GIB, room
-
-
-def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
-    settings = {
-        "lora": {**LORA, **(lora or {})},
-        "train": {**TRAIN, **(train or {})},
-        "dtype": dtype,
-        "attn_implementation": attention,
-        "chat_template_kwargs": {},
-        "trust_remote_code": False,
-    }
-    tokens = tmp_path / "tokens"
-    if not tokens.exists():
-        make_tokens(tokens)
-    log = Log()
-    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=prompts, out=str(tmp_path / "plan.json"))
-    plan.plan(settings, arguments, log)
-    return read_json(tmp_path / "plan.json"), log
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])

@@ -6,7 +6,7 @@ import random
 from argparse import Namespace
 
 import pytest
-from test_merge import Log
+from planning import Log
 
 import score
 from moult.errors import MoultError

@@ -8,11 +8,11 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from conftest import ROOT, SECRETS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import make_model
 from tokenizers_for_tests import CHATML, DEMO, assistant, make_tokenizer, user
+from workflow import ROOT, SECRETS
 
 import encode
 import plan

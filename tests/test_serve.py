@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from test_workflow import again, planned, set_key  # noqa: F401  (a fixture)
 from tiny import change_tensors
-from workflow import ROOT, snakemake
+from workflow import ROOT, planned, set_key, snakemake
 
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
@@ -352,7 +351,7 @@ def demo_smoke_test(folder: Path, *arguments: str) -> tuple[int, dict, str]:
 
 
 @pytest.mark.slow
-def test_the_demo_is_served_as_it_was_measured(again):  # noqa: F811
+def test_the_demo_is_served_as_it_was_measured(again):
     """Also where port 8080 is taken; and it is not done twice."""
     with socket.socket() as other:
         try:
@@ -375,7 +374,7 @@ def test_the_demo_is_served_as_it_was_measured(again):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_smoke_tests_side_by_side_and_an_adapter(again):  # noqa: F811
+def test_two_smoke_tests_side_by_side_and_an_adapter(again):
     (again / "adapter.yaml").write_text("runs: {demo: {serve: {mode: adapter}}}")
     with ThreadPoolExecutor(2) as pool:
         merged = pool.submit(demo_smoke_test, again, "--log-file", "a.log")
@@ -418,7 +417,7 @@ def other_weights(merged: Path) -> None:
     ("change", "check"),
     [(change_template, "prompt_tokens"), (swap_tokenizer, "prompt_tokens"), (other_weights, "likelihood")],
 )
-def test_what_is_not_what_was_measured_is_caught(change, check, again):  # noqa: F811
+def test_what_is_not_what_was_measured_is_caught(change, check, again):
     """By what the server says, and by the file's hash where it is on this machine."""
     change(again / "results/demo/merged")
     code, checks, said = demo_smoke_test(again)
@@ -426,7 +425,7 @@ def test_what_is_not_what_was_measured_is_caught(change, check, again):  # noqa:
 
 
 @pytest.mark.slow
-def test_make_serve_keeps_a_server_until_it_is_told_to_end(again):  # noqa: F811
+def test_make_serve_keeps_a_server_until_it_is_told_to_end(again):
     command = [sys.executable, "scripts/tools/serve.py", "--run", "demo", "--threads", "1", "--configfile", "mine.yaml"]
     port, environment = free_port(), {**os.environ, "MY_KEY": "a-key-of-the-tests"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from workflow import ROOT
 
 from moult.data.readers import expand, read_rows
 from moult.errors import MoultError

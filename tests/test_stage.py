@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
-from conftest import ROOT
+from workflow import ROOT
 
 from moult.errors import MoultError
 from moult.parallel import ordered_map

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from test_config import BASE, SCHEMA, config
+from configs import BASE, SCHEMA, config
 
 from moult.files import canonical
 from moult.workflow.config import merged, resolve

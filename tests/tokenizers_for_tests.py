@@ -4,10 +4,15 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+import pytest
+
+from moult.data.labels import sequences_of
 from moult.data.sequence import IGNORE, Sequence
+from moult.model.chat import Chat, Unrenderable
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "config" / "demo" / "base"
+SHIPPED = str(ROOT / "config" / "chat_templates")
 CHATML = (ROOT / "config" / "chat_templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
@@ -94,6 +99,16 @@ def answered(text: str, number: int = 1) -> dict:
     return {"role": "tool", "content": text, "tool_call_id": f"call{number:05d}"}
 
 
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Finds it.", "parameters": {}}}]
+ASKED = [user("Where is it?"), assistant("Here.")]
+
+# ChatML in its shortest form; the tests change parts of it.
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def spans(labels: list[int]) -> list[tuple[int, int]]:
     """(start, end) of what is trained in one piece."""
     found, at = [], 0
@@ -137,3 +152,13 @@ def server_ids(chat, messages: list[dict], tools: list[dict] | None) -> list[int
 
 def decode(chat, ids: list[int]) -> str:
     return chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def refusal(chat: Chat, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, str]:
+    with pytest.raises(Unrenderable) as error:
+        sequences_of(chat, {"messages": messages, "tools": tools})
+    return error.value.reason, str(error.value)
+
+
+def said(chat: Chat, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
+    return list(turns(chat, messages, tools, sequences_of(chat, {"messages": messages, "tools": tools})).values())

@@ -8,8 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("config", "profiles", "rules", "scripts")
+# In the environment of the demo; nothing that looks like a real one.
+SECRETS = {
+    "HF_TOKEN": "a-token-of-the-tests-1",
+    "MY_PASSWORD": 'a "password" of the tests',
+    "SIGNING_KEY": "a-key-of-the-tests",
+}
 
 
 def checkout(folder: Path) -> Path:
@@ -42,6 +50,22 @@ def planned(folder: Path, *arguments: str) -> set[str]:
         return set()
     table = output[output.index("Job stats:") :].split("total")[0]
     return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE))
+
+
+def edit_config(folder: Path, change) -> None:
+    path = folder / "config" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def set_key(*keys, value):
+    def change(config):
+        for key in keys[:-1]:
+            config = config.setdefault(key, {})
+        config[keys[-1]] = value
+
+    return lambda folder: edit_config(folder, change)
 
 
 def write_rows(folder: Path, rows: list, name: str = "rows.jsonl") -> None:

@@ -4,8 +4,8 @@ import contextlib
 import json
 import shutil
 
-from anything import TEXTS, nested
-from conftest import examples
+from examples import examples
+from fuzz.anything import TEXTS, nested
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,10 +5,11 @@ import random
 
 import pytest
 import yaml
-from anything import SCALARS, TEXTS, deep, nested, one_error
-from conftest import ROOT, examples
+from examples import examples
+from fuzz.anything import SCALARS, TEXTS, deep, nested, one_error
 from hypothesis import given
 from hypothesis import strategies as st
+from workflow import ROOT
 
 from moult.errors import MoultError
 from moult.files import canonical

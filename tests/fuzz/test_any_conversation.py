@@ -4,11 +4,11 @@ import json
 import unicodedata
 
 import pytest
-from anything import ANY_ROW
-from conftest import examples
+from examples import examples
+from families import FAMILIES
+from fuzz.anything import ANY_ROW
 from hypothesis import given
 from hypothesis import strategies as st
-from test_templates import FAMILIES, chat_of  # noqa: F401 (a fixture)
 from tokenizers_for_tests import CHATML, DEMO, assistant, system, turns, user
 
 import encode
@@ -73,7 +73,7 @@ def dense(text: str) -> str:
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @examples(20)
 @given(first=st.none() | WORDS, exchanges=EXCHANGES, tools=st.booleans())
-def test_trained_is_what_the_assistant_says(name, first, exchanges, tools, chat_of):  # noqa: F811
+def test_trained_is_what_the_assistant_says(name, first, exchanges, tools, chat_of):
     chat, family = chat_of(name), FAMILIES[name]
     messages = [] if first is None else [system(first)]
     for question, answer, thought, trained in exchanges:

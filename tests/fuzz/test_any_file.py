@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from anything import ANY_ROW, COLUMNS, TEXTS, dumped, nested, one_error
-from conftest import examples
+from examples import examples
+from fuzz.anything import ANY_ROW, COLUMNS, TEXTS, dumped, nested, one_error
 from hypothesis import given
 from hypothesis import strategies as st
 

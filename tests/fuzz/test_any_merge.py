@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from anything import TEXTS, dumped, nested, one_error
-from conftest import examples
+from examples import examples
+from fuzz.anything import TEXTS, dumped, nested, one_error
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

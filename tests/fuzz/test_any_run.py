@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from anything import ANY_ROW, TEXTS, dumped, one_error
-from conftest import ROOT, examples
+from examples import examples
+from fuzz.anything import ANY_ROW, TEXTS, dumped, one_error
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_for_tests import DEMO
+from workflow import ROOT
 
 import encode
 import plan

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another file)
 """finetune, hit at chosen instants: by a signal, by a full disk, by a folder that cannot be written.
 
 tests/torture/ does the same at random instants to the whole workflow. Here each attempt is a fork of a process that has
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_finetune import Run, base, run, settings, tokens  # noqa: F401
+from finetuning import Run, settings
 
 import finetune
 from moult.files import read_jsonl

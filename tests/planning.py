@@ -1,0 +1,50 @@
+"""Plans of small models, made in this process."""
+
+from argparse import Namespace
+
+from tiny import make_tokens
+
+import plan
+from moult.files import read_json
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+TRAIN = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "gpu": 1,
+    "nodes": 1,
+    "packing": False,
+    "packing_strategy": "bfd",
+    "save_total_limit": 2,
+    "warmup_steps": 0,
+    "gradient_checkpointing": "auto",
+}
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, message, *values):
+        self.lines.append(message % values)
+
+    debug = warning = info
+
+
+def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
+    settings = {
+        "lora": {**LORA, **(lora or {})},
+        "train": {**TRAIN, **(train or {})},
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "chat_template_kwargs": {},
+        "trust_remote_code": False,
+    }
+    tokens = tmp_path / "tokens"
+    if not tokens.exists():
+        make_tokens(tokens)
+    log = Log()
+    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=prompts, out=str(tmp_path / "plan.json"))
+    plan.plan(settings, arguments, log)
+    return read_json(tmp_path / "plan.json"), log

@@ -1,0 +1,53 @@
+"""prepare, run in this process on rows made on the spot."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+from workflow import ROOT
+
+import prepare
+from moult.workflow.config import load_schema, resolve
+from moult.workflow.stages import stage_settings
+
+SCHEMA = load_schema(str(ROOT / "config"))
+OUTPUTS = ("train.jsonl", "val.jsonl", "metadata.json")
+SPOKEN = {"prompt": "What is the weather like in the city today?", "completion": "It is sunny and very warm outside."}
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def stage_input(seed: int = 0, **dataset) -> dict:
+    """What the rule passes for a dataset of these settings."""
+    config = {"seed": seed, "model": {"name": "m"}, "datasets": {"d": dataset}}
+    return stage_settings(resolve(config, SCHEMA), "prepare", "d")
+
+
+def arguments(folder, threads: int = 1) -> dict:
+    return {name.partition(".")[0]: str(folder / name) for name in OUTPUTS} | {"threads": threads}
+
+
+def run(folder, threads: int = 1, **dataset) -> SimpleNamespace:
+    """Prepare in this process: the rows of both parts and the metadata."""
+    prepare.prepare(stage_input(**dataset), SimpleNamespace(**arguments(folder, threads)), logging.getLogger("test"))
+    train, val = [[json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] for name in OUTPUTS[:2]]
+    metadata = json.loads((folder / "metadata.json").read_text())
+    summaries = {f"{part}_summary": metadata.pop(part) for part in ("train", "val")}
+    return SimpleNamespace(train=train, val=val, **summaries, **metadata)
+
+
+def pairs(count: int, start: int = 0) -> list[dict]:
+    return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(start, start + count)]
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(file, rows) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(lines(*rows))
+    return str(file)
+
+
+def prompts(rows: list[dict]) -> list[str]:
+    return [row["messages"][0]["content"] for row in rows]
