@@ -100,7 +100,7 @@ REFUSED = [
     ("serve: {vllm: {config: more.yaml}}", "serve.vllm.config: not yours to set: a file of options …"),
     ("serve: {vllm: {ssl_keyfile: k.pem}}", "serve.vllm.ssl_keyfile: not yours to set: `make serve` …"),
     ("serve: {vllm: {enforce_eager: null}}", "serve.vllm.enforce_eager: expected string or number or …"),
-    ("serve: {vllm: {api-key: secret}}", "serve.vllm.api-key: not yours to set: write it with _ for -"),
+    ("serve: {vllm: {api-key: secret}}", "serve.vllm.api-key: not yours to set: write _ instead of -"),
     (
         "runs: {a: {serve: {vllm: {max_lora_rank: 8}}}}",
         "runs.a.serve.vllm.max_lora_rank: not yours to set: it follows from the adapter",

@@ -11,7 +11,7 @@ from moult.workflow.config import load_schema
 
 @pytest.mark.slow
 def test_all_derived_files_are_up_to_date(run_script):
-    result = run_script("config_docs", "--check")
+    result = run_script("tools/config_docs", "--check")
     assert (result.returncode, result.stdout) == (0, "all up to date\n"), "run: make schema"
 
 

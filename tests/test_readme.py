@@ -1,28 +1,170 @@
-"""The README says what is so: its commands run, its tables and its picture are those of the code."""
+"""The documentation says what is so: every command works, and tables, examples and the picture are those of the code."""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
 from workflow import ROOT, checkout, snakemake, write_rows
 
-README = (ROOT / "README.md").read_text()
+from moult import __version__
+from moult.data.conversation import FORMATS, find_format, normalise
+from moult.workflow.config import load_schema, resolve
+
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        "config/README.md",
+        "config/recipes/README.md",
+        "containers/README.md",
+        "profiles/README.md",
+        "scripts/moult/measuring/README.md",
+        "BENCHMARKS.md",
+        "SECURITY.md",
+    )
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCHEMA = load_schema(str(ROOT / "config"))
 
 
-def block(name: str) -> str:
-    """The code block behind `<!-- name -->`."""
-    return re.search(rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```", README, re.DOTALL)[1]
+def block(page: str, name: str) -> str:
+    """The code block below `<!-- name -->`."""
+    return re.search(rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```", PAGES[page], re.DOTALL)[1]
 
 
-def test_the_picture_is_the_dag(demo):
-    drawn = set(re.findall(r"^ +(\w+) --> (\w+)$", README, re.MULTILINE))
+def table(page: str, name: str) -> list[list[str]]:
+    """The cells of the table below `<!-- name -->`, without its head."""
+    text = re.search(rf"<!-- {name} -->\n((?:\|.*\n)+)", PAGES[page])[1]
+    return [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Every command of every page: the indented lines, and what is set as code and begins with a program of ours."""
+    found = []
+    for text in PAGES.values():
+        text = FENCE.sub("", text)
+        indented = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE)
+        found += [re.sub(r"(^| {2,})#.*", "", line) for line in indented]
+        found += re.findall(r"`((?:make |docker |python scripts/)[^`]*)`", text)
+    return [command for command in dict.fromkeys(found) if command]
+
+
+@pytest.fixture(scope="module")
+def users_folder(tmp_path_factory) -> Path:
+    """A checkout with the README's mine.yaml."""
+    folder = checkout(tmp_path_factory.mktemp("docs"))
+    (folder / "mine.yaml").write_text(block("README.md", "mine.yaml"))
+    return folder
+
+
+def check_snakemake(words: list[str], folder: Path) -> None:
+    """A dry run finds the target, the options and the config. (test_workflow.py and tests/integration run the stages.)"""
+    if "--dag" not in words:
+        words = [*words, "-n"]
+    assert re.search(r"^plans?\b|score|smoke_test|check_connectivity|digraph", snakemake(folder, *words), re.MULTILINE)
+
+
+def check_make(words: list[str], folder: Path) -> None:
+    # What the text calls `make serve` says in full in an example.
+    subprocess.run(
+        ["make", "--dry-run", "RUN=run", "REPO=name/model", *words], cwd=ROOT, capture_output=True, check=True
+    )
+
+
+def check_python(words: list[str], folder: Path) -> None:
+    """The script is there and knows the options."""
+    if words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    elif words[0] != "-m":
+        command = [sys.executable, words[0], "--help"]
+        known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert all(re.search(rf"{word}\b", known) for word in words[1:] if word.startswith("-"))
+
+
+def check_docker(words: list[str], folder: Path) -> None:
+    file = Path(words[words.index("-f") + 1])
+    assert (ROOT / file).is_file()
+    if words[0] == "build":
+        assert words[words.index("-t") + 1] == f"moult-train:{__version__}"
+    elif "run" in words:
+        service = words[words.index("--rm") + 1]
+        assert service in yaml.safe_load((ROOT / file).read_text())["services"]
+        check(shlex.join(words[words.index(service) + 1 :]), folder)
+
+
+def check_nothing(words: list[str], folder: Path) -> None:
+    """Sets up the shell or an environment: only the files that it names can be looked at."""
+    assert all((ROOT / word).exists() for word in words if word.startswith("envs/"))
+
+
+CHECKS = {
+    "snakemake": check_snakemake,
+    "make": check_make,
+    "python": check_python,
+    "docker": check_docker,
+    **dict.fromkeys(("source", "export", "python3", "/opt/vllm/bin/pip"), check_nothing),
+}
+
+
+def check(command: str, folder: Path) -> None:
+    for part in command.split(" && "):
+        words = shlex.split(part.split(" | ")[0].split(" > ")[0])
+        if words[0] in CHECKS:
+            CHECKS[words[0]](words[1:], folder)
+        else:
+            assert part == "cat benchmarks/demo/*.jsonl", f"no check for: {part}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_works(command, users_folder):
+    check(command, users_folder)
+
+
+def test_the_commands_are_found():
+    text = "\n".join(commands())
+    for command in ("make demo", "make test", "--profile slurm", "--use-singularity", "compose.yaml up"):
+        assert command in text
+    assert len(commands()) > 30
+
+
+# --- files and links --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings], (
+            link
+        )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for path in re.findall(r"`((?:scripts|config|envs|rules|profiles|containers|tests)/[\w./-]*)`", PAGES[page]):
+        assert (ROOT / path).exists() or path.endswith((".sif", ".env")), path
+
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_the_dag(users_folder):
+    chains = [line.split() for line in block("README.md", "dag").splitlines() if " --> " in line]
+    drawn = {edge for chain in chains for edge in pairwise(chain[::2])}
     command = [sys.executable, "-m", "snakemake", "results/demo/metrics.json", "--rulegraph", "mermaid-js"]
-    graph = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True).stdout
+    graph = subprocess.run(command, cwd=users_folder, capture_output=True, text=True, check=True).stdout
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", graph))
     edges = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", graph)}
     reach = {name: reachable(name, edges) for name in names.values()}
@@ -50,48 +192,19 @@ def test_the_demo_prints_such_a_table(demo):
     def labels(text: str) -> list[str]:
         return [re.split(r" {2,}| \d", line.strip())[0] for line in text.strip().splitlines() if line.strip()]
 
-    assert labels(shown) == labels(block("demo"))
+    assert labels(shown) == labels(block("README.md", "demo"))
 
 
-def test_the_example_config_is_valid_and_its_commands_run(tmp_path):
-    """Every snakemake line of the README, with the example's model and dataset replaced by local ones."""
-    folder = checkout(tmp_path)
-    config = yaml.safe_load(block("mine.yaml"))
-    from moult.workflow.config import load_schema, resolve
-
-    assert set(resolve(config, load_schema(str(ROOT / "config")))["runs"]) == {"gsm8k", "gsm8k-r64"}
-    config["model"] = {"name": "config/demo/base"}
-    config["datasets"]["gsm8k"]["source"] = "rows.jsonl"
-    write_rows(
-        folder, [{"question": f"What is {n} plus {n}, my friend?", "answer": f"#### {2 * n}"} for n in range(60)]
-    )
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**config, "override": {"train": {"max_steps": 2}}}))
-    commands = re.findall(r"^    snakemake (.*?)(?: +#.*)?$", README, re.MULTILINE)
-    assert len(commands) == 11
-    for command in commands:
-        arguments = shlex.split(command.split(" | ")[0])
-        if "check_connectivity" in arguments:
-            continue  # test_connectivity.py runs it
-        if "--cores" in arguments or "--profile" in arguments:  # tests/integration runs the latter on a Slurm
-            arguments.append("-n")
-        output = snakemake(folder, *arguments)
-        assert any(
-            word in output
-            for word in (
-                "results/gsm8k/metrics.json",
-                "results/gsm8k/plan.json",
-                "digraph",
-                "results/gsm8k/smoke_test.json",
-            )
-        )
+def test_every_result_that_is_listed_is_made(demo):
+    listed = re.findall(r"^\| `results/(\S+)` \|", PAGES["README.md"], re.MULTILINE)
+    assert len(listed) > 5
+    for path in listed:
+        assert (demo / "results" / re.sub(r"<\w+>", "demo", path)).exists(), path
 
 
-def test_metrics_table(tmp_path):
-    schema = json.loads((ROOT / "scripts" / "moult" / "measuring" / "metrics.schema.json").read_text())
-    table = re.search(r"<!-- metrics -->\n(.*?)<!-- end of metrics -->", README, re.DOTALL)[1]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
-    expected = {name: field["description"] for name, field in schema["properties"].items() if "description" in field}
-    assert rows == expected
+def test_the_example_config_is_valid():
+    config = yaml.safe_load(block("README.md", "mine.yaml"))
+    assert set(resolve(config, SCHEMA)["runs"]) == {"gsm8k", "gsm8k-r64"}
 
 
 def test_the_failure_that_the_readme_shows(tmp_path):
@@ -100,16 +213,51 @@ def test_the_failure_that_the_readme_shows(tmp_path):
     config = {"model": {"name": "config/demo/base"}, "datasets": {"mine": {"source": "rows.jsonl"}}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
     output = snakemake(folder, "results/mine/metrics.json", "--configfile", "mine.yaml", code=1)
-    shown = re.search(r"^    runs +stage .*?prepare\.log$", README, re.MULTILINE | re.DOTALL)
-    assert f"\n{textwrap.dedent(shown[0])}\n" in output
-    assert len(list((folder / "logs" / "mine" / "attempts").iterdir())) == 1
+    assert f"\n{block('README.md', 'failure')}" in output
+    assert len(list((folder / "logs" / "mine" / "attempts").glob("*.log"))) == 1
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:scripts|config|envs)/[\w./]*)`|\]\(([\w./]+)\)", README)))
-)
-def test_files_that_the_readme_names_exist(path):
-    assert (ROOT / "".join(path)).exists()
+# --- the other pages --------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_metrics_is_the_schema():
+    schema = json.loads((ROOT / "scripts" / "moult" / "measuring" / "metrics.schema.json").read_text())
+    expected = [
+        [f"`{name}`", field["description"]] for name, field in schema["properties"].items() if "description" in field
+    ]
+    assert table("scripts/moult/measuring/README.md", "metrics") == expected
+
+
+def test_every_format_is_shown():
+    shown = {name.strip("`"): json.loads(row.strip("`")) for name, row in table("config/recipes/README.md", "formats")}
+    assert set(shown) == set(FORMATS)
+    for name, row in shown.items():
+        assert find_format(row, {}, "auto") == name
+        normalise(row, {}, name)
+
+
+def test_all_recipes_are_valid_and_go_together(users_folder):
+    """Each for itself, and the workflow with all of them: some have no model or dataset, which the others bring."""
+    recipes = [
+        yaml.safe_load(text) for kind, text in FENCE.findall(PAGES["config/recipes/README.md"]) if kind == "yaml"
+    ]
+    assert len(recipes) > 10
+    least = {"model": {"name": "org/model"}}
+    files = []
+    for number, recipe in enumerate(recipes):
+        resolve({**least, **recipe}, SCHEMA)
+        for dataset in recipe.get("datasets", {}).values():
+            entries = dataset["source"] if isinstance(dataset["source"], list) else [dataset["source"]]
+            named = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
+            for path in [*named, *filter(None, [dataset.get("val_source")])]:
+                file = users_folder / path.replace("*", "any")
+                file.parent.mkdir(exist_ok=True)
+                file.touch()
+        files.append(f"recipe-{number}.yaml")
+        (users_folder / files[-1]).write_text(yaml.safe_dump(recipe))
+    output = snakemake(users_folder, "plans", "-n", "--configfile", *files, "--config", "paths={models: null}")
+    for run in ("mixture", "faq-slow", "scraped"):
+        assert f"results/{run}/plan.json" in output
 
 
 def test_nothing_of_the_makers_is_in_the_repository():

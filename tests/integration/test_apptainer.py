@@ -193,9 +193,9 @@ def docker_sif(base, open_folder):
 
 
 def test_the_whole_workflow_in_the_image_of_the_dockerfile(docker_sif, demo, open_folder):
-    """With the README's command, as `docker compose run` does it, for a user that the image does not know."""
+    """With the command of containers/README.md, as `docker compose run` does it, for a user that the image does not know."""
     pattern = r"^    docker compose -f containers/compose\.yaml run --rm moult (.*)$"
-    (command,) = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
+    (command,) = re.findall(pattern, (ROOT / "containers/README.md").read_text(), re.MULTILINE)
     (open_folder / "moult").mkdir()
     folder = checkout(open_folder / "moult")
     give_to_nobody(folder)
