@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rooms import MAY_IMPORT
 from workflow import ROOT, snakemake
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -63,6 +64,4 @@ def test_the_map_names_what_is_there():
     for path in re.findall(r"`((?:rules|scripts|config|tests|profiles)/[\w./]*)`", PAGE):
         assert (ROOT / path).exists() or path in {step[0] for step in steps()}, path
     walls = dict(re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", PAGE, re.MULTILINE))
-    from test_code import MAY_IMPORT
-
     assert {room: set(re.findall(r"\w+", names)) for room, names in walls.items()} == MAY_IMPORT
