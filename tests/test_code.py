@@ -126,6 +126,11 @@ def test_the_init_of_a_room_says_what_the_room_is_for_and_does_nothing(room):
     assert isinstance(statement, ast.Expr) and isinstance(statement.value.value, str)
 
 
+@pytest.mark.parametrize("path", sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.py")))
+def test_a_file_has_at_most_500_lines(path):
+    assert len(read(path).splitlines()) <= 500
+
+
 def test_every_stage_has_a_script_a_rule_a_log_and_a_benchmark_of_its_name():
     rules = {path.stem: path.read_text() for path in (ROOT / "rules").glob("*.smk")}
     for stage, script in SCRIPT_OF.items():
