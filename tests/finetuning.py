@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from planning import make as make_plan
 
 import finetune
@@ -67,11 +68,14 @@ class Run:
             *("--training-log", str(f / "training_log.jsonl"), "--log-file", str(f / "finetune.log"), *more),
         ]
 
-    def go(self, *more: str, code: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        command = self.command(*more)
+    def go(self, *more: str, code: int = 0, launcher: tuple[str, ...] = (), before=None) -> subprocess.CompletedProcess:
+        """Run the stage in a fork (`before`: see `forked.run`), or with a launcher of its own."""
+        python, *command = self.command(*more)
         if launcher:
-            command[:1] = launcher
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
+        else:
+            returncode, said = forked.run(command, before=before)
+            done = subprocess.CompletedProcess([python, *command], returncode, stderr=said)
         assert done.returncode == code, done.stderr[-5000:]
         return done
 

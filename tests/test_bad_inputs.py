@@ -4,22 +4,17 @@ import re
 
 import pytest
 from bad_inputs import adapter, config, dataset, environment, model, template, training
-from bad_inputs.case import SECRET, go, start_server
+from bad_inputs.case import SECRET, go
 
 KINDS = (config, dataset, model, template, training, adapter, environment)
 CASES = [(kind.__name__.split(".")[1], case) for kind in KINDS for case in kind.CASES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    start_server()
 
 
 @pytest.mark.parametrize("case", [case for _, case in CASES], ids=[f"{kind}: {case.name}" for kind, case in CASES])
 def test_bad_input(case, tmp_path):
     case.lay_out(tmp_path)
     before = set(tmp_path.rglob("results/**"))
-    end = go(case, tmp_path, {"MOULT_TEST_TOKEN": SECRET})
+    end = go(case, tmp_path)
     assert end.code == case.code, end.console
     assert re.fullmatch(re.escape(case.says).replace(re.escape("<...>"), ".*"), end.said), end.said
     assert "what to do: unexpected" not in end.said

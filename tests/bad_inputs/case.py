@@ -1,21 +1,16 @@
 """A case, the sound input that it spoils, and how a stage is run as its rule does it."""
 
-import contextlib
-import io
+import functools
 import json
-import multiprocessing
-import os
 import re
 import resource
-import runpy
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 
+import forked
 import yaml
 from workflow import FOLDERS, ROOT, write_rows
 
@@ -93,57 +88,10 @@ class Case:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def start_server() -> None:
-    """The process that the others are forked from: importing torch and trl takes seconds, and is done once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["snakemake.cli", "snakemake.workflow", "peft", "trl.trainer.sft_trainer"])
-    with environment({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}):
-        forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def environment(variables: dict):
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def run(command: list[str], folder: Path, variables: dict, largest: int | None = None) -> tuple[int, str]:
-    """Exit code and console of `python <command>` in `folder`, in a process of its own."""
-    console = folder / "console.txt"
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_become, args=(command, folder, variables, largest, console)
-    )
-    process.start()
-    process.join(120)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise TimeoutError(f"{command}: {console.read_text()}")
-    return process.exitcode, console.read_text()
-
-
-def _become(command: list[str], folder: Path, variables: dict, largest: int | None, console: Path) -> None:
-    os.chdir(folder)
-    if largest:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    os.environ.update({"XDG_CACHE_HOME": str(folder / ".cache"), **variables})
-    with console.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True) for number in (1, 2))
-    sys.argv = command
-    if command[0] == "snakemake":
-        from snakemake.cli import main
-
-        main()
-    else:
-        sys.path.insert(0, str(folder / Path(command[0]).parent))
-        runpy.run_path(command[0], run_name="__main__")
+def run(case: Case, command: list[str], folder: Path, largest_file: int | None = None) -> tuple[int, str]:
+    variables = {"XDG_CACHE_HOME": str(folder / ".cache"), "MOULT_TEST_TOKEN": SECRET, **case.environment}
+    limit = largest_file and functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    return forked.run(command, folder, variables, limit)
 
 
 _JOB = re.compile(r"^(?:local)?rule (\w+):\n((?: {4}[^\n]*\n)+)Shell command:\s*(.*?)\n\s*\n", re.MULTILINE | re.DOTALL)
@@ -163,14 +111,13 @@ class End:
     log: Path | None = None
 
 
-def go(case: Case, folder: Path, variables: dict) -> End:
+def go(case: Case, folder: Path) -> End:
     """Run the case as a user would.
 
     Snakemake looks at the input and prints the commands of its jobs; these run one after the other until one fails.
     """
-    variables = {**variables, **case.environment}
     snakemake = ["snakemake", "--cores", "1", "-n", "-p", "--configfile", "mine.yaml", "case.yaml", "--"]
-    code, text = run([*snakemake, STAGES[case.target]], folder, variables)
+    code, text = run(case, [*snakemake, STAGES[case.target]], folder)
     if code:
         return End(code, text, _words_of_snakemake(text, folder))
     jobs = {name: (job, command) for name, job, command in _JOB.findall(text)}
@@ -181,7 +128,7 @@ def go(case: Case, folder: Path, variables: dict) -> End:
         if case.spoil and name == case.target:
             case.spoil(folder)
         _python, *words = shlex.split(command)
-        code, text = run(words, folder, variables, case.largest_file)
+        code, text = run(case, words, folder, case.largest_file)
         if code:
             outputs, log = (re.search(rf"^ +{key}: (.*)$", job, re.MULTILINE).group(1) for key in ("output", "log"))
             return End(

@@ -1,74 +1,26 @@
 """finetune, hit at chosen instants: by a signal, by a full disk, by a folder that cannot be written.
 
-tests/torture/ does the same at random instants to the whole workflow. Here each attempt is a fork of a process that has
-imported the libraries, which saves most of its time.
+tests/torture/ does the same at random instants to the whole workflow.
 """
 
-import importlib
+import functools
 import json
-import multiprocessing
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from finetuning import Run, settings
+from forked import send_at
 
-import finetune
 from moult.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(
-    ["trl.trainer.sft_trainer", "peft", "pyarrow.parquet"]
-)  # not ours: it has not pytest's path
-
 
 def attempt(run: Run, fault: tuple | None = None, code: int = 0) -> str:
-    """Run the stage, with `fault` (see `hook`) in it; returns what it says."""
-    said = run.folder / "said.txt"
-    process = forks.Process(target=in_fork, args=(run.command()[1:], str(said), fault))
-    process.start()
-    process.join(120)
-    text = said.read_text()
-    assert process.exitcode == code, text[-3000:]
-    return text
-
-
-def in_fork(arguments: list[str], said: str, fault: tuple | None) -> None:
-    # Otherwise DataLoader's workers would be children of a server of their own, which outlives a killed trainer.
-    multiprocessing.set_start_method("fork", force=True)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.argv = arguments
-    if fault:
-        hook(*fault)
-    finetune.main()
-
-
-def hook(target: str, number: int, call: int = 1, after: bool = False) -> None:
-    """Let this process get the signal `number` before or after the `call`-th call of `target`, `module:name`."""
-    module, _, name = target.partition(":")
-    holder = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        holder = getattr(holder, part)
-    original, calls = getattr(holder, last), 0
-
-    def hooked(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        mine = calls
-        if mine == call and not after:
-            os.kill(os.getpid(), number)
-        result = original(*args, **kwargs)
-        if mine == call and after:
-            os.kill(os.getpid(), number)
-        return result
-
-    setattr(holder, last, hooked)
+    """Run the stage, with `fault` (see `send_at`) in it; returns what it says."""
+    return run.go(code=code, before=fault and functools.partial(send_at, *fault)).stderr
 
 
 def log_of(run: Run) -> list[dict]:
