@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 from tiny import change_tensors
-from workflow import ROOT, planned, set_key, snakemake
+from workflow import ROOT, hear_sigint, planned, set_key, snakemake
 
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
@@ -182,7 +182,9 @@ def start_smoke_test(folder: Path, fake: str, serve: dict | None = None, dtype: 
     ):
         command += [f"--{name}", file]
     environment = {**os.environ, "FAKE": fake, "FAKE_ANSWERS": "answers.jsonl", "FAKE_PIDS": "pids"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint
+    )
 
 
 def smoke_test(folder: Path, fake: str = "", **options) -> tuple[int, dict, str]:
@@ -323,8 +325,6 @@ def test_answers_without_token_ids_are_held_against_their_text(measured):
 )
 def test_no_server_outlives_its_smoke_test(measured, number, fake):
     """Nor a process that the server has started. A deaf one heeds no SIGTERM, as vLLM does not while it starts."""
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("the tests were started in the background of a shell, where SIGINT is ignored")
     process = start_smoke_test(measured, fake, serve={"start_timeout": 60})
     deadline = time.monotonic() + 30
     while not (measured / "pids").exists() or not (measured / "pids").read_text():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import ROOT, checkout, snakemake, write_rows
+from workflow import ROOT, checkout, hear_sigint, snakemake, write_rows
 
 from moult.workflow.stages import STAGES
 
@@ -115,8 +115,7 @@ def test_an_ended_snakemake_leaves_no_trainer_and_the_same_command_goes_on(how, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell ignores it for what runs in its background, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_sigint,
     )
     log = folder / "results" / "demo" / "trainer_state" / "training_log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 4):

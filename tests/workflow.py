@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | 
     if code is not None:
         assert done.returncode == code, done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+def hear_sigint() -> None:
+    """For `preexec_fn`: a shell ignores SIGINT for what runs in its background, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def planned(folder: Path, *arguments: str) -> set[str]:

@@ -9,7 +9,7 @@ import time
 import pytest
 from fake_hub import TOKEN, FakeHub
 from fetching import assert_fails, assert_written_nowhere, model, weights
-from workflow import ROOT
+from workflow import ROOT, hear_sigint
 
 from moult.errors import MoultError
 from moult.files import sha256_file
@@ -158,9 +158,8 @@ def test_damaged_weights_are_noticed(hub, fetch):
 def test_killed_download_stops_at_once_and_goes_on(hub, fetch, number):
     commit = hub.add("model", "org/tiny", model(**{"model.safetensors": weights(40_000_000)}))
     hub.slow["model.safetensors"] = 6
-    process = subprocess.Popen(
-        fetch.model_command(), cwd=fetch.folder, env=fetch.environment, stderr=subprocess.DEVNULL
-    )
+    how = {"cwd": fetch.folder, "env": fetch.environment, "stderr": subprocess.DEVNULL, "preexec_fn": hear_sigint}
+    process = subprocess.Popen(fetch.model_command(), **how)
     while not downloads(hub, "model.safetensors"):
         time.sleep(0.02)
     process.send_signal(number)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import TORCHRUN, Run, copy_state, settings
+from workflow import hear_sigint
 
 import finetune
 from moult.files import read_json
@@ -32,6 +33,7 @@ def kill_at(run: Run, step: int, number: int, launcher: tuple[str, ...] = (sys.e
         env={**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent)},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_sigint,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

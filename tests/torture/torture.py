@@ -31,10 +31,10 @@ from pathlib import Path
 
 import yaml
 from tqdm import tqdm
-from watching import STAGES, Changes, Command, processes_in, say
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from watching import STAGES, Changes, Command, processes_in, say
 from workflow import checkout
 
 KILLS_PER_ROUND = 10

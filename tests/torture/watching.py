@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+from workflow import hear_sigint
 
 TARGET = "results/demo/metrics.json"
 # By the script that a process runs; "snakemake" is the time before the first one starts.
@@ -39,8 +40,7 @@ class Command:
                 stderr=output,
                 env=environment,
                 start_new_session=True,
-                # A shell ignores it for what runs in its background, and children inherit that.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+                preexec_fn=hear_sigint,
             )
         self.started = time.time()
         self.looked = 0.0
