@@ -1,5 +1,8 @@
 # make demo   set up, tune the demo, print base against tuned
-# make test   set up, run the tests
+# make test   set up, run the tests that a contributor waits for: each gate, and the demo once; at most 5 minutes on 2 cores
+# make test-all   all tests: also kills at random instants, real containers and a real Slurm where there are any, many whole runs.
+#             CI runs what it has beside `make test`: make test-all PYTEST_ARGS='-m slow'. PYTEST_ARGS is for pytest, behind
+#             what is here: its last -m and its last -n count
 # make serve  keep a server of a run's model: RUN=demo CONFIG=mine.yaml
 # make publish  upload a run's model to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
@@ -16,6 +19,8 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 REQUIREMENTS := envs/workflow.txt envs/train.txt
 CORES ?= 1
+# A process for each core; those that share something dear run in the same (tests/conftest.py).
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' scripts/moult/__init__.py)
 DOCKER ?= docker
 # A remote that is no address on the web is of no use to others.
@@ -24,7 +29,7 @@ LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test serve publish lint schema env image serve-image docker-image docker-serve-image
+.PHONY: demo test test-all serve publish lint schema env image serve-image docker-image docker-serve-image
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -32,7 +37,10 @@ demo: $(VENV)/workflow.stamp
 	@$(BIN)/python scripts/tools/show_metrics.py results/demo/metrics.json
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 serve: $(VENV)/workflow.stamp
 	@$(BIN)/python scripts/tools/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)

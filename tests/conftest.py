@@ -1,4 +1,8 @@
-"""What several test files share."""
+"""What several test files share.
+
+`make test` runs what is not marked slow, `make test-all` everything; both in a process for each core. Tests that need the same
+dear fixture run in the same process, so that it is made once.
+"""
 
 import os
 import shutil
@@ -8,7 +12,18 @@ from pathlib import Path
 
 import examples  # noqa: F401 (hypothesis asks for its profiles before a test is imported)
 import pytest
+from filelock import FileLock
 from workflow import ROOT, SECRETS, checkout, snakemake
+
+# Fixtures that take long to make. A test that needs several goes with the first.
+DEAR = ("sif", "demo", "whole", "undisturbed")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        found = [name for name in DEAR if name in item.fixturenames]
+        if found and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(found[0]))
 
 
 @pytest.fixture(scope="session")
@@ -59,20 +74,44 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def watched_demo(tmp_path_factory):
+def once(tmp_path_factory, worker_id):
+    """`once(name, fill)`: a folder that the first process to need it has filled, for all of them.
+
+    As https://pytest-xdist.readthedocs.io/en/stable/how-to.html has it; they share the folder above their own.
+    """
+    own = tmp_path_factory.getbasetemp()
+    root = own if worker_id == "master" else own.parent
+
+    def folder_of(name: str, fill) -> Path:
+        folder, done = root / name, root / f"{name} is there"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def watched_demo(once):
     """(a checkout in which the demo has run, a folder with what it did elsewhere: HOME, TMPDIR, audit.jsonl)."""
-    folder = checkout(tmp_path_factory.mktemp("demo"))
-    beside = tmp_path_factory.mktemp("beside")
+    folder = once("demo", run_demo)
+    return folder / "moult", folder / "beside"
+
+
+def run_demo(folder: Path) -> None:
+    beside = folder / "beside"
     with pytest.MonkeyPatch.context() as environment:
         for name, value in SECRETS.items():
             environment.setenv(name, value)
         for name in ("HOME", "TMPDIR"):
-            (beside / name).mkdir()
+            (beside / name).mkdir(parents=True)
             environment.setenv(name, str(beside / name))
         environment.setenv("AUDIT", str(beside / "audit.jsonl"))
         environment.setenv("PYTHONPATH", str(ROOT / "tests" / "audit"), prepend=os.pathsep)
-        snakemake(folder, "results/demo/metrics.json")
-    return folder, beside
+        snakemake(checkout(folder / "moult"), "results/demo/metrics.json")
 
 
 @pytest.fixture(scope="session")

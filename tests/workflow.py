@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,8 @@ def hear_sigint() -> None:
 
 def planned(folder: Path, *arguments: str) -> set[str]:
     """The rules that a dry run would run."""
-    output = snakemake(folder, "-n", *arguments)
+    code, output = forked.run(["snakemake", "--cores", "1", "-n", *arguments], folder, environment(folder))
+    assert code == 0, output[-4000:]
     if "Nothing to be done" in output:
         return set()
     table = output[output.index("Job stats:") :].split("total")[0]

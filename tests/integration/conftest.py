@@ -15,14 +15,17 @@ from workflow import ROOT
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
+def base(once):
     """A Debian to build on, with this machine's settings of pip in it: no registry can be reached from a test."""
     if not BASE_MAKER.exists() or os.geteuid():
         pytest.skip("the maker of a base image is not beside the repository, or this is not root")
+    return once("base", unpack_base)
+
+
+def unpack_base(folder: Path) -> None:
     CACHE.mkdir(exist_ok=True)
     environment = {**os.environ, "TEST_IMAGE_CACHE": str(CACHE)}
     subprocess.run([BASE_MAKER, "tar", CACHE / "base.tar"], check=True, env=environment)
-    folder = tmp_path_factory.mktemp("base")
     subprocess.run(["tar", "-C", folder, "--exclude=./dev/*", "-xpf", CACHE / "base.tar"], check=True)
     shutil.copy("/etc/ssl/certs/ca-certificates.crt", folder / "etc/test-ca.crt")
     settings = ["[global]", "cert = /etc/test-ca.crt"]
@@ -32,27 +35,28 @@ def base(tmp_path_factory):
     (folder / "etc/pip.conf").write_text("\n".join(settings) + "\n")
     for local in local_packages():
         (folder / local.relative_to("/")).mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def sif(base, tmp_path_factory):
+def sif(base, once):
     """The image that `make image` makes, or has made."""
-    from moult import __version__
-
     inputs = {"containers/train.def", *files_of_definition("train.def")}
     content = hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in sorted(inputs))).hexdigest()[:16]
     kept = CACHE / f"train-{content}.sif"
-    if not kept.exists():
-        folder = tmp_path_factory.mktemp("image")
-        done = make_image(folder, base)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert re.search(r"^  torch +\d", done.stdout, re.MULTILINE), "the build did not run the self-test"
-        assert [path.name for path in (folder / "containers").glob("*.sif*")] == [f"moult-train-{__version__}.sif"]
-        for old in CACHE.glob("train-*.sif"):
-            old.unlink()
-        shutil.move(folder / "containers" / f"moult-train-{__version__}.sif", kept)
+    once("image", lambda folder: kept.exists() or build(kept, base, folder))
     return kept
+
+
+def build(kept: Path, base: Path, folder: Path) -> None:
+    from moult import __version__
+
+    done = make_image(folder, base)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"^  torch +\d", done.stdout, re.MULTILINE), "the build did not run the self-test"
+    assert [path.name for path in (folder / "containers").glob("*.sif*")] == [f"moult-train-{__version__}.sif"]
+    for old in CACHE.glob("train-*.sif"):
+        old.unlink()
+    shutil.move(folder / "containers" / f"moult-train-{__version__}.sif", kept)
 
 
 # Python runs it at its start, wherever PYTHONPATH leads there, and for an interpreter without a site of the user's

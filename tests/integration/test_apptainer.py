@@ -115,22 +115,6 @@ def test_the_demo_in_containers_is_not_run_again_outside(contained_demo):
         assert "Nothing to be done" in snakemake(folder, TARGET, *arguments)
 
 
-@pytest.mark.skipif(
-    os.environ.get("MOULT_TEST_SLURM") != "1" or not shutil.which("sbatch"),
-    reason="needs a Slurm for tests, and MOULT_TEST_SLURM=1",
-)
-def test_on_a_cluster_too(folder):
-    """What a container sees is worked out on the node where it runs."""
-    quick = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
-    snakemake(folder, "--use-singularity", *quick, "--slurm-keep-successful-logs", "results/demo/plan.json", cores=None)
-    (log,) = (folder / "logs/slurm").rglob("*.log")
-    assert log.read_text().count("Activating singularity image") == 3  # prepare, encode, plan
-    assert json.loads((folder / "results/demo/plan.json").read_text())["steps"]["total"] == 200
-
-
-# --- what a container sees --------------------------------------------------------------------------------------------
-
-
 # --- before it starts, and when it is killed --------------------------------------------------------------------------
 
 

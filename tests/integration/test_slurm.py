@@ -19,6 +19,7 @@ from workflow import checkout, environment, snakemake
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # they cancel all jobs of this user, and set nodes down
     pytest.mark.skipif(
         os.environ.get("MOULT_TEST_SLURM") != "1" or shutil.which("sbatch") is None,
         reason="needs a Slurm for tests, and MOULT_TEST_SLURM=1",
@@ -218,3 +219,13 @@ def test_several_nodes_need_slurm(tmp_path):
     assert "train.nodes is 2: several nodes need --profile slurm" in snakemake(folder, *goal, code=1)
     command = snakemake(folder, *QUICK, "-n", "-p", *goal, cores=None)
     assert "srun --nodes=2 --ntasks=2" in command and "--nnodes=2 --nproc-per-node=1 --shutdown-timeout ${" in command
+
+
+@pytest.mark.skipif(not shutil.which("apptainer"), reason="Apptainer is not installed")
+def test_containers_on_the_cluster(folder):
+    """What a container sees is worked out on the node where it runs."""
+    kept = "--slurm-keep-successful-logs"
+    snakemake(folder, "--use-singularity", *QUICK, kept, "results/demo/plan.json", cores=None)
+    (log,) = (folder / "logs/slurm").rglob("*.log")
+    assert log.read_text().count("Activating singularity image") == 3  # prepare, encode, plan
+    assert json.loads((folder / "results/demo/plan.json").read_text())["steps"]["total"] == 200
