@@ -70,7 +70,7 @@ refused = []
 
 def tell_refusals():
     if refused:
-        logger.warning("\n".join(["Slurm refuses what some jobs ask for:", *refused]))
+        logger.warning("\n".join(["Slurm refuses the resources that some jobs request:", *refused]))
 
 
 def look_after_slurm():
@@ -87,7 +87,7 @@ def look_after_slurm():
         elif left:
             ids = " ".join(job.id for job in left)
             logger.warning(
-                f"Slurm jobs of another Snakemake are at work in this folder: {ids}. If that one is dead, stop them: "
+                f"Another Snakemake has Slurm jobs in this folder: {ids}. If it is no longer running, stop them: "
                 f"scancel --signal=TERM {ids}"
             )
         if on_slurm():
@@ -97,4 +97,4 @@ def look_after_slurm():
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(f"Slurm does not answer: {error}")
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on") from None
+        raise SystemExit("interrupted; run the same command again to continue") from None
