@@ -1,17 +1,16 @@
-# make demo   set up, tune the demo, print base against tuned
-# make test   set up, run the tests that a contributor waits for: each gate, and the demo once; at most 5 minutes on 2 cores
-# make test-all   all tests: also kills at random instants, real containers and a real Slurm where there are any, many whole runs.
-#             CI runs what it has beside `make test`: make test-all PYTEST_ARGS='-m slow'. PYTEST_ARGS is for pytest, behind
-#             what is here: its last -m and its last -n count
-# make serve  keep a server of a run's model: RUN=demo CONFIG=mine.yaml
-# make publish  upload a run's model to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
+# make demo   create the environment, run the demo, print the comparison
+# make test   the tests that you wait for: every gate, and the demo once; at most 5 minutes on 2 cores
+# make test-all   all tests: also kills at random instants, containers and Slurm where they are installed, many whole runs.
+#             PYTEST_ARGS is passed to pytest. CI runs `make test`, and then make test-all PYTEST_ARGS='-m slow'
+# make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml
+# make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
-# make schema write what is derived from config/schema.yaml and the libraries
-# make image  build the image of the training stages for Apptainer; make docker-image, for Docker.
-#             make serve-image and make docker-serve-image: that of the server
+# make schema update the files that are generated from config/schema.yaml and the libraries
+# make image  build the image of the training stages for Apptainer; make docker-image: for Docker
+#             make serve-image and make docker-serve-image: the image of the server
 #
-# The environment is .venv; PYTHON names the interpreter that makes it. BASE_IMAGE is another base for the image: one of a
-# registry, or for `make image` a .sif file or a folder.
+# The environment is .venv, created with the interpreter PYTHON. BASE_IMAGE is another base for an image: an image in a registry,
+# or for `make image` a .sif file or a folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,7 +22,7 @@ CORES ?= 1
 PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' scripts/moult/__init__.py)
 DOCKER ?= docker
-# A remote that is no address on the web is of no use to others.
+# Only a remote with a web address is useful to others.
 LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 2>/dev/null),unknown) \
     SOURCE=$(or $(filter https://%,$(shell git config --get remote.origin.url)),unknown)
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))

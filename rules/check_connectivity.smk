@@ -1,7 +1,7 @@
-"""What is wrong between this machine and the hub: proxy, certificates, token, each model and dataset.
+"""Test the connection to the hub: proxy, certificates, token, and each model and dataset.
 
 Reads:  the hub
-Writes: nothing but its log
+Writes: only its log
 """
 
 
@@ -15,7 +15,7 @@ def hub_names():
 
 
 rule check_connectivity:
-    """What is wrong between this machine and the hub, step by step. A target of its own, without a file."""
+    """Test the connection to the hub, step by step. A target for people: `snakemake check_connectivity --cores 1`."""
     log:
         "<logs>/check_connectivity.log",
     localrule: True

@@ -1,6 +1,6 @@
-"""What the stages ask of a machine or a cluster, and what the Slurm plugin leaves open.
+"""The resources that the stages request, and gaps of the Slurm plugin that Moult fills.
 
-Only what is the same on every cluster: partition, account and the like are in profiles/slurm.
+Here is only what is the same on every cluster. Partition, account and the like are in profiles/slurm.
 """
 
 import errno
@@ -14,7 +14,7 @@ from moult.workflow.slurm import ENDED, jobs_of, refusals, stop, watch
 
 
 def growing(amount):
-    """Resource: half as much again at each attempt, up to twice. On one machine it is only tried once."""
+    """Resource: `amount`, 1.5 times as much at the second attempt, twice as much from the third on."""
     return lambda wildcards, attempt: grown(amount, attempt)
 
 
@@ -23,11 +23,11 @@ def grown(amount, attempt):
 
 
 def planned(resource):
-    """Resource of finetune: what plan.json has worked out, growing."""
+    """Resource of finetune: the estimate in plan.json, growing with each attempt."""
 
     def read(wildcards, input, attempt):
         job = json.loads(Path(input.plan).read_text(encoding="utf-8")).get("job")
-        if job is None:  # of an older Moult: plan will make it again
+        if job is None:  # written by an older Moult: the rule plan will write it again
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(input.plan))
         return grown(job[resource], attempt)
 
@@ -35,10 +35,10 @@ def planned(resource):
 
 
 def launcher(wildcards, input, threads):
-    """Param: what starts finetune: one process per GPU, on each node. Not tracked: plan and settings say how many."""
+    """Param: the command that starts finetune, one process per GPU. Not tracked: plan and settings contain the numbers."""
     train = config["runs"][wildcards.run]["train"]
     here, nodes = train["gpu"] // train["nodes"], train["nodes"]
-    # To end the step and save a checkpoint. torchrun kills after 30 s, Slurm 300 s after its warning.
+    # Seconds to end the step and save a checkpoint. torchrun's default is 30; Slurm kills 300 s after its warning.
     patience = "--shutdown-timeout ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
     if nodes == 1:
         return "python" if here == 1 else f"torchrun --standalone --nproc-per-node {here} {patience}"
@@ -47,8 +47,8 @@ def launcher(wildcards, input, threads):
             f"runs.{wildcards.run}: train.nodes is {nodes}: several nodes need --profile slurm, and no containers "
             "(srun is not in the image)"
         )
-    # srun puts one torchrun on each node; they meet at the node on which srun itself runs, the first. The plugin strips
-    # SLURM_* of all but the job's id, so the layout is said again.
+    # srun starts one torchrun on each node. They meet at the first node, where srun itself runs. The plugin removes all SLURM_*
+    # variables except the job's id, so srun needs the layout as options.
     return (
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={threads} "
         f"--kill-on-bad-exit=1 sh -c 'exec torchrun --nnodes={nodes} --nproc-per-node={here} {patience} --rdzv-backend=c10d "
@@ -57,7 +57,7 @@ def launcher(wildcards, input, threads):
 
 
 def on_several_nodes(value):
-    """Resource that finetune has only where it takes several nodes: `value` of the config's train section."""
+    """Resource that finetune requests only if it uses several nodes: `value` of the config's train section."""
     return of_run(lambda run: value(run["train"]) if run["train"]["nodes"] > 1 else None)
 
 
@@ -70,13 +70,13 @@ refused = []
 
 def tell_refusals():
     if refused:
-        logger.warning("\n".join(["Slurm refuses what some jobs ask for:", *refused]))
+        logger.warning("\n".join(["Slurm refuses the resources that some jobs request:", *refused]))
 
 
 def look_after_slurm():
-    """Find out what Slurm would refuse, and deal with what its plugin leaves open (moult/workflow/slurm.py).
+    """Find out which jobs Slurm would refuse, stop jobs of a killed Snakemake, and watch the others (moult/workflow/slurm.py).
 
-    Also in a run without Slurm: it may follow one with it.
+    Also in a run without Slurm, because an earlier run may have used it.
     """
     if shutil.which("squeue") is None:
         return
@@ -87,7 +87,7 @@ def look_after_slurm():
         elif left:
             ids = " ".join(job.id for job in left)
             logger.warning(
-                f"Slurm jobs of another Snakemake are at work in this folder: {ids}. If that one is dead, stop them: "
+                f"Another Snakemake has Slurm jobs in this folder: {ids}. If it is no longer running, stop them: "
                 f"scancel --signal=TERM {ids}"
             )
         if on_slurm():
@@ -97,4 +97,4 @@ def look_after_slurm():
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(f"Slurm does not answer: {error}")
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on") from None
+        raise SystemExit("interrupted; run the same command again to continue") from None

@@ -1,4 +1,4 @@
-"""The config: checked as a whole, and cut into what each stage reads."""
+"""The config: one check of the whole, then the part of it that each stage reads."""
 
 import re
 
@@ -15,7 +15,7 @@ for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
 
 
 def checked(config):
-    """The whole config, or one error with all that is wrong with it. Jobs need not look at the files again."""
+    """The complete config. Raises one error that lists every problem. Jobs do not check the files again."""
     problems = []
     if workflow.is_main_process:
         files = [Path(os.path.relpath(path)) for path in workflow.configfiles if Path(path).is_file()]
@@ -40,25 +40,26 @@ pathvars:
     results=config["paths"]["results"],
 
 
-# Where a module's user has put them instead, the scripts must know it too.
+# A workflow that imports Moult as a module can move the results; the scripts need the new path.
 config["paths"]["results"] = workflow.pathvars.apply("<results>")
 refuse(misplaced(config))
 
-# Every path below results/, the wildcards still in it. What runs share has an owner: {run: the run that makes it}.
+# Every path below results/, with wildcards. Several runs can share a file; `encoders` and `base_measurers` are
+# {run: the run that makes the shared file}.
 at = places_below("<results>")
 encoders, base_measurers = encoded_as(config), measured_as(config)
 
 
 def settings(stage):
-    """Param: what the stage reads of the config, in one spelling."""
+    """Param: the settings that the stage reads, as canonical JSON."""
     return lambda wildcards: canonical(stage_settings(config, stage, wildcards.get("run") or wildcards.ds))
 
 
 def of_run(value):
-    """Param or resource: `value` of the run's config."""
+    """Param or resource: `value`, called with the config of the run."""
     return lambda wildcards: value(config["runs"][wildcards.run])
 
 
 def image_identity():
-    """What tells the image of the training stages from another."""
+    """The identity of the image of the training stages."""
     return identity(config["container"])

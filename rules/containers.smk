@@ -17,15 +17,15 @@ def image(wildcards):
 
 
 def server_image(wildcards):
-    """Container of the smoke test: vLLM and the training libraries exclude each other, so they have an image each."""
+    """Container of the smoke test. vLLM has its own image: it and the training libraries need different package versions."""
     serve = config["runs"][wildcards.run]["serve"]
     return shown(serve["container"] if serve["engine"] == "vllm" else config["container"])
 
 
 def shown(container):
-    """An image, made ready to run in. Snakemake asks for it when it knows what will run, and before anything does.
+    """The image, after a check that it exists. Snakemake calls this after it has built the DAG and before it runs a job.
 
-    Where nothing will, there is none: a dry run needs neither the image nor Apptainer, for which Snakemake (9.27) looks.
+    In a dry run it returns None: otherwise Snakemake (9.27) would require the image and Apptainer.
     """
     if workflow.executor_plugin is None or workflow.dryrun or workflow.touch:
         return None
@@ -33,19 +33,19 @@ def shown(container):
         try:
             check_image(container)
         except MoultError as error:
-            raise SystemExit(str(error)) from None  # what else is raised here Snakemake wraps in its own words
+            raise SystemExit(str(error)) from None  # Snakemake would wrap any other exception in its own message
         set_up_containers()
     return container
 
 
 @lru_cache
 def set_up_containers():
-    """What the containers see and what they are told, for all jobs that this Snakemake runs itself."""
+    """Set the mounts and the environment of the containers, for all jobs that this Snakemake runs itself."""
     scratch = Path(tempfile.mkdtemp(prefix="moult-"))
     at_exit(shutil.rmtree, scratch, ignore_errors=True)
     folders = ("results", "logs", "benchmarks")
     writes = [".snakemake", *(workflow.pathvars.apply(f"<{folder}>") for folder in folders)]
     os.environ.update(environment(config, writes, scratch))
-    # Snakemake makes the working directory the home. The `set` is Snakemake's own, which a prefix replaces.
+    # Snakemake sets HOME to the working directory. A prefix replaces Snakemake's own `set`, so it is repeated here.
     home = shlex.quote(str(Path.home())).replace("{", "{{").replace("}", "}}")
     shell.prefix(f"set -euo pipefail; export HOME={home}; ")

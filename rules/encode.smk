@@ -1,4 +1,4 @@
-"""Token ids and labels out of rows.
+"""Turn rows into token ids and labels.
 
 Reads:  prepared rows, the base model's tokenizer, the chat template
 Writes: results/<run>/tokens/: train.parquet, val.parquet, chat_template.jinja, report.json, preview.html
@@ -8,7 +8,7 @@ shipped_template = "config/chat_templates/chatml.jinja"
 
 
 rule encode:
-    """Tokenize and label, once; the trainer uses it as it is."""
+    """Tokenize and label the rows once. The trainer uses the result unchanged."""
     input:
         train=of_dataset(at.train_rows),
         val=of_dataset(at.val_rows),

@@ -1,4 +1,4 @@
-"""Measurements of base and tuned, on the same token ids.
+"""Measure the base and the tuned model on the same token ids.
 
 Reads:  base model or merged model, validation tokens, prompts
 Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl; tuned/merge_check.json
@@ -6,10 +6,10 @@ Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.
 
 
 rule evaluate_base:
-    """The base's likelihood of the validation rows, and its answers.
+    """The base model's likelihood of the validation rows, and its answers.
 
-    Not behind the plan, which a changed rank makes again: behind an `ancient` input that is to be made again, Snakemake
-    (9.27, dag.py) does not look whether this rule's own params have changed.
+    The plan is not an input of this rule: a changed rank makes the plan again, and then Snakemake (9.27, dag.py) does not check
+    whether this rule's own params have changed.
     """
     input:
         model=base_model,
@@ -41,11 +41,11 @@ rule evaluate_base:
 
 
 rule evaluate_tuned:
-    """The same of the merged model, which is also compared with base plus adapter."""
+    """The same for the merged model. Also compares the merged model with base plus adapter."""
     input:
         model=base_model,
         adapter=ancient(at.adapter),
-        merged=ancient(at.merged),  # their content is tracked by merge.json
+        merged=ancient(at.merged),  # merge.json tracks their content
         summary=at.merge_summary,
         val=of_encoder(at.val_tokens),
         report=of_encoder(at.report),

@@ -1,11 +1,11 @@
-"""Base models and datasets: from the hub, or looked at in place.
+"""Download base models and datasets from the hub, or describe a local model.
 
-Reads:  the hub (the only rules that use the network; they run where Snakemake runs), or local model folders
+Reads:  the hub, or local model folders. These rules run on the machine where Snakemake runs, because they need the network
 Writes: results/models/<model>.json and, from the hub, results/models/<model>/,
         results/datasets/<dataset>.parquet and .json
 
-What was downloaded stays: the outputs of fetch_model and fetch_dataset bear name and revision, and nothing else is
-tracked, neither their params nor their code: a changed network.tls or a new version of Moult downloads no model again.
+A download is kept: name and revision are part of its path, and params and code of fetch_model and fetch_dataset are not
+tracked. A changed network.tls or a new version of Moult does not download a model again.
 """
 
 hub_datasets = {
@@ -20,12 +20,12 @@ hub_datasets = {
 
 
 def model_of(wildcards, runs):
-    """The config's model section of a slug; `runs` is {slug: run}."""
+    """The model section of the config for a slug. `runs` is {slug: run}."""
     return config["runs"][runs[wildcards.model]]["model"]
 
 
 def model_settings(stage, runs):
-    """Param: what the stage reads of the config for a slug."""
+    """Param: the settings that the stage reads, for a slug."""
     return lambda wildcards: canonical(stage_settings(config, stage, runs[wildcards.model]))
 
 
@@ -54,7 +54,7 @@ rule fetch_model:
 
 
 rule inspect_model:
-    """Local model folder -> manifest. The folder is used in place."""
+    """Local model folder -> manifest. The folder is not copied."""
     input:
         files=local_model_files,
     output:
@@ -81,7 +81,7 @@ rule inspect_model:
 
 
 rule fetch_dataset:
-    """One split of a hub dataset at a revision -> Parquet, and what it is (commit, rows, hash)."""
+    """One split of a hub dataset at a revision -> Parquet, and metadata (commit, rows, hash)."""
     output:
         rows=at.dataset,
         metadata=at.dataset_metadata,

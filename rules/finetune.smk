@@ -1,13 +1,13 @@
-"""The LoRA adapter.
+"""Train the LoRA adapter.
 
 Reads:  tokens, base model, plan
 Writes: results/<run>/adapter/, adapter.json (hashes, losses, versions), training_log.jsonl
-Keeps:  results/<run>/trainer_state/, the checkpoints; no output, so that Snakemake never deletes it
+Keeps:  results/<run>/trainer_state/, the checkpoints. It is not an output, because Snakemake deletes outputs
 """
 
 
 rule finetune:
-    """Tune with trl.SFTTrainer and peft; goes on from the newest whole checkpoint."""
+    """Tune with trl.SFTTrainer and peft. Continues from the newest complete checkpoint."""
     input:
         model=base_model,
         plan=at.plan,
@@ -28,15 +28,15 @@ rule finetune:
         gpu=of_run(lambda run: run["train"]["gpu"]),
         mem_mb=planned("mem_mb"),
         runtime=planned("runtime"),
-        # Slurm warns it 5 minutes before its time is over, and it saves a checkpoint. Here and not in the profile, whose
-        # defaults a site replaces. TERM, because USR1 kills the shells in between.
+        # Slurm warns the job 5 minutes before its time limit, and finetune saves a checkpoint. This is not in the profile,
+        # because a site may replace the defaults there. TERM, because USR1 would kill the shells in between.
         slurm_extra="--signal=TERM@300",
-        # Slurm may spread GPUs over nodes otherwise.
+        # Otherwise Slurm may spread the GPUs over several nodes.
         nodes=of_run(lambda run: run["train"]["nodes"]),
-        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),  # the same number on each
+        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),  # the same number on each node
         mpi=on_several_nodes(lambda train: "srun"),  # the rule calls srun itself
         tasks=on_several_nodes(lambda train: train["nodes"]),
-        tasks_per_gpu=on_several_nodes(lambda train: 0),  # the plugin would take `tasks` for it
+        tasks_per_gpu=on_several_nodes(lambda train: 0),  # otherwise the plugin would use `tasks` for this
     params:
         settings=settings("finetune"),
         script=script_of("finetune"),

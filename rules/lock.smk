@@ -1,4 +1,4 @@
-"""The lock of the working directory: one that a killed Snakemake has left is taken off."""
+"""Remove the lock of the working directory if the Snakemake that made it was killed."""
 
 import fcntl
 import os
@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def hold_folder():
-    """Keep the working directory for this Snakemake, and take off a lock that a killed one has left in it.
+    """Reserve the working directory for this Snakemake, and remove the lock of a killed one.
 
-    Snakemake's own lock does not die with its holder. This one does: each Snakemake holds it shared while it lives, so if
-    it can be had alone, nobody is at work here. Some cluster file systems lock for each machine apart: what another
-    machine has locked is left to `snakemake --unlock`. Returns the lock, if there is one, and whether nobody else is at work.
+    Snakemake's own lock stays when its process is killed. A lock of the operating system does not: every Snakemake holds one,
+    shared, while it runs. If this process can get it exclusively, no other Snakemake is running here. On some cluster file
+    systems such a lock is valid on one machine only. Therefore the lock of another machine stays until `snakemake --unlock`.
+    Returns the lock (or None), and whether no other Snakemake is running here.
     """
     alone = False
     try:
@@ -28,12 +29,12 @@ def hold_folder():
                 lock.write(machine)
                 lock.flush()
         except BlockingIOError:
-            pass  # Snakemake's lock says whether the two go together
+            pass  # another Snakemake is running; Snakemake's own lock decides whether both may run
         fcntl.flock(lock, fcntl.LOCK_SH)
         return lock, alone
     except OSError:  # a read-only folder, or a file system without locks
         return None, False
 
 
-# The name keeps the lock open, and so held, until this Snakemake ends.
+# The variable keeps the lock file open, and so the lock, until this Snakemake ends.
 held_folder, alone_here = hold_folder() if workflow.is_main_process else (None, False)

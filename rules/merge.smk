@@ -1,4 +1,4 @@
-"""The tuned model as a plain model folder.
+"""Write the tuned model as a normal model folder.
 
 Reads:  base model, adapter, plan, template
 Writes: results/<run>/merged/, merge.json (hashes, how it was merged)
@@ -10,7 +10,7 @@ rule merge:
     input:
         model=base_model,
         plan=at.plan,
-        adapter=ancient(at.adapter),  # its content is tracked by adapter.json
+        adapter=ancient(at.adapter),  # adapter.json tracks its content
         summary=at.adapter_summary,
         report=of_encoder(at.report),
         template=of_encoder(at.template),

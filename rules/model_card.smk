@@ -1,12 +1,12 @@
-"""Model cards, in the folders that they describe.
+"""Write the model cards into the model folders.
 
 Reads:  metrics, plan, base model
-Writes: results/<run>/cards/; the same as README.md in results/<run>/adapter/ and merged/
+Writes: results/<run>/cards/, and the same text as README.md in results/<run>/adapter/ and merged/
 """
 
 
 rule model_card:
-    """What the adapter and the merged model are, with the figures; `make publish` uploads it with them."""
+    """Describe the adapter and the merged model, with the figures. `make publish` uploads the cards with them."""
     input:
         model=base_model,
         adapter=ancient(at.adapter),

@@ -1,4 +1,4 @@
-"""What a run will do, before anything expensive.
+"""Plan a run before anything expensive starts.
 
 Reads:  token counts, the base model's config and the headers of its weights
 Writes: results/<run>/plan.json
@@ -6,7 +6,7 @@ Writes: results/<run>/plan.json
 
 
 rule plan:
-    """Parameters, LoRA targets, steps, memory and disk, how it can be merged and served."""
+    """Number of parameters, LoRA targets, steps, memory and disk, and how the model can be merged and served."""
     input:
         model=base_model,
         train=of_encoder(at.train_tokens),
@@ -17,7 +17,7 @@ rule plan:
         "<logs>/{run}/plan.log",
     benchmark:
         "<benchmarks>/{run}/plan.jsonl"
-    priority: 1  # before evaluate_base, which needs a GPU
+    priority: 1  # run before evaluate_base, which needs a GPU
     resources:
         mem_mb=growing(8000),
         runtime=growing(30),
@@ -26,7 +26,7 @@ rule plan:
         script=script_of("plan"),
         code=code_of("plan"),
         tokens=folder_of("report"),
-        # A changed prompt reruns neither plan nor finetune.
+        # Untracked: a changed prompt must not rerun plan and finetune.
         prompts=untracked(of_run(lambda run: canonical(run["eval"]["prompts"]))),
     shell:
         """

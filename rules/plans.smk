@@ -1,12 +1,12 @@
-"""The plans of all runs: what can be known before a GPU is used, found for all of them in one go.
+"""Print the plans of all runs, and with them every error that can be found without a GPU.
 
 Reads:  results/<run>/plan.json
-Writes: nothing but its log
+Writes: only its log
 """
 
 
 rule plans:
-    """Print what each run will do and need; a target for people: `snakemake plans --cores 1`."""
+    """Print what each run will do and need. A target for people: `snakemake plans --cores 1`."""
     input:
         expand(at.plan, run=config["runs"]),
     log:

@@ -1,12 +1,12 @@
-"""Rows out of a dataset.
+"""Turn a dataset into rows for training and validation.
 
 Reads:  the dataset's files
-Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, metadata.json (where each row that was read has gone)
+Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, metadata.json (what happened to each row)
 """
 
 
 rule prepare:
-    """Normalise, filter, deduplicate, split; every row accounted for."""
+    """Normalise, filter, deduplicate, and split the rows. Count every row that is left out."""
     input:
         files=dataset_files,
     output:

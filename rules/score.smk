@@ -1,12 +1,12 @@
-"""Base against tuned.
+"""Compare the base with the tuned model.
 
-Reads:  both measurements, and what the stages wrote about data, adapter and merge
+Reads:  both measurements, and the metadata of data, adapter and merge
 Writes: results/<run>/metrics.json, samples.jsonl
 """
 
 
 rule score:
-    """Intervals and a verdict."""
+    """Compute the intervals and the verdict."""
     input:
         base=of_base_measurer(at.base_likelihood),
         base_answers=of_base_measurer(at.base_answers),

@@ -1,19 +1,19 @@
-"""The smoke test: a server of the tuned model is asked what evaluate asked it.
+"""Serve the tuned model and ask it the questions of evaluate.
 
 Reads:  merged model, or base and adapter (serve.mode), the tuned model's answers, prompts, validation rows
 Writes: results/<run>/smoke_test.json
 
-The server belongs to the job: it starts and ends with it, on whichever machine and in whichever image that runs. As a
-`service()` it would be a second job, which one core has no room for (Snakemake 9.27: "_cores: 2/1"). `make serve` keeps one.
+The server starts and ends with the job, on the same machine and in the same image. As a `service()` it would be a second
+job, and `--cores 1` would not be enough (Snakemake 9.27: "_cores: 2/1"). `make serve` starts a server that stays.
 """
 
 
 rule smoke_test:
-    """Is what is served what was measured?"""
+    """Check that the served model is the model that was measured."""
     input:
         model=base_model,
         adapter=ancient(at.adapter),
-        merged=ancient(at.merged),  # their content is tracked by merge.json
+        merged=ancient(at.merged),  # merge.json tracks their content
         summary=at.merge_summary,
         plan=at.plan,
         answers=at.tuned_answers,

@@ -1,11 +1,11 @@
-"""Say in plain words what is wrong between this machine and the hub, and what to do about it.
+"""Test the connection to the hub step by step, and say what to do if a step fails.
 
     snakemake --cores 1 check_connectivity
     python scripts/check_connectivity.py --settings '{"models": [{"name": "Qwen/Qwen3-0.6B", "revision": null}]}' --tls off
 
-Goes the way of the fetch stages step by step: endpoint, proxy, DNS, TCP, TLS, HTTP; then the token, and each model and
-dataset of the config, of which the first byte of a file is downloaded, because the hub sends downloads to other servers,
-which a firewall may not let through. One line for each, OK or FAIL with what to do; exit code 1 if one has failed.
+The steps are those of the fetch stages: endpoint, proxy, DNS, TCP, TLS, HTTP, the token, and each model and dataset of the
+config. For these it downloads the first byte of a file, because downloads come from other servers than the hub, and a firewall
+may block them. It prints one line for each step: OK, or FAIL with what to do. Exit code 1 if a step failed.
 """
 
 import os
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def check(settings: dict, tls: str, log) -> list[str]:
-    """Report on every step; returns the names of those that have failed."""
+    """Report on every step. Returns the names of the steps that failed."""
     failed = []
 
     def attempt(name: str, step, *arguments) -> bool:
@@ -73,9 +73,9 @@ def check(settings: dict, tls: str, log) -> list[str]:
 def check_endpoint() -> str:
     url = urlsplit(endpoint())
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise MoultError(f"HF_ENDPOINT is {endpoint()}, which is no address", "https://host, or unset it")
+        raise MoultError(f"HF_ENDPOINT is {endpoint()}, which is not a URL", "set it to https://host, or unset it")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise MoultError("HF_HUB_OFFLINE forbids the hub", "unset it for the fetch rules")
+        raise MoultError("HF_HUB_OFFLINE is set", "unset it for the fetch rules")
     return f"{endpoint()}{' (HF_ENDPOINT)' if 'HF_ENDPOINT' in os.environ else ''}"
 
 
@@ -84,7 +84,7 @@ def check_proxy() -> str:
     if proxy is None:
         return "none"
     if urlsplit(proxy).scheme not in ("http", "https") or not urlsplit(proxy).hostname:
-        raise MoultError(f"{proxy} is no HTTP proxy", "HTTPS_PROXY=http://host:port; SOCKS is not supported")
+        raise MoultError(f"{proxy} is not an HTTP proxy", "set HTTPS_PROXY=http://host:port; SOCKS is not supported")
     return f"{proxy} (from the environment: HTTPS_PROXY, NO_PROXY)"
 
 
@@ -101,7 +101,7 @@ def check_dns() -> str:
     except OSError as error:
         raise MoultError(
             f"{host} cannot be resolved ({error.strerror})",
-            "no network or no DNS here: use a machine with network, or set HTTPS_PROXY if there is a proxy",
+            "this machine has no network or no DNS: use another one, or set HTTPS_PROXY if there is a proxy",
         ) from None
     return f"{host} is {', '.join(sorted(addresses))}"
 
@@ -110,7 +110,7 @@ def check_tcp() -> str:
     with connect():
         pass
     host, port = first_hop()
-    return f"{host}:{port} answers" + (", and lets us through to the hub" if proxy_of(endpoint()) else "")
+    return f"{host}:{port} answers" + (" and connects to the hub" if proxy_of(endpoint()) else "")
 
 
 def connect() -> socket.socket:
@@ -124,9 +124,9 @@ def connect() -> socket.socket:
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
         fix = (
-            "is the proxy running, and is that its port?"
+            "check that the proxy is running, and its port"
             if proxy
-            else "a firewall? set HTTPS_PROXY if there is a proxy"
+            else "check the firewall; set HTTPS_PROXY if there is a proxy"
         )
         raise MoultError(f"no connection to {host}:{port} ({reason})", fix) from None
     if proxy and urlsplit(endpoint()).scheme == "https":
@@ -146,14 +146,16 @@ def ask_proxy(connection: socket.socket, proxy: str) -> None:
     answer = connection.recv(65536).decode("latin-1").split("\r\n")[0]
     status = answer.split(" ", 2)[1:2]
     if status == ["407"]:
-        raise MoultError("the proxy wants a login (407)", PROXY_LOGIN)
+        raise MoultError("the proxy requires a login (407)", PROXY_LOGIN)
     if status != ["200"]:
-        raise MoultError(f"the proxy refuses {where} ({answer or 'it hangs up'})", "ask its administrators to allow it")
+        raise MoultError(
+            f"the proxy refuses {where} ({answer or 'it closes the connection'})", "ask its administrators to allow it"
+        )
 
 
 def check_tls(tls: str) -> str:
     if urlsplit(endpoint()).scheme == "http":
-        return "none: the address is http://"
+        return "not used: the address is http://"
     host = urlsplit(endpoint()).hostname
     ca = ca_file(tls)
     try:
@@ -162,9 +164,11 @@ def check_tls(tls: str) -> str:
     except ssl.SSLCertVerificationError as error:
         raise MoultError(*explain_certificate(error, host, ca)) from None
     except OSError as error:
-        raise MoultError(f"no TLS with {host} ({error.strerror or error})", "is it an http:// address?") from None
+        raise MoultError(
+            f"TLS with {host} failed ({error.strerror or error})", "check HF_ENDPOINT: is it an http:// address?"
+        ) from None
     if tls == "off":
-        return "NOT CHECKED (network.tls: off): anyone on the way can read the token and change what is downloaded"
+        return "NOT CHECKED (network.tls: off): anyone on the network can read the token and change the downloads"
     return f"issued by {issuer}, trusted by {ca or 'the system'}"
 
 
@@ -181,20 +185,26 @@ def explain_certificate(error: ssl.SSLCertVerificationError, host: str, ca: str 
     certificate = presented_certificate(host)
     why = error.verify_message
     if why == "certificate has expired":
-        return f"it has expired ({certificate.get('notAfter', 'date unknown')})", "is this machine's clock right?"
+        return (
+            f"the certificate has expired ({certificate.get('notAfter', 'date unknown')})",
+            "check the clock of this machine",
+        )
     if why == "certificate is not yet valid":
-        return "it is not valid yet", "is this machine's clock right?"
+        return "the certificate is not valid yet", "check the clock of this machine"
     if "mismatch" in why or "not valid for" in why:
         names = ", ".join(value for _, value in certificate.get("subjectAltName", ())) or "another host"
-        return f"it is for {names}, not for {host}", "check HF_ENDPOINT; is it a login page of the network?"
+        return (
+            f"the certificate is for {names}, not for {host}",
+            "check HF_ENDPOINT; is it the login page of a network?",
+        )
     return (
-        f"it is issued by {name_of(certificate.get('issuer', ()))}, which {ca or 'this system'} does not trust ({why})",
-        "a proxy that opens TLS? Ask for its CA certificate, then set network.tls: /path/to/ca.pem",
+        f"the certificate's issuer, {name_of(certificate.get('issuer', ()))}, is not trusted by {ca or 'this system'} ({why})",
+        "if a proxy opens TLS, ask its administrators for the CA certificate and set network.tls: /path/to/ca.pem",
     )
 
 
 def presented_certificate(host: str) -> dict:
-    """What the server shows, decoded. Python decodes only what it trusts, so it is told to trust just that."""
+    """The certificate of the server, decoded. Python decodes only trusted certificates, so this one is trusted for the moment."""
     try:
         with connect() as connection, context("off").wrap_socket(connection, server_hostname=host) as secured:
             der = secured.getpeercert(binary_form=True)
@@ -211,21 +221,21 @@ def name_of(issuer: tuple) -> str:
     """'Corp Proxy CA (Corp)' of (((\"organizationName\", \"Corp\"),), ((\"commonName\", \"Corp Proxy CA\"),))."""
     fields = dict(pair for part in issuer for pair in part)
     common, organization = fields.get("commonName"), fields.get("organizationName")
-    return f"{common} ({organization})" if common and organization else common or organization or "someone unnamed"
+    return f"{common} ({organization})" if common and organization else common or organization or "an unknown issuer"
 
 
 # --- what the hub says ------------------------------------------------------------------------------------------------
 
 
 def check_http(tls: str) -> str:
-    answer = get(f"{endpoint()}/api/models?limit=1", tls, secret=None)  # a bad token is the next step's matter
+    answer = get(f"{endpoint()}/api/models?limit=1", tls, secret=None)  # the next step checks the token
     if answer.status_code not in (200, 401):
         raise refused(answer, "HF_ENDPOINT", "the list of models")
     try:
         answer.json()
     except ValueError:
-        fix = "is it a login page of the network? check HF_ENDPOINT"
-        raise MoultError("what answers is not the hub", fix) from None
+        fix = "check HF_ENDPOINT; is it the login page of a network?"
+        raise MoultError("the server is not the hub", fix) from None
     return "the hub answers"
 
 
@@ -234,7 +244,7 @@ def refused(answer, key: str, name: str, revision: str | None = None, repo_type:
 
 
 def get(url: str, tls: str, secret: str | None, **headers: str):
-    """The answer at the end of the redirects. The token goes to the hub alone."""
+    """The answer after all redirects. The token is sent only to the hub."""
     import requests
 
     paths = ssl.get_default_verify_paths()
@@ -249,28 +259,26 @@ def get(url: str, tls: str, secret: str | None, **headers: str):
                 answer = session.get(url, headers={**headers, **login}, **how)
             except requests.RequestException as error:
                 what = f"no connection to {urlsplit(url).netloc} ({type(error).__name__})"
-                other = (
-                    "downloads come from other servers than the hub's own: a firewall or proxy must allow these, too"
-                )
+                other = "downloads come from other servers than the hub: the firewall or proxy must allow them too"
                 raise MoultError(what, "try again" if at_hub else other) from error
             if not answer.is_redirect:
                 return answer
             url = urljoin(url, answer.headers["Location"])
-    raise MoultError(f"{urlsplit(url).netloc} sends us round in circles", "check HF_ENDPOINT")
+    raise MoultError(f"{urlsplit(url).netloc} redirects in a circle", "check HF_ENDPOINT")
 
 
 def check_token(tls: str) -> str:
     secret, source = token()
     if secret is None:
-        return "none is set; gated and private repositories need one: HF_TOKEN"
+        return "not set; gated and private repositories need one (HF_TOKEN)"
     answer = get(f"{endpoint()}/api/whoami-v2", tls, secret)
     if answer.status_code != 200:
         raise refused(answer, "HF_TOKEN", "whoami")
-    return f"that from {source} is valid, it belongs to {answer.json().get('name')}"
+    return f"the token from {source} is valid and belongs to {answer.json().get('name')}"
 
 
 def check_repository(repo_type: str, name: str, revision: str | None, tls: str) -> str:
-    """Ask what the repository holds, then for the first byte of one of its files: weights or rows, if there are any."""
+    """Get the list of files, then the first byte of one of them: weights or rows, if there are any."""
     key = "model.name" if repo_type == "model" else "datasets.<name>.source"
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     answer = get(f"{endpoint()}/api/{repo_type}s/{name}{at}", tls, token()[0])
@@ -278,12 +286,12 @@ def check_repository(repo_type: str, name: str, revision: str | None, tls: str) 
         info = answer.json()
         files = sorted((file["rfilename"] for file in info["siblings"]), key=importance)
         if not files:
-            return "there, and empty"
+            return "the repository is empty"
         folder = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}/resolve/{info['sha']}"
         answer = get(f"{folder}/{quote(files[0])}", tls, token()[0], Range="bytes=0-0")
     if answer.status_code not in (200, 206):
         raise refused(answer, key, name, revision, repo_type)
-    return f"can be downloaded, from {urlsplit(answer.url).netloc}"
+    return f"can be downloaded from {urlsplit(answer.url).netloc}"
 
 
 def importance(file: str) -> int:

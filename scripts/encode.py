@@ -1,12 +1,12 @@
-"""Turn prepared rows into token ids and labels, once; the trainer uses them as they are.
+"""Turn prepared rows into token ids and labels. The trainer uses them unchanged.
 
     python scripts/encode.py --settings '{"max_length": 512, ...}' --model config/demo/base \\
         --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl --out results/demo/tokens
 
-After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (a sequence per line: id, group, source,
-input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is none), `report.json` (where
-every row and token went), `preview.html` (ten rows with what is trained marked). moult/data/labels.py makes the labels and
-holds the gates; here they are counted, and what is too long is dealt with.
+After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (one sequence per row: id, group, source,
+input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template), `report.json` (what
+happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked). moult/data/labels.py makes and
+checks the labels. This script counts them and handles sequences that are too long.
 """
 
 import html
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--model", required=True, help="manifest or folder of the base model (only its tokenizer is read)"
     )
-    parser.add_argument("--templates", default="config/chat_templates", help="folder of the shipped chat templates")
+    parser.add_argument("--templates", default="config/chat_templates", help="folder with the chat templates of Moult")
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
     parser.add_argument("--out", required=True, help="folder to write to")
@@ -48,8 +48,8 @@ def encode(settings: dict, args, log) -> None:
     rows = {"train": list(read_jsonl(args.train)), "val": list(read_jsonl(args.val))}
     if template is None and any("messages" in row for part in rows.values() for row in part):
         raise MoultError(
-            f"{base}: the tokenizer has no chat template, and the rows are conversations",
-            "set model.chat_template: chatml (the shipped one), or the path of a Jinja file",
+            f"{base}: the tokenizer has no chat template, but the rows are conversations",
+            "set model.chat_template: chatml (a template that is part of Moult), or the path of a Jinja file",
         )
     chat_settings = (base, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
     chat = Chat(*chat_settings)
@@ -97,7 +97,7 @@ def encode(settings: dict, args, log) -> None:
 def encode_rows(
     part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int
 ) -> tuple[list[dict], dict]:
-    """The sequences of all rows, and the account of the rows. Raises MoultError for rows that cannot be rendered."""
+    """The sequences of all rows, and the counts for the report. Raises MoultError for rows that cannot be rendered."""
     results = ordered_map(encode_row, rows, workers, f"{part} rows: tokens", set_chat, chat_settings)
     made = [sequence for result in results for sequence in result["sequences"]]
     refused = [
@@ -113,9 +113,9 @@ def encode_rows(
         )
         fix = "choose another model.chat_template (or its chat_template_kwargs)"
         if len(refused) < len(rows):
-            fix = f"mend the rows, {fix}, or leave such rows out with datasets.<name>.unrenderable: drop"
+            fix = f"fix the rows, {fix}, or drop such rows with datasets.<name>.unrenderable: drop"
         raise MoultError(
-            f"{len(refused):,} of {len(rows):,} {part} rows cannot be shown by the chat template as they are:\n    {listing}",
+            f"the chat template cannot show {len(refused):,} of {len(rows):,} {part} rows unchanged:\n    {listing}",
             fix,
         )
     lost: Counter = Counter()
@@ -167,16 +167,16 @@ def encode_row(row: dict) -> dict:
 
 
 def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list[dict], dict]:
-    """Deal with sequences over max_length as `overlength` says, within `max_token_loss`. Returns what is kept and the account."""
+    """Apply `overlength` to sequences over max_length, within `max_token_loss`. Returns the kept sequences and the counts."""
     limit = settings["max_length"]
     lengths = sorted(len(sequence["input_ids"]) for sequence in sequences)
     over = sum(length > limit for length in lengths)
     share = over / len(sequences)
-    advice = ", ".join(f"{quantile(lengths, q):,} ({q:.0%})" for q in (0.95, 0.99, 1.0))
+    advice = ", ".join(f"{q:.0%} fit into {quantile(lengths, q):,}" for q in (0.95, 0.99, 1.0))
     if over and settings["overlength"] == "error":
         raise MoultError(
             f"{over:,} of {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
-            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice}), or set overlength: drop or truncate",
+            f"raise datasets.<name>.max_length ({advice}), or set overlength: drop or truncate",
         )
     kept, trained, lost, cut, without_answer = [], 0, 0, 0, 0
     for sequence in sequences:
@@ -204,13 +204,13 @@ def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list
     if not kept:
         raise MoultError(
             f"all {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
-            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice})",
+            f"raise datasets.<name>.max_length ({advice})",
         )
     if lost > settings["max_token_loss"] * trained:
         raise MoultError(
-            f"max_length {limit:,} costs {lost / trained:.1%} of the trained {part} tokens "
-            f"({over:,} sequences, {share:.1%}, are longer), over max_token_loss {settings['max_token_loss']:.1%}",
-            f"raise datasets.<name>.max_length (lengths that take all of a share: {advice}), or max_token_loss",
+            f"max_length {limit:,} removes {lost / trained:.1%} of the trained {part} tokens "
+            f"({over:,} sequences, {share:.1%}, are longer), more than max_token_loss {settings['max_token_loss']:.1%}",
+            f"raise datasets.<name>.max_length ({advice}), or max_token_loss",
         )
     return kept, {
         "longest": lengths[-1],
@@ -238,7 +238,9 @@ def count_tokens(sequences: list[dict]) -> dict:
     trained = sum(label != IGNORE for sequence in sequences for label in sequence["labels"])
     empty = [sequence["id"] for sequence in sequences if all(label == IGNORE for label in sequence["labels"])]
     if empty:
-        raise MoultError(f"{len(empty):,} sequences train nothing: {some(empty)}", "this is a bug in encode")
+        raise MoultError(
+            f"{len(empty):,} sequences have no trained token: {some(empty)}", "this is a bug in Moult; please report it"
+        )
     return {
         "sequences": len(sequences),
         "tokens": tokens,
@@ -252,7 +254,7 @@ def check_vocabulary(part: str, sequences: list[dict], vocabulary: int | None) -
     if vocabulary is not None and largest >= vocabulary:
         raise MoultError(
             f"{part} row {where}: token {largest} is outside the model's vocabulary of {vocabulary:,}",
-            "tokenizer and model do not belong together, or tokens were added without resizing the model",
+            "use the tokenizer of this model; if tokens were added to it, the model must be resized too",
         )
 
 
@@ -271,10 +273,9 @@ def warn_of_lost_characters(part: str, report: dict, log) -> None:
 def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], chat) -> dict:
     """Which tokens end the trained turns, and whether generation already stops at them.
 
-    Turns show how they end as they were `made`; `sequences` are those that are left, some of them cut; `plain` the ids of
-    plain text.
-    `added` are those where generation does not stop: the template ends turns with a special token that
-    generation_config does not name (a base model with a chat template, usually). merge and finetune write them into it.
+    `made` are all sequences, uncut. `sequences` are those that are kept; some of them are cut. `plain` are the ids of rows with
+    plain text. In the result, `added` are tokens that end turns but that generation_config does not name, usually because
+    a base model was given a chat template. merge and finetune add them to generation_config.
     """
     trained = sorted(token for token in turn_ends(made) if token in chat.stop_ids or token in chat.special_ids)
     ends = turn_ends(sequences)
@@ -298,7 +299,7 @@ def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], 
 
 
 def turn_ends(sequences: list[dict]) -> Counter:
-    """How often each token is the last of what is trained in one piece."""
+    """How often each token is the last one of a trained span."""
     ends: Counter = Counter()
     for sequence in sequences:
         labels = [*sequence["labels"], IGNORE]
@@ -330,7 +331,7 @@ def write_sequences(path: Path, sequences: list[dict]) -> None:
 
 
 def preview(sequences: list[dict], chat, origin: str) -> str:
-    """A page with a few sequences, evenly picked; what is trained is marked, and each token shows its id on hover."""
+    """A page with a few sequences, with the trained tokens marked, and with the id of each token on hover."""
     step = max(1, len(sequences) // PREVIEWED)
     articles = []
     for sequence in sequences[::step][:PREVIEWED]:
@@ -347,9 +348,9 @@ def preview(sequences: list[dict], chat, origin: str) -> str:
 
 
 def pieces(ids: list[int], chat) -> list[str]:
-    """What each token adds to the text: alone it may lack its space, or hold a part of a character only.
+    """The text that each token adds. (Decoded alone, a token may lose its space, or be only a part of a character.)
 
-    A character in several tokens stands at the last of them.
+    A character of several tokens is assigned to the last one.
     """
     texts, shown, start = [], 0, 0  # ids[start:shown] is text that was given out, there for what follows to lean on
     for end in range(1, len(ids) + 1):
@@ -362,7 +363,7 @@ def pieces(ids: list[int], chat) -> list[str]:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>Trained tokens</title><style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
@@ -372,8 +373,9 @@ pre {{ white-space: pre-wrap; padding: 1rem; border: 1px solid #8884; border-rad
 span:empty {{ padding-left: .2em; }}
 span:hover {{ outline: 1px solid currentColor; }}
 </style></head><body>
-<h1>What is trained</h1>
-<p>Marked tokens carry a label, all others are context. Hover shows a token's id. Chat template: {origin}.</p>
+<h1>Trained tokens</h1>
+<p>The model learns to produce the marked tokens. All others are context. Point at a token to see its id.</p>
+<p>Chat template: {origin}.</p>
 {articles}
 </body></html>
 """

@@ -1,11 +1,11 @@
-"""Measure a model on the validation rows and the prompts: how likely it finds the answers, and what it answers itself.
+"""Measure a model: the likelihood of the answers in the validation rows, and the answers that the model gives itself.
 
     python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
         --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl
 
-The rules evaluate_base (whose result all runs on the same model and data share) and evaluate_tuned call it, score
-compares. Base and tuned get the same token ids: those that encode made. Decoding is greedy. With --adapter, --base and
---merge-check the merged model is also compared with base plus adapter on a few rows.
+The rules evaluate_base and evaluate_tuned run it; runs with the same model and data share the result of evaluate_base. score
+compares the two. Both models get the same token ids, from encode. Decoding is greedy. With --adapter, --base and
+--merge-check, the merged model is also compared with base plus adapter on a few rows.
 """
 
 from pathlib import Path
@@ -29,12 +29,12 @@ KEPT_LOGITS = 2**27
 def main() -> None:
     parser = stage_parser(__doc__, "evaluate", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
-    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
-    parser.add_argument("--likelihood", required=True, help="a line per validation sequence to write (.jsonl)")
-    parser.add_argument("--answers", required=True, help="a line per answer to write (.jsonl)")
+    parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
+    parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
+    parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
-    parser.add_argument("--merge-check", help="JSON to write: merged model against base plus adapter")
+    parser.add_argument("--merge-check", help="output: merged model against base plus adapter (.json)")
     args = parser.parse_args()
 
     with stage("evaluate", args.log_file, args.settings) as log:
@@ -75,7 +75,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:
-    """`count` of the rows, always the same ones, in their order."""
+    """`count` of the rows, in their order. The choice is always the same."""
     if count is None or count >= len(rows):
         return rows
     order = sorted(range(len(rows)), key=lambda index: sha256_text(f"{rows[index]['id']}:{index}"))
@@ -138,7 +138,7 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
 
 
 def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
-    """The model's own greedy answers, in the order of the questions, with what smoke_test knows the same weights by."""
+    """The greedy answers of the model, in the order of the questions, with figures by which smoke_test recognises the weights."""
     stop = report["stop"]["generation_stop_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     budget = GENERATION_TOKENS[model.device.type]
@@ -168,15 +168,15 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
 
 
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
-    """How likely the model finds each prompt, which it was not trained to say: no two models find it equally likely."""
+    """The negative log-likelihood of each prompt. It was not trained on, so no two models agree on it."""
     prompts = [row["prompt_ids"] for row in answers]
     sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
     return [result.nll for result in likelihood(model, sequences, pad_id, "prompts: likelihood")]
 
 
 def margins(model, answer: dict, pad_id: int) -> list[float]:
-    """By how many nats the best token led at each token of an answer. Where it is nearly a tie, another kernel or batch
-    may go on with the other one."""
+    """The lead of the best token over the second one, in nats, at each token of an answer. If it is nearly a tie, another kernel
+    or another batch may choose the second one."""
     import torch
 
     prompt = answer["prompt_ids"]
@@ -197,7 +197,7 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    # Not the model's own generation config: base and tuned are asked in the same way, whatever theirs says.
+    # Not the generation config of the model: base and tuned model must be asked in the same way.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad_id, use_cache=True
     )
@@ -226,7 +226,7 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
             positions += len(mine)
             if positions * vocabulary >= KEPT_LOGITS:
                 break
-    merged.to("meta")  # the two need not fit side by side
+    merged.to("meta")  # the two models need not fit into memory together
     adapted = PeftModel.from_pretrained(
         load_model(str(open_model(args.base)[0]), device, settings), args.adapter
     ).eval()
@@ -248,7 +248,7 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
         "dtype": str(merged.dtype).removeprefix("torch."),
     }
     log.info(
-        "merged against base + adapter: mean KL %.2e, same first choice %.2f %%",
+        "merged model against base plus adapter: mean KL %.2e, same first choice in %.2f %%",
         result["mean_kl"],
         100 * result["top1_agreement"],
     )

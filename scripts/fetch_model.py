@@ -1,12 +1,11 @@
-"""Download a base model from the hub, and write down exactly what it is.
+"""Download a base model from the hub, and record its commit and the hash of every file.
 
     python scripts/fetch_model.py --name Qwen/Qwen3-0.6B --out results/models/Qwen--Qwen3-0.6B \\
         --manifest results/models/Qwen--Qwen3-0.6B.json
 
-First stage for a hub model; needs the network. (A local folder is used in place: inspect_model.)
-The revision is resolved to a commit, which the manifest records with the hash of every file. Only safetensors weights
-are taken, and of those only the ones that the model consists of. What has been downloaded when it is cut off stays in
-`<out>.partial`, and the next run goes on from there. HF_TOKEN is read from the environment and written nowhere.
+First stage for a model from the hub; it needs the network. (For a local folder: inspect_model.) The revision is resolved to a
+commit. Only safetensors weights are downloaded, and of those only the files of the model itself. An interrupted download stays in
+`<out>.partial`, and the next run continues it. HF_TOKEN is read from the environment and not written anywhere.
 """
 
 import shutil
@@ -27,9 +26,9 @@ MB = 1_000_000
 
 def main() -> None:
     parser = stage_parser(__doc__, "fetch_model", reads="revision, trust_remote_code", optional=True)
-    parser.add_argument("--name", required=True, help="the model's name in the config")
+    parser.add_argument("--name", required=True, help="name of the model in the config")
     parser.add_argument("--out", required=True, help="folder to download to")
-    parser.add_argument("--manifest", required=True, help="JSON to write: files and hashes, commit")
+    parser.add_argument("--manifest", required=True, help="output: files, hashes and commit (.json)")
     parser.add_argument("--tls", default="verify", help="how to check the hub's certificate: verify, off, or a CA file")
     args = parser.parse_args()
 
@@ -45,7 +44,7 @@ def fetch(settings: dict, args, log) -> None:
 
 
 def download(settings: dict, args, log) -> dict:
-    """Download the snapshot to --out, whole or not at all. Returns its manifest."""
+    """Download the snapshot to --out, complete or not at all. Returns its manifest."""
     set_up_hub(args.tls)
     from huggingface_hub import HfApi, constants
 
@@ -64,31 +63,31 @@ def download(settings: dict, args, log) -> dict:
 
 
 def check_weights(name: str, files: list[str]) -> None:
-    """That there are safetensors weights, before anything is downloaded."""
+    """Raises MoultError if there are no safetensors weights, before anything is downloaded."""
     if "model.safetensors" in files or "model.safetensors.index.json" in files:
         return
     if "adapter_config.json" in files:
-        raise MoultError(f"{name} is an adapter, no model", "set model.name to the base model that it was made for")
+        raise MoultError(f"{name} is an adapter, not a model", "set model.name to the base model of this adapter")
     others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))]
     raise MoultError(
-        f"{name} has no safetensors weights, only: {some(others) or 'no weights at all'}",
-        "choose a repository with model.safetensors, or a revision: the hub's own conversion is often refs/pr/1",
+        f"{name} has no safetensors weights{f', only: {some(others)}' if others else ''}",
+        "choose a repository or a revision with model.safetensors; the hub's automatic conversion is often refs/pr/1",
     )
 
 
 def partial_folder(out: str, commit: str) -> Path:
-    """Where the download of `commit` goes on. One of another commit is removed: the two must not mix."""
+    """The folder for the download of `commit`. Removes downloads of other commits, which must not mix with it."""
     partial = Path(f"{out}.partial") / commit
     for other in partial.parent.glob("*"):
         if other != partial:
             shutil.rmtree(other)
-    for cut_off in partial.glob(".cache/**/*.incomplete"):  # huggingface_hub 2 goes on from whole files only
+    for cut_off in partial.glob(".cache/**/*.incomplete"):  # huggingface_hub 2 cannot continue a part of a file
         cut_off.unlink()
     return partial
 
 
 def download_files(name: str, info, partial: Path, trust_remote_code: bool, log) -> None:
-    """First the small files: the index among them says which weights the model consists of."""
+    """Download the small files first: the index among them lists the weights of the model."""
     from huggingface_hub import snapshot_download
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
@@ -100,8 +99,8 @@ def download_files(name: str, info, partial: Path, trust_remote_code: bool, log)
     free = shutil.disk_usage(partial).free
     if size - there > free:
         raise MoultError(
-            f"{name} needs {(size - there) / 1e9:.1f} GB more, and the disk of {partial.parent.parent} has {free / 1e9:.1f} GB",
-            "make room, or set paths.results to a folder on a larger disk",
+            f"{name} needs {(size - there) / 1e9:.1f} GB more, but {partial.parent.parent} has {free / 1e9:.1f} GB free",
+            "free space, or set paths.results to a folder on a larger disk",
         )
     log.info("%s: downloading commit %s, %.2f GB of weights", name, info.sha, size / 1e9)
     with progress(size // MB, "MB of weights", initial=there // MB) as bar:
@@ -110,7 +109,7 @@ def download_files(name: str, info, partial: Path, trust_remote_code: bool, log)
 
 
 def one_bar(bar, received: int) -> type:
-    """A class for huggingface_hub to make its three bars of: none is shown, the one that counts bytes moves ours."""
+    """A class for the three progress bars of huggingface_hub. They are hidden; the one that counts bytes moves `bar`."""
     from huggingface_hub.utils import tqdm
 
     stop = stop_event()
@@ -132,7 +131,7 @@ def one_bar(bar, received: int) -> type:
 
 
 def stop_event() -> threading.Event:
-    """Set by SIGINT and SIGTERM on their way: huggingface_hub would first let its threads end their files, gigabytes."""
+    """An event that SIGINT and SIGTERM set. Otherwise huggingface_hub would first finish its files, which can be gigabytes."""
     stop = threading.Event()
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -142,13 +141,13 @@ def stop_event() -> threading.Event:
         handlers[number](number, frame)
 
     for number, handler in handlers.items():
-        if callable(handler):  # and not ignored
+        if callable(handler):  # not ignored
             signal.signal(number, pass_on)
     return stop
 
 
 def check_whole(info, manifest: dict, partial: Path) -> None:
-    """That the files are, byte for byte, those that the hub has, and that none has been left out."""
+    """Raises MoultError if a file is missing or differs from the file on the hub."""
     from fnmatch import fnmatchcase
 
     for file in info.siblings:
@@ -159,11 +158,11 @@ def check_whole(info, manifest: dict, partial: Path) -> None:
         whole = path.is_file() and file.size in (None, path.stat().st_size)
         if not whole or (file.lfs and file.lfs.sha256 != manifest["files"].get(file.rfilename)):
             path.unlink(missing_ok=True)
-            raise MoultError(f"{file.rfilename} has arrived damaged", "run again: the other files are kept")
+            raise MoultError(f"the download of {file.rfilename} is damaged", "run again: the other files are kept")
 
 
 def put(partial: Path, out: Path) -> None:
-    """Give the whole snapshot its name."""
+    """Move the complete snapshot to its final name."""
     shutil.rmtree(partial / ".cache")  # huggingface_hub's notes on what it has downloaded
     for path in partial.rglob("*"):
         fsync(path)

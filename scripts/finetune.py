@@ -1,14 +1,14 @@
-"""Tune the base with LoRA: trl.SFTTrainer and peft on the tokens and labels that encode made.
+"""Train a LoRA adapter with trl.SFTTrainer and peft, on the tokens and labels of encode.
 
     python scripts/finetune.py --settings '{"lora": {...}, "train": {...}, ...}' --model results/models/config--demo--base.json \\
         --tokens results/demo/tokens --plan results/demo/plan.json \\
         --state results/demo/trainer_state --adapter results/demo/adapter --summary results/demo/adapter.json \\
         --training-log results/demo/training_log.jsonl
 
-After plan, before merge. On several GPUs: the same behind `torchrun --nproc-per-node N`. Checkpoints go to --state, and
-the same command goes on from the newest whole one. SIGTERM, SIGINT and SIGUSR2 (for Slurm's --signal) save at the end of
-the step and exit with 75, of which torchrun makes a 1.
-The adapter is a checkpoint's, so it is published by copying: the one with the lowest validation loss, or the last.
+After plan, before merge. On several GPUs, put `torchrun --nproc-per-node N` before it. Checkpoints are written to --state, and
+the same command continues from the newest complete one. After SIGTERM, SIGINT or SIGUSR2 (for Slurm's --signal), it saves at the
+end of the step and exits with 75; torchrun turns this into 1. The adapter is a copy of a checkpoint: the one with the lowest
+validation loss, or the last.
 """
 
 import contextlib
@@ -55,14 +55,14 @@ from moult.workflow.code import hash_of_script
 def main() -> None:
     parser = stage_parser(__doc__, "finetune", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
-    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--plan", required=True, help="plan.json")
-    parser.add_argument("--state", required=True, help="folder of the checkpoints; survives this command")
-    parser.add_argument("--adapter", required=True, help="adapter folder to write")
-    parser.add_argument("--summary", required=True, help="small JSON beside it to write: hashes, losses, versions")
-    parser.add_argument("--training-log", required=True, help="training log to write (.jsonl)")
-    parser.add_argument("--image", help="what tells the container's image from others; goes into the fingerprint")
-    parser.add_argument("--resume-from", help="a checkpoint to go on from, instead of the newest in --state")
+    parser.add_argument("--state", required=True, help="folder for the checkpoints")
+    parser.add_argument("--adapter", required=True, help="output: adapter folder")
+    parser.add_argument("--summary", required=True, help="output: hashes, losses and versions (.json)")
+    parser.add_argument("--training-log", required=True, help="output: training log (.jsonl)")
+    parser.add_argument("--image", help="identity of the container image; part of the fingerprint")
+    parser.add_argument("--resume-from", help="checkpoint to continue from, instead of the newest in --state")
     args = parser.parse_args()
 
     settings = args.settings
@@ -74,14 +74,14 @@ def main() -> None:
         with locked(state) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 if args.resume_from:
-                    # First: claiming would move a checkpoint of the run's own aside.
+                    # First, because claim() would move a checkpoint of this run aside.
                     check_given(Path(args.resume_from), fingerprint, settings["train"]["load_best_model_at_end"])
                 claim(state, fingerprint)
             finetune(settings, args, state, fingerprint, stop, log)
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 ask to stop. While nothing is trained there is nothing to save, so they stop at once."""
+    """SIGTERM, SIGINT and SIGUSR2 ask to stop. Before and after training there is nothing to save, so they stop at once."""
 
     def __init__(self):
         self.received: str | None = None
@@ -97,9 +97,9 @@ class StopSignal:
 
 
 def make_fingerprint(settings: dict, args) -> dict:
-    """What the weights depend on. A checkpoint of another fingerprint would be resumed without a word, to another result:
-    a changed learning rate is silently ignored, changed data silently mixed (transformers 5.23). The code is this script
-    and the library as they lie on the disk, so a command that is run again by hand after an edit trains again too."""
+    """What the weights depend on. Without it, a checkpoint of other settings would be resumed, with a wrong result: transformers
+    (5.23) ignores a changed learning rate and mixes changed data, both silently. The code is this script and the library on
+    the disk, so a command that is run again by hand after an edit also trains again."""
     tokens = Path(args.tokens)
     harmless = (
         "report_to",
@@ -131,7 +131,9 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
     total = read_json(args.plan)["steps"]["total"]
     wanted = settings["train"].get("max_steps", -1)
     if wanted > 0 and wanted != total:
-        raise MoultError(f"train.max_steps is {wanted:,}, and {args.plan} is of {total:,} steps", "make the plan again")
+        raise MoultError(
+            f"train.max_steps is {wanted:,}, but {args.plan} has {total:,} steps", "run the stage plan again"
+        )
     keep_best = settings["train"]["load_best_model_at_end"]
 
     def find_checkpoint() -> Path | None:
@@ -144,10 +146,10 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
         restore_log(state, resume)
     if resume and step_of(resume) >= total:
         # transformers would train one step more.
-        log.info("%s is the last step: nothing to train", resume)
+        log.info("%s is the checkpoint of the last step: nothing to train", resume)
     else:
         if resume:
-            log.info("going on from %s, of %s steps", resume, f"{total:,}")
+            log.info("continuing from %s (of %s steps)", resume, f"{total:,}")
         trainer = make_trainer(settings, args, state, fingerprint, device, stop, resume, log)
         train(trainer, resume, total, stop, log)
     if rank() == 0:
@@ -155,7 +157,7 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
 
 
 def from_main_process(find: Callable, device: str):
-    """What `find()` returns in the main process, in all of them: only that one has claimed the state folder."""
+    """Call `find()` in the main process, and return its result in all processes. Only the main process has locked the folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return find()
     from accelerate import PartialState
@@ -170,15 +172,15 @@ def rank() -> int:
 
 
 def pick_device(threads: int, gpus: int) -> str:
-    """The device to train on. Raises MoultError if processes or GPUs are not as many as the config says."""
+    """The device to train on. Raises MoultError if the numbers of processes or GPUs differ from the config."""
     processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != gpus:
         raise MoultError(
-            f"train.gpu is {gpus}, and {processes} processes run",
+            f"train.gpu is {gpus}, but {processes} processes are running",
             f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...",
         )
     if processes == 1:
-        # Before torch looks: with several GPUs in sight Trainer would use DataParallel, which TRL refuses.
+        # Before torch looks at the GPUs: if it sees several, Trainer uses DataParallel, which TRL refuses.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     limit_threads(threads)
     import torch
@@ -186,14 +188,14 @@ def pick_device(threads: int, gpus: int) -> str:
     device = pick()
     if device == "cuda" and torch.cuda.device_count() < local:
         raise MoultError(
-            f"train.gpu asks for {local} GPUs here, and {torch.cuda.device_count()} are visible",
-            "ask for more, or lower train.gpu",
+            f"train.gpu needs {local} GPUs on this machine, but {torch.cuda.device_count()} are visible",
+            "request more GPUs, or lower train.gpu",
         )
     return device
 
 
 def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
-    """Raises MoultError if the checkpoint of --resume-from is not whole or of another run, and says what differs."""
+    """Raises MoultError if the checkpoint of --resume-from is incomplete or belongs to another run, and says what differs."""
     fault = fault_of(folder, fingerprint, keep_best) if folder.is_dir() else "no such folder"
     if fault is None:
         return
@@ -201,7 +203,7 @@ def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
     differs = some(differences(read_json(theirs), fingerprint)) if theirs.exists() else ""
     raise MoultError(
         f"--resume-from {folder}: {fault}{f' (differs in: {differs})' if differs else ''}",
-        "give a checkpoint of the same settings, data, model and versions, or leave --resume-from out",
+        "choose a checkpoint with the same settings, data, model and versions, or leave --resume-from out",
     )
 
 
@@ -228,7 +230,7 @@ def make_trainer(
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    # With several processes Trainer moves each one's model to its own GPU.
+    # With several processes, Trainer moves the model of each process to its GPU.
     model = load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings)
     try:
         trainer = Finetuner(
@@ -247,11 +249,12 @@ def make_trainer(
             stop=stop,
             resume=resume,
         )
-    except (ImportError, RuntimeError, ValueError) as error:  # what Trainer and TRL say of settings they cannot serve
+    except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise MoultError(
-            f"train: {str(error).splitlines()[0]}", "mend the train section, or install what it needs"
+            f"train: {str(error).splitlines()[0]}",
+            "fix the train section of the config, or install the missing package",
         ) from error
     strays = {parameter.device.type for parameter in trainer.model.parameters()} - {device}
     if strays:
@@ -283,12 +286,13 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
     step = trainer.state.global_step
     if trainer.state.max_steps != total:
         raise MoultError(
-            f"the trainer counts {trainer.state.max_steps} steps, the plan {total}", "this is a bug in plan"
+            f"the trainer counts {trainer.state.max_steps} steps, the plan {total}",
+            "this is a bug in Moult; please report it",
         )
     if step < total:
         raise MoultError(
             f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {total:,}; checkpoint saved",
-            "run the same command again to go on",
+            "run the same command again to continue",
             UNFINISHED,
         )
     log.info("trained %s steps", f"{step:,}")
@@ -298,7 +302,7 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
 
 
 def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, total: int, log) -> None:
-    """Make the adapter folder out of the best checkpoint, or the last, and check that it holds a trained adapter."""
+    """Write the adapter folder from the best checkpoint (or the last), after a check that the adapter is trained."""
     last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
     keep_best = settings["train"]["load_best_model_at_end"]
     step = last["best_global_step"] if keep_best else total
@@ -348,13 +352,13 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
 
 
 def check_trained(path: Path) -> None:
-    """Every tensor is finite, and training has moved every B off the zeros that it starts from."""
+    """Raises MoultError if a tensor is not finite, or if a B matrix still has the zeros that it starts with."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise MoultError(f"{path}: not finite: {some(broken)}", "lower train.learning_rate")
+        raise MoultError(f"{path}: these tensors are not finite: {some(broken)}", "lower train.learning_rate")
     still = [name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any()]
     if still:
         raise MoultError(

@@ -5,8 +5,8 @@
         --adapter results/demo/adapter.json --merge results/demo/merge.json --metrics results/demo/metrics.json \\
         --samples results/demo/samples.jsonl
 
-Last stage; no GPU and no model. Both sides were measured on the same token ids, which is checked here first. The schema
-of metrics.json is moult/measuring/metrics.schema.json; README.md has it as a table.
+Last stage. It needs no GPU and no model. First it checks that both models were measured on the same token ids.
+scripts/moult/measuring/README.md explains every key of metrics.json.
 """
 
 import math
@@ -26,15 +26,17 @@ SCHEMA = Path(__file__).parent / "moult" / "measuring" / "metrics.schema.json"
 
 def main() -> None:
     parser = stage_parser(__doc__, "score")
-    parser.add_argument("--run", required=True, help="the run's name")
+    parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--base", required=True, help="folder with the base's likelihood.jsonl and answers.jsonl")
-    parser.add_argument("--tuned", required=True, help="the same of the tuned model, and merge_check.json")
+    parser.add_argument(
+        "--tuned", required=True, help="folder with the same files of the tuned model, and merge_check.json"
+    )
     parser.add_argument("--prepared", required=True, help="prepare's metadata.json")
-    parser.add_argument("--tokens", required=True, help="folder that encode wrote")
+    parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
     parser.add_argument("--merge", required=True, help="merge's merge.json")
-    parser.add_argument("--metrics", required=True, help="metrics.json to write")
-    parser.add_argument("--samples", required=True, help="samples.jsonl to write")
+    parser.add_argument("--metrics", required=True, help="output: metrics.json")
+    parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
 
     with stage("score", args.log_file, args.settings) as log:
@@ -112,17 +114,17 @@ def check_same_questions(base: dict, tuned: dict) -> None:
         if both[0] != both[1]:
             differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]
             raise MoultError(
-                f"base and tuned were not measured on the same {name} ({some(differ) or 'their numbers differ'})",
-                "remove the base's folder and run again",
+                f"base and tuned model were measured on different {name} ({some(differ) or 'their numbers differ'})",
+                "delete results/<run>/base and run again",
             )
 
 
 def check_merge(check: dict, limit: float) -> None:
     if check["mean_kl"] > limit:
         raise MoultError(
-            f"the merged model is not base plus adapter: mean KL {check['mean_kl']:.3g} nats per token, "
-            f"over eval.merge_kl_limit {limit:g}",
-            "merge again; if the base has few bits (float16, fp8), raise the limit and look at samples.jsonl",
+            f"the merged model differs from base plus adapter: mean KL {check['mean_kl']:.3g} nats per token, "
+            f"above eval.merge_kl_limit {limit:g}",
+            "delete merged/ and run again; if its dtype has few bits (float16, fp8), check samples.jsonl and raise the limit",
         )
 
 
@@ -170,7 +172,7 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
-    """Nats per token of each source that the validation rows are from."""
+    """Nats per token for each source of validation rows."""
     files = defaultdict(list)
     for file in prepared["val_sources"] or prepared["sources"]:
         files[file["source"]].append(data_name(file))
@@ -188,7 +190,7 @@ def by_source(sides: dict, prepared: dict) -> dict:
 
 
 def data_name(file: dict) -> str:
-    """The hub id, or what is fit to be published of a path."""
+    """The hub id, or the part of a path that may be published."""
     return file.get("hub") or public_name(file["path"])
 
 
@@ -196,7 +198,7 @@ def data_name(file: dict) -> str:
 
 
 def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
-    """Rates of every check for prompts, rows and both; and each question with both answers."""
+    """The pass rates of every check for prompts, rows and both together, and each question with both answers."""
     expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
@@ -256,12 +258,12 @@ def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
 
 
 def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float) -> dict:
-    """helped: something is better and nothing worse; hurt: the reverse; else inconclusive. What counts is an interval of
-    the paired difference that leaves out 0. Whether answers stop is told, and does not count: a model that answers at
-    more length stops less often within max_new_tokens.
+    """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. A measurement is better or
+    worse if the interval of its paired difference does not contain 0. How many answers stop is reported but does not count:
+    a model with longer answers stops less often within max_new_tokens.
 
-    The bootstrap cannot see what is not in the sample, and makes a point of one group. So the likelihood counts from as
-    many groups on as would not all lean the same way by chance (sign test; 6 at 95 %)."""
+    A bootstrap of very few groups gives intervals that are too narrow. Therefore the likelihood counts only if there are so
+    many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %)."""
     evidence = {}  # what: (difference, whether more is better, unit)
     enough = math.ceil(1 - math.log2(1 - confidence))
     if likelihood:
@@ -270,7 +272,10 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         if "passed" in answers.get(part, {}):
             evidence[name] = (answers[part]["passed"]["difference"], 1, "of the questions")
     if not evidence:
-        raise MoultError("nothing was measured", "set eval.perplexity, or give eval.prompts something to expect")
+        raise MoultError(
+            "nothing was measured",
+            "set eval.perplexity: true, or add checks to eval.prompts (expect) or eval.row_expect",
+        )
     found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     reasons = []
     for name, (difference, sign, unit) in evidence.items():
@@ -281,7 +286,7 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
         if too_few:
-            reasons[-1] += f" (of {groups} groups of validation rows, and {enough} are needed)"
+            reasons[-1] += f" (only {groups} groups of validation rows; {enough} are needed)"
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")

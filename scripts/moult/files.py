@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Write files so that they appear complete or not at all, and compute their hashes."""
 
 import contextlib
 import glob
@@ -13,7 +13,7 @@ from moult.errors import MoultError
 
 
 def canonical(value) -> str:
-    """JSON in one spelling: sorted keys, no spaces. NaN and infinity are refused."""
+    """Canonical JSON: sorted keys, no spaces. NaN and infinity are refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -27,7 +27,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_folder(folder: str | Path, but: tuple[str, ...] = ()) -> dict[str, str]:
-    """{relative path: sha256} of every file below `folder`, `but` for these and the one that Snakemake puts there."""
+    """{relative path: sha256} of every file below `folder`, except the names in `but` and Snakemake's own file."""
     folder = Path(folder)
     but = (*but, ".snakemake_timestamp")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but]
@@ -35,8 +35,8 @@ def sha256_folder(folder: str | Path, but: tuple[str, ...] = ()) -> dict[str, st
 
 
 def glance(path: str | Path) -> str:
-    """A hash of a file's size and of 16 blocks spread over it: tells files apart that differ in more than a few places,
-    without reading all of a large one. A missing file has none."""
+    """A hash of a file's size and of 16 blocks spread over it. It detects most changes without reading all of a large file.
+    Returns "" for a missing file."""
     try:
         size = Path(path).stat().st_size
         seen = hashlib.sha256(str(size).encode())
@@ -60,7 +60,7 @@ def fsync(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s name when the block ends without an error."""
+    """Yields a path to write to. It is renamed to `path` when the block ends without an error."""
     path = Path(path)
     partial = _partial(path)
     try:
@@ -75,7 +75,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder. An older folder of that name goes only when the new one is whole."""
+    """Like `atomic_file`, for a folder. An older folder at `path` is deleted only when the new one is complete."""
     path = Path(path)
     partial = _partial(path)
     outgoing = partial.with_name(f"{partial.name}-old")
@@ -90,7 +90,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             fsync(file)
         fsync(partial)
         if path.exists():
-            # Not deleted under its name: a kill would leave a part of it there.
+            # Renamed first: if the process is killed while it deletes, no part of the folder remains at `path`.
             path.rename(outgoing)
         partial.rename(path)
         fsync(path.parent)
@@ -101,7 +101,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """An error of the disk says what was written: Python names a file that cannot be opened, and none that cannot grow."""
+    """Add the path to a disk error: Python names a file that it cannot open, but not one that it cannot extend."""
     try:
         yield
     except OSError as error:
@@ -110,18 +110,18 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def check_space(path: str | Path, needed: int) -> None:
-    """Raises MoultError if `needed` bytes do not fit where `path` is to be."""
+    """Raises MoultError if the disk of `path` has less than `needed` bytes free."""
     folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MoultError(
-            f"{path}: {needed:,} bytes are needed, and {free:,} are free",
+            f"{path}: not enough disk space: {needed:,} bytes are needed, {free:,} are free",
             "free space, or set paths.results to a folder on another disk, and run the same command again",
         )
 
 
 def _partial(path: Path) -> Path:
-    """Where to write what is to become `path`; what a killed process has left there is removed."""
+    """A temporary path beside `path`. Removes what a killed process has left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -140,7 +140,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Pretty, with sorted keys, so that equal values make equal files."""
+    """Write indented JSON with sorted keys, so that equal values make equal files."""
     write_text(path, json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -151,14 +151,14 @@ def write_jsonl(path: str | Path, rows: Iterable) -> None:
 
 
 def read_json(path: str | Path, fix: str = "delete it and run again"):
-    """The JSON in a file, by default one of ours. Raises MoultError, with `fix`, where it is missing or cut short."""
+    """The JSON in a file. Raises MoultError, with `fix`, if the file is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MoultError(f"{path} does not exist", "run the stage that makes it") from None
+        raise MoultError(f"{path} does not exist", "run the stage that writes it") from None
     except json.JSONDecodeError as error:
         raise MoultError(f"{path}:{error.lineno}: not JSON ({error.msg})", fix) from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number with thousands of digits, endless brackets
         raise MoultError(f"{path}: not JSON ({error})", fix) from None
 
 

@@ -1,7 +1,7 @@
-"""How Moult reaches the hub: TLS, tokens, and errors in plain words. In one place.
+"""Access to the hub: TLS, tokens, and error messages.
 
-Only the fetch stages and check_connectivity use it. Nothing but the standard library is imported at the top, because
-huggingface_hub reads its environment variables when it is imported: call `set_up_hub` first.
+Only the fetch stages, check_connectivity and publish use it. huggingface_hub reads its environment variables when it is
+imported, so it is not imported at the top: call `set_up_hub` first.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from moult.errors import MoultError, some
 
 log = logging.getLogger("moult")
 
-# Seconds. The hub's client waits without end by default: a firewall that drops packets would hang the stage.
+# Seconds. By default the hub's client waits forever, for example behind a firewall that drops packets.
 CONNECT_TIMEOUT = 10
 READ_TIMEOUT = 30
 
-PROXY_LOGIN = "write user:password@ in front of the host in HTTPS_PROXY"
+PROXY_LOGIN = "write user:password@ before the host in HTTPS_PROXY"
 
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
@@ -44,7 +44,7 @@ def proxy_of(url: str) -> str | None:
 
 
 def token() -> tuple[str | None, str]:
-    """(token, where it comes from), looked for where huggingface_hub does, and in HUGGINGFACE_HUB_TOKEN."""
+    """(token, its source). Looks in the same places as huggingface_hub, and in HUGGINGFACE_HUB_TOKEN."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
         if os.environ.get(name, "").strip():
             return os.environ[name].strip(), name
@@ -58,9 +58,9 @@ def token() -> tuple[str | None, str]:
 
 
 def ca_file(tls: str) -> str | None:
-    """The file of CA certificates to check against, or None for the system's. Raises MoultError if it is none.
+    """The file with CA certificates, or None for those of the system. Raises MoultError if the file cannot be used.
 
-    With `verify`, SSL_CERT_FILE counts, and for those who set it for other tools REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE.
+    With `verify`, SSL_CERT_FILE is used, otherwise REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE, which some people set for other tools.
     """
     if tls == "off":
         return None
@@ -74,30 +74,32 @@ def ca_file(tls: str) -> str | None:
         ssl.create_default_context(cafile=Path(path).expanduser())
     except FileNotFoundError:
         raise MoultError(
-            f"{source}: {path} does not exist", f"{source} may name a file of CA certificates (PEM)"
+            f"{source}: {path} does not exist", f"set {source} to a file with CA certificates (PEM)"
         ) from None
     except (OSError, ssl.SSLError) as error:
-        reason = error.strerror if isinstance(error, PermissionError) else "it holds no certificate in PEM format"
+        reason = (
+            error.strerror if isinstance(error, PermissionError) else "it does not contain a certificate in PEM format"
+        )
         raise MoultError(
-            f"{source}: {path} cannot be used: {reason}", "a CA file has lines -----BEGIN CERTIFICATE-----"
+            f"{source}: {path} cannot be used: {reason}", "a CA file contains lines like -----BEGIN CERTIFICATE-----"
         ) from None
     return str(Path(path).expanduser())
 
 
 def set_up_hub(tls: str) -> None:
-    """Make huggingface_hub, and datasets which goes through it, check certificates as `tls` says, and never hang.
+    """Set up huggingface_hub (and datasets, which uses it): certificates as `tls` says, and a timeout for every request.
 
-    `tls` is network.tls of the config: verify, off, or a CA file. To be called before huggingface_hub is imported.
+    `tls` is network.tls of the config: verify, off, or a CA file. Call this before huggingface_hub is imported.
     """
     secret, source = token()
     if source == "HUGGINGFACE_HUB_TOKEN":  # the one name that huggingface_hub does not know
         os.environ["HF_TOKEN"] = secret
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if tls != "verify":
-        os.environ["HF_HUB_DISABLE_XET"] = "1"  # hf_xet has a TLS of its own, which knows nothing of these settings
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # hf_xet has its own TLS code, which ignores these settings
     if tls == "off":
         log.warning(
-            "network.tls is off: NO CERTIFICATE IS CHECKED. Anyone on the way can read the token and change what is downloaded"
+            "network.tls is off: certificates are NOT CHECKED. Anyone on the network can read the token and change the downloads"
         )
     if ca := ca_file(tls):
         os.environ["SSL_CERT_FILE"] = ca  # the client's variable, and OpenSSL's
@@ -112,12 +114,14 @@ def set_up_hub(tls: str) -> None:
 
 
 def check_names(name: str, files: list[str]) -> None:
-    """Raises MoultError for a repository with a file that would be written outside of its folder."""
+    """Raises MoultError if a file of the repository would be written outside its folder."""
     outside = [
         file for file in files if file.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", file) or "\0" in file
     ]
     if outside:
-        raise MoultError(f"{name} holds files that lead out of its folder: {some(map(repr, outside))}", "do not use it")
+        raise MoultError(
+            f"{name} has files that would be written outside its folder: {some(map(repr, outside))}", "do not use it"
+        )
 
 
 def _wait_at_most(request) -> None:
@@ -133,7 +137,7 @@ def _wait_at_most(request) -> None:
 
 @contextlib.contextmanager
 def hub_errors(key: str, name: str, revision: str | None = None, repo_type: str = "model") -> Iterator[None]:
-    """Turn what huggingface_hub, its client and the system raise in the block into a MoultError.
+    """Turn errors of huggingface_hub, of its HTTP client and of the system into a MoultError.
 
     `key` is the config key that named `name`, a repository of `repo_type`.
     """
@@ -153,7 +157,7 @@ def hub_errors(key: str, name: str, revision: str | None = None, repo_type: str 
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what led to it, which says most: libraries wrap it, and the client hides it (`from None`)."""
+    """`error` and its causes. The first cause says most, but libraries wrap it, and the client hides it (`from None`)."""
     seen = []
     while error is not None and error not in seen:
         yield error
@@ -162,11 +166,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _explain(chain: list[BaseException], key: str, name: str, revision: str | None, repo_type: str):
-    """(what, fix), or None for what is no matter of the hub."""
+    """(what, fix), or None if the error has nothing to do with the hub."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
     if _first(chain, HFValidationError):
-        return f"{key}: {name} is neither a path on this machine nor a name that the hub could have", f"check {key}"
+        return f"{key}: {name} is neither a path on this machine nor a valid name on the hub", f"check {key}"
     if _first(chain, OfflineModeIsEnabled):
         return _offline(key, name, repo_type)
     error = _first(chain, HfHubHTTPError)
@@ -174,25 +178,31 @@ def _explain(chain: list[BaseException], key: str, name: str, revision: str | No
         return _explain_connection(chain, key, repo_type)
     what, fix = refusal(error.response.status_code, error.response.headers, key, name, revision, repo_type)
     if isinstance(error, RevisionNotFoundError):
-        what += f"; there are: {_revisions(name, repo_type)}"
+        what += f"; it has: {_revisions(name, repo_type)}"
     return what, fix
 
 
 def _offline(key: str, name: str, repo_type: str) -> tuple[str, str]:
     return (
-        f"{name} would have to come from the hub, and HF_HUB_OFFLINE forbids that",
+        f"{name} must be downloaded from the hub, but HF_HUB_OFFLINE is set",
         f"unset HF_HUB_OFFLINE for this step, or {_local_copy(key, repo_type)}",
     )
 
 
 def refusal(status: int, headers, key: str, name: str, revision: str | None, repo_type: str) -> tuple[str, str]:
-    """(what, fix) for an HTTP status of the hub that is none of success. `key` named the repository in the config."""
+    """(what, fix) for an HTTP status that means failure. `key` is the config key of the repository."""
     page = f"{endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
     code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
     if code == "RevisionNotFound":
-        return f"{name} has no revision {revision}", f"set {key.rsplit('.', 1)[0]}.revision to one that it has"
+        return (
+            f"{name} has no revision {revision}",
+            f"set {key.rsplit('.', 1)[0]}.revision to one of its branches, tags or commits",
+        )
     if code == "EntryNotFound":
-        return f"{name} lacks a file that its listing names", "try again; if that stays, take another revision"
+        return (
+            f"{name}: a file in the list of the repository is missing",
+            "try again; if the error stays, use another revision",
+        )
     if code == "GatedRepo":
         return (
             f"{name} is gated: its owners decide who may download it",
@@ -200,62 +210,65 @@ def refusal(status: int, headers, key: str, name: str, revision: str | None, rep
         )
     if status == 401 and message.startswith("Invalid credentials"):
         return (
-            f"the hub does not accept the token from {token()[1]}: it is mistyped, expired or revoked",
-            f"make a new one on {endpoint()}/settings/tokens; what is public needs none",
+            f"the hub does not accept the token from {token()[1]}: it is wrong, expired or revoked",
+            f"create a new one on {endpoint()}/settings/tokens; public repositories do not need a token",
         )
     if status in (401, 404):
         return (
             f"the hub has no {repo_type} {name}, or does not show it "
             + ("to the account of your token" if token()[0] else "without a token"),
-            f"check {key}; for a private one set HF_TOKEN; if a local copy was meant, there is none at ./{name}",
+            f"check {key}; if it is private, set HF_TOKEN; if you meant a local folder: ./{name} does not exist",
         )
     if status == 403:
-        return f"the hub refuses access to {name} (403)", f"look at {page} with the account of your token"
+        return f"the hub refuses access to {name} (403)", f"open {page} with the account of your token"
     if status == 407:
-        return f"the proxy {proxy_of(endpoint())} wants a login (407)", PROXY_LOGIN
+        return f"the proxy {proxy_of(endpoint())} requires a login (407)", PROXY_LOGIN
     if status == 429:
-        return "the hub says that too many requests came from here (429)", "wait some minutes, or set HF_TOKEN"
-    return f"the hub answers {status} for {name}", "if that stays, look at https://status.huggingface.co"
+        return "too many requests to the hub (429)", "wait a few minutes, or set HF_TOKEN"
+    return f"the hub answers with status {status} for {name}", "try again later; see https://status.huggingface.co"
 
 
 def _explain_connection(chain, key: str, repo_type: str) -> tuple[str, str] | None:
-    """What has gone wrong on the way to the hub, or on this machine."""
+    """(what, fix) for errors of the connection or of this machine."""
     from huggingface_hub.errors import FileMetadataError
     from huggingface_hub.utils import httpx
 
     host, proxy = urlsplit(endpoint()).netloc, proxy_of(endpoint())
     way = f"{host} through the proxy {proxy}" if proxy else host
     elsewhere = f"run this step on a machine with network, or {_local_copy(key, repo_type)}"
-    check = "`snakemake --cores 1 check_connectivity` looks closer"
+    check = "`snakemake check_connectivity --cores 1` tests every step"
     text = " ".join(map(str, chain))
     if any(getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for error in chain) or "os error 28" in text:
-        return "the disk is full", "make room in the results folder (and in HF_HOME, if it is set), then run again"
+        return "the disk is full", "free space in the results folder (and in HF_HOME, if it is set), then run again"
     if _first(chain, httpx.ProxyError):
         return (
-            f"the proxy {proxy} refuses: {_first(chain, httpx.ProxyError)}",
+            f"the proxy {proxy} refuses the connection: {_first(chain, httpx.ProxyError)}",
             f"check HTTPS_PROXY and NO_PROXY; {check}",
         )
     if error := _first(chain, ssl.SSLCertVerificationError):
         return (
-            f"the certificate that {host} shows is not trusted: {error.verify_message}",
-            "a proxy that opens TLS? Give its CA certificate: network.tls: /path/to/ca.pem; " + check,
+            f"the certificate of {host} is not trusted: {error.verify_message}",
+            "if a proxy opens TLS, set network.tls to its CA certificate: /path/to/ca.pem; " + check,
         )
     if error := _first(chain, ssl.SSLError):
-        return f"no TLS with {way}: {error.reason or error}", check
+        return f"TLS with {way} failed: {error.reason or error}", check
     if _first(chain, socket.gaierror):
         return f"no network: the name of {way} cannot be resolved", elsewhere
     if _first(chain, (httpx.TimeoutException, TimeoutError)):
         return f"no answer from {way} in time", f"try again; {elsewhere}; {check}"
     if _first(chain, httpx.RemoteProtocolError):
-        return f"{way} closed the connection again and again", "run again: whole files are kept"
+        return f"{way} closed the connection several times", "run again: finished files are kept"
     if error := _first(chain, (httpx.NetworkError, ConnectionError)):
         return f"no connection to {way}: {error}", f"{elsewhere}; {check}"
     if _first(chain, (FileMetadataError, json.JSONDecodeError)):
-        return f"what answers at {way} is not the hub", f"is it a login page of the network? check HF_ENDPOINT; {check}"
+        return f"the server at {way} is not the hub", f"check HF_ENDPOINT; is it the login page of a network? {check}"
     if "Consistency check failed" in text:
-        return "a file arrived with the wrong length", "run again: whole files are kept"
+        return "a downloaded file has the wrong length", "run again: finished files are kept"
     if error := _first(chain, PermissionError):
-        return f"{error.filename}: permission denied", "check who owns that folder (HF_HOME names the hub's own)"
+        return (
+            f"{error.filename}: permission denied",
+            "check the owner of that folder (HF_HOME is the folder of the hub)",
+        )
     return None
 
 
@@ -264,7 +277,7 @@ def _first(chain: list[BaseException], kind: type | tuple[type, ...]):
 
 
 def _local_copy(key: str, repo_type: str) -> str:
-    return "put a copy into the folder paths.models" if repo_type == "model" else f"give the path of a copy as {key}"
+    return "put a copy into the folder paths.models" if repo_type == "model" else f"set {key} to the path of a copy"
 
 
 def _revisions(name: str, repo_type: str) -> str:

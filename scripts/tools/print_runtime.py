@@ -1,11 +1,11 @@
-"""Say what would run where: resolved paths of each run, versions, device, backends.
+"""Print the paths of each run, the versions of packages, the device, and optional packages.
 
     python scripts/tools/print_runtime.py                               # for people
-    python scripts/tools/print_runtime.py --format json --probe         # for programs; --probe imports torch and looks at the GPU
+    python scripts/tools/print_runtime.py --format json --probe         # for programs; --probe also looks at the GPU with torch
     python scripts/tools/print_runtime.py --format env --run demo       # shell variables of one run
-    python scripts/tools/print_runtime.py --configfile mine.yaml        # laid over config/config.yaml, as snakemake does it
+    python scripts/tools/print_runtime.py --configfile mine.yaml        # added to config/config.yaml
 
-Needs no GPU, and without --probe imports nothing heavy. It is also the self-test of an image.
+It needs no GPU. The images run it as their self-test.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PACKAGES = (
     *("snakemake", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
     *("huggingface_hub", "pyarrow", "langdetect", "py3langid"),
 )
-# What makes training or loading faster, or changes it, if it is there.
+# Optional packages that change training or loading.
 BACKENDS = ("flash_attn", "kernels", "bitsandbytes", "liger_kernel", "deepspeed", "tensorboard", "wandb", "vllm")
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("text", "json", "env"), default="text")
     parser.add_argument(
-        "--configfile", nargs="+", default=[], help="config files laid over config/config.yaml, in this order"
+        "--configfile", nargs="+", default=[], help="config files that are added to config/config.yaml, in this order"
     )
     parser.add_argument("--run", help="only this run (needed for --format env if there are several)")
     parser.add_argument("--probe", action="store_true", help="import torch and look at the device")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def variables(config: dict, name: str, places: Places) -> dict[str, str | int]:
-    """Where a run's things are, and what it is made of, under the names of --format env."""
+    """The paths and the main settings of a run, under the names of --format env."""
     run = config["runs"][name]
     settings = serve_settings(run)
     served_name = run["serve"]["served_model_name"] or name
@@ -143,14 +143,16 @@ def as_json(runs: dict, args) -> str:
 def as_env(runs: dict, args) -> str:
     """For a shell, and for containers/.env, which Docker Compose reads."""
     if len(runs) != 1:
-        raise MoultError(f"--format env is of one run, and there are {len(runs)}", f"give --run: {some(runs)}")
+        raise MoultError(
+            f"--format env shows one run, but there are {len(runs)}", f"choose one with --run: {some(runs)}"
+        )
     (values,) = runs.values()
     check_exposed(values["SERVE_HOST"], os.environ.get("MOULT_API_KEY"), "MOULT_API_KEY")
     return "\n".join(f"{name}={quoted(str(value))}" for name, value in values.items())
 
 
 def quoted(value: str) -> str:
-    """As both a shell and Compose read it: Compose does not know the shell's way to put a single quote into single quotes."""
+    """Quoted for both a shell and Compose, which does not know how a shell puts a single quote into single quotes."""
     return shlex.quote(value) if "'" not in value else '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
 
 

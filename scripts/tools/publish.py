@@ -1,10 +1,10 @@
-"""Upload a run's merged model or adapter to the hub, after showing what goes up.
+"""Upload the merged model or the adapter of a run to the hub. It shows the files first, and asks.
 
     make publish RUN=demo REPO=name/demo                    # WHAT=adapter; YES=1 asks nothing; PUBLIC=1 for all to see
     python scripts/tools/publish.py --run demo --repo name/demo --what adapter --yes
 
-The repository is made if it is not there, private unless --public. All files go up in one commit, the card with the
-repository's name in its examples. The token is huggingface_hub's: HF_TOKEN, or `hf auth login`.
+A new repository is private unless you give --public. All files are uploaded in one commit. The examples in the model card name
+the repository. The token is the one of huggingface_hub: HF_TOKEN, or `hf auth login`.
 """
 
 from fnmatch import fnmatch
@@ -16,20 +16,20 @@ from moult.errors import MoultError
 from moult.model.export import PLACE
 from moult.run.cli import tool_parser
 
-# Of another model, these would be loaded with ours. A licence or a picture that somebody has put there stays.
+# Files of an earlier model, which would be loaded with the new one. Other files (a licence, a picture) stay.
 LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
 
 
 def main() -> None:
     parser = tool_parser(__doc__)
-    parser.add_argument("--run", required=True, help="the run")
+    parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--repo", required=True, help="repository on the hub: name/model")
     parser.add_argument(
         "--what", choices=("merged", "adapter"), default="merged", help="what to upload (default: merged)"
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--configfile", nargs="+", default=[], help="config files laid over config/config.yaml")
+    parser.add_argument("--configfile", nargs="+", default=[], help="config files that are added to config/config.yaml")
     parser.add_argument("--log-file", help="log file (default: logs/publish.log)")
     args = parser.parse_args()
 
@@ -56,8 +56,8 @@ def publish(args, log) -> None:
     set_up_hub(config["network"]["tls"])
     if token()[0] is None:
         raise MoultError(
-            "an upload needs a token, and there is none",
-            f"`hf auth login`, or set HF_TOKEN, with one that may write ({endpoint()}/settings/tokens)",
+            "there is no token for the upload",
+            f"run `hf auth login`, or set HF_TOKEN to a token with write permission ({endpoint()}/settings/tokens)",
         )
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -69,13 +69,13 @@ def publish(args, log) -> None:
     stale = sorted(name for name in others if "/" not in name and any(fnmatch(name, like) for like in LOADED))
     size = sum(path.stat().st_size for path in files)
     public = args.public if there is None else not there.private
-    state = "new" if there is None else "which exists"
-    log.info("to %s/%s, %s, %s:", endpoint(), args.repo, state, "PUBLIC" if public else "private")
+    state = "new repository" if there is None else "existing repository"
+    log.info("upload to %s/%s (%s, %s):", endpoint(), args.repo, state, "PUBLIC" if public else "private")
     log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
     for path in files:
         log.info("  %-40s %15s", path.name, f"{path.stat().st_size:,}")
     for name in stale:
-        log.info("  %-40s %15s", name, "removed")
+        log.info("  %-40s %15s", name, "will be deleted")
     log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
     if not args.yes:
         ask(args.repo, log)
@@ -91,21 +91,23 @@ def publish(args, log) -> None:
 
 
 def check_whole(folder: Path, made_by: dict[str, str], run: str) -> None:
-    """What goes up is what was measured. Raises MoultError."""
+    """Raises MoultError if a file was changed after it was measured."""
     from moult.files import sha256_file
 
     for name, wanted in {**made_by, "README.md": None}.items():
         if not (folder / name).is_file():
-            raise MoultError(f"{folder}/{name} is not there", f"run: snakemake --cores 1 results/{run}/cards/merged.md")
+            raise MoultError(
+                f"{folder}/{name} does not exist", f"run: snakemake --cores 1 results/{run}/cards/merged.md"
+            )
         if wanted and sha256_file(folder / name) != wanted:
-            raise MoultError(f"{folder}/{name} is not the one that was measured", f"remove {folder} and run again")
+            raise MoultError(f"{folder}/{name} was changed after it was measured", f"delete {folder} and run again")
 
 
 def ask(repo: str, log) -> None:
     import sys
 
     if not sys.stdin.isatty():
-        raise MoultError("nobody is there to ask whether this may go up", "give --yes (make publish YES=1)")
+        raise MoultError("cannot ask for confirmation: there is no terminal", "use --yes (make publish YES=1)")
     log.info("Upload this to %s? [y/N]", repo)  # the prompt of input() would go to the log only
     if input().strip().lower() not in ("y", "yes"):
         raise MoultError("nothing was uploaded", "answer y to upload")

@@ -1,4 +1,4 @@
-"""The settings of the trainer. plan tries them before a GPU is used, finetune trains with them."""
+"""The settings of the trainer. plan checks them before a GPU is used, finetune trains with them."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from moult.errors import MoultError
 
 
 def trainer_config(settings: dict, state: str | Path, device: str, max_length: int):
-    """trl.SFTConfig of the config's `train` section, with what finetune controls itself. Raises MoultError if TRL refuses."""
+    """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it."""
     from trl import SFTConfig
 
     not_theirs = ("gpu", "nodes", "gradient_checkpointing")
@@ -33,12 +33,12 @@ def trainer_config(settings: dict, state: str | Path, device: str, max_length: i
     try:
         return SFTConfig(**(train | own))
     except (TypeError, ValueError) as error:
-        raise MoultError(f"train: {str(error).splitlines()[0]}", "mend the train section of the config") from error
+        raise MoultError(f"train: {str(error).splitlines()[0]}", "fix the train section of the config") from error
 
 
 def check_trainer(config, model) -> None:
-    """Raises MoultError for what Trainer would stop at later: packages that `config` needs and that are not there, a schedule
-    that lacks an argument. `model` may be without weights."""
+    """Raises MoultError for errors that Trainer would raise later: a missing package, a schedule without a required argument.
+    `model` may be without weights."""
     from torch import nn, optim
     from transformers import Trainer
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -62,4 +62,4 @@ def check_trainer(config, model) -> None:
         except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
             problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
     if problems:
-        raise MoultError("\n    ".join(problems), "mend the train section, or install what it needs")
+        raise MoultError("\n    ".join(problems), "fix the train section of the config, or install the missing package")

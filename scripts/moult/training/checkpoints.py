@@ -1,15 +1,15 @@
-"""trainer_state/: checkpoints that count only when they are whole, and whose they are.
+"""trainer_state/: checkpoints that are used only if they are complete and belong to the run.
 
     trainer_state/fingerprint.json      what the run depends on: settings, tokens, base model, versions
-    trainer_state/lock                  held by the one trainer that may write here
+    trainer_state/lock                  held by the one process that may write here
     trainer_state/checkpoint-<step>/    with manifest.json: size and hash of every file
-    trainer_state/training_log.jsonl    as far as training has come; each checkpoint holds it as far as its step
+    trainer_state/training_log.jsonl    the log so far; each checkpoint contains the log up to its step
     trainer_state/staging/              a checkpoint that is being written
-    trainer_state/old-<n>/              what another fingerprint has left, or was later than a --resume-from
+    trainer_state/old-<n>/              checkpoints of another fingerprint, or later than a --resume-from
 
-The folder is no output of a rule, so Snakemake never deletes it. transformers writes its checkpoints file by file and
-takes the one with the highest number, whole or not (huggingface/transformers#40691 and others); here each is written
-beside, flushed, and renamed.
+The folder is not an output of a rule, so Snakemake never deletes it. transformers writes its checkpoints file by file, and uses
+the one with the highest number, complete or not (huggingface/transformers#40691 and others). Here each checkpoint is
+written to staging/, flushed to the disk, and renamed.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from moult.files import canonical, fsync, read_json, sha256_folder, sha256_text,
 
 log = logging.getLogger("moult")
 
-FORMAT = 1  # of a checkpoint's files; another one is not resumed from
+FORMAT = 1  # version of the files in a checkpoint; other versions cannot be resumed
 MANIFEST = "manifest.json"
 STAGING = "staging"
 TRAINING_LOG = "training_log.jsonl"
@@ -35,9 +35,9 @@ TRAINING_LOG = "training_log.jsonl"
 
 @contextlib.contextmanager
 def locked(state: Path, patience: float = 120) -> Iterator[None]:
-    """Hold the folder for this process; it is free again when the process ends, however it ends. Works over NFS.
+    """Lock the folder for this process. The lock ends with the process, also if it is killed. Works over NFS.
 
-    Waits up to `patience` seconds for another holder: one whose Snakemake was killed is just saving its last step.
+    Waits up to `patience` seconds for another holder, which may be saving its last step after its Snakemake was killed.
     """
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("a+") as lock:
@@ -51,16 +51,16 @@ def locked(state: Path, patience: float = 120) -> Iterator[None]:
                 holder = lock.read().strip() or "unknown"
             except OSError as error:
                 raise MoultError(
-                    f"{state}: cannot be kept from a second trainer: its file system has no locks ({error.strerror})",
-                    "put paths.results on a file system that has (NFS: mounted without nolock)",
+                    f"{state}: the folder cannot be locked: its file system has no locks ({error.strerror})",
+                    "set paths.results to a folder on another file system (NFS must be mounted without nolock)",
                 ) from error
             if time.monotonic() > deadline:
                 raise MoultError(
-                    f"{state}: another trainer is at work on this run ({holder})",
+                    f"{state}: another process is training this run ({holder})",
                     "wait for it, or stop it (squeue, ps)",
                 )
             if deadline - time.monotonic() > patience - 1:
-                log.info("waiting up to %.0f s for another trainer of this run (%s)", patience, holder)
+                log.info("another process is training this run (%s): waiting up to %.0f s", holder, patience)
             time.sleep(1)
         lock.truncate(0)
         lock.write(f"{os.uname().nodename}, process {os.getpid()}\n")
@@ -69,22 +69,24 @@ def locked(state: Path, patience: float = 120) -> Iterator[None]:
 
 
 def claim(state: Path, fingerprint: dict) -> None:
-    """Make `state` that of `fingerprint`; what another one has left is moved aside, never resumed."""
+    """Prepare `state` for `fingerprint`. Checkpoints of another fingerprint are moved aside and never resumed."""
     shutil.rmtree(state / STAGING, ignore_errors=True)  # a kill in the middle of a checkpoint
     path = state / "fingerprint.json"
     if path.exists():
         old = read_json(path)
         if not isinstance(old, dict):
-            raise MoultError(f"{path}: not a fingerprint", "delete it and run again")
+            raise MoultError(f"{path}: not a fingerprint file", "delete it and run again")
         differs = differences(old, fingerprint)
         if not differs:
             return
         aside = _new_aside(state)
-        # The fingerprint goes last: after a kill in between, the rest is still known to be another's.
+        # The fingerprint is moved last: if the process is killed before, the next one still sees that the rest is not its own.
         for entry in [*checkpoint_folders(state), state / TRAINING_LOG, path]:
             if entry.exists():
                 entry.rename(aside / entry.name)
-        log.warning("%s is of other settings (%s): moved to %s, starting anew", state, some(differs), aside.name)
+        log.warning(
+            "%s is from other settings (%s): moved to %s, training starts again", state, some(differs), aside.name
+        )
     write_json(path, fingerprint)
 
 
@@ -95,10 +97,10 @@ def _new_aside(state: Path) -> Path:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """The names of what differs between two fingerprints."""
+    """The names of the entries that differ between two fingerprints."""
     names = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key, ...), new.get(key, ...)  # a key that is not there is not one that is null
+        before, after = old.get(key, ...), new.get(key, ...)  # a missing key differs from null
         if isinstance(before, dict) and isinstance(after, dict):
             names += [f"{key}.{name}" for name in differences(before, after)]
         elif before != after:
@@ -117,7 +119,7 @@ def step_of(folder: Path) -> int:
 
 
 def seal(staged: Path, state: Path, fingerprint: dict) -> Path:
-    """Turn a written checkpoint into one that counts: manifest, flush, rename."""
+    """Complete a checkpoint: write its manifest, flush it to the disk, rename it."""
     files = sha256_folder(staged)
     sizes = {name: (staged / name).stat().st_size for name in files}
     manifest = {"files": files, "sizes": sizes, "fingerprint": sha256_text(canonical(fingerprint))}
@@ -133,17 +135,17 @@ def seal(staged: Path, state: Path, fingerprint: dict) -> Path:
 
 
 def fault_of(folder: Path, fingerprint: dict, with_best: bool) -> str | None:
-    """Why a checkpoint cannot be used, or None if it is whole and of this run; `with_best`: and so is the best before it."""
+    """Why a checkpoint cannot be used, or None. `with_best`: the best checkpoint before it must be usable too."""
     fault = _own_fault(folder, fingerprint)
     best = best_before(folder) if with_best and fault is None else None
     if best is not None:
         theirs = _own_fault(best, fingerprint)
-        return theirs and f"the best one before it, {best.name}, cannot be used: {theirs}"
+        return theirs and f"the best checkpoint before it, {best.name}, cannot be used: {theirs}"
     return fault
 
 
 def best_before(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss up to `folder`, if it is another one."""
+    """The checkpoint with the lowest validation loss before `folder`, or None if `folder` itself is the best."""
     step = read_json(folder / "trainer_state.json")["best_global_step"]
     return folder.with_name(f"checkpoint-{step}") if step and step != step_of(folder) else None
 
@@ -156,7 +158,7 @@ def _own_fault(folder: Path, fingerprint: dict) -> str | None:
     except MoultError as error:
         return error.what
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        return f"its manifest is none ({error})"
+        return f"its manifest is malformed ({error})"
 
 
 def _manifest_fault(folder: Path, manifest: dict, fingerprint: dict) -> str | None:
@@ -165,26 +167,26 @@ def _manifest_fault(folder: Path, manifest: dict, fingerprint: dict) -> str | No
         if not path.exists():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
     present = sha256_folder(folder)
     present.pop(MANIFEST)
     written = manifest["files"]
-    # What was added counts: transformers takes each file that it knows.
+    # An added file counts too: transformers reads every file that it knows.
     changed = [name for name in sorted({*written, *present}) if written.get(name) != present.get(name)]
     if changed:
         return f"{some(changed)} changed since it was written"
     if manifest["fingerprint"] != sha256_text(canonical(fingerprint)):
-        return "it is of another run"
+        return "it belongs to another run"
     return None
 
 
 def newest_whole(state: Path, fingerprint: dict, with_best: bool) -> Path | None:
-    """The newest checkpoint that can be resumed from. Others that are newer are named in the log, and set aside."""
+    """The newest checkpoint that can be resumed. Newer ones are named in the log and moved aside."""
     for folder in reversed(checkpoint_folders(state)):
         fault = fault_of(folder, fingerprint, with_best)
         if fault is None:
             return folder
-        log.warning("%s cannot be resumed from: %s; trying the one before", folder, fault)
+        log.warning("%s cannot be resumed: %s; trying the checkpoint before it", folder, fault)
         broken = folder.with_name(f"broken-{folder.name}")
         shutil.rmtree(broken, ignore_errors=True)
         folder.rename(broken)
@@ -192,7 +194,7 @@ def newest_whole(state: Path, fingerprint: dict, with_best: bool) -> Path | None
 
 
 def adopt(folder: Path, state: Path, with_best: bool) -> Path:
-    """Copy a checkpoint from elsewhere, and the best one before it, into `state`; later ones go aside. Returns the copy."""
+    """Copy a checkpoint and the best one before it into `state`, and move later ones aside. Returns the copy."""
     best = best_before(folder) if with_best else None
     for source in filter(None, (best, folder)):
         if source.parent.resolve() != state.resolve():
@@ -204,29 +206,29 @@ def adopt(folder: Path, state: Path, with_best: bool) -> Path:
     shutil.rmtree(state / STAGING, ignore_errors=True)
     later = [other for other in checkpoint_folders(state) if step_of(other) > step_of(folder)]
     if later:
-        # Left here, they would be the newest, and what is saved from now on would be pruned.
+        # If they stayed, they would be the newest, and new checkpoints would be pruned.
         aside = _new_aside(state)
         shutil.copyfile(state / "fingerprint.json", aside / "fingerprint.json")
         for other in later:
             other.rename(aside / other.name)
-        log.warning("%s: moved to %s", some(other.name for other in later), aside.name)
+        log.warning("later checkpoints moved to %s: %s", aside.name, some(other.name for other in later))
     return state / folder.name
 
 
 def restore_log(state: Path, checkpoint: Path | None) -> None:
-    """Make the training log that of `checkpoint`, or empty: what an attempt has logged behind it is done again."""
+    """Reset the training log to that of `checkpoint`, or to an empty one: later steps will be trained and logged again."""
     write_text(state / TRAINING_LOG, (checkpoint / TRAINING_LOG).read_text(encoding="utf-8") if checkpoint else "")
 
 
 def prune(state: Path, keep: int, with_best: bool) -> None:
-    """Delete all but the `keep` newest checkpoints, and what could not be resumed from.
+    """Delete all but the `keep` newest checkpoints, and those that could not be resumed.
 
-    `with_best`: keep the best one before each of them, too; without it an older one is not to be resumed from.
+    `with_best`: also keep the best one before each of them, which is needed to resume.
     """
     folders = checkpoint_folders(state)
     needed = set(folders[-keep:])
     for folder in folders[-keep:] if with_best else ():
-        with contextlib.suppress(MoultError, LookupError, TypeError, ValueError):  # it was damaged meanwhile
+        with contextlib.suppress(MoultError, LookupError, TypeError, ValueError):  # it has been damaged since
             if best := best_before(folder):
                 needed.add(best)
     for folder in folders:

@@ -1,4 +1,4 @@
-"""The trainer that finetune runs: SFTTrainer with validation per token, whole checkpoints, and a stop at a signal.
+"""The trainer of finetune: SFTTrainer with a validation loss per token, complete checkpoints, and a stop at a signal.
 
 Importing this imports trl, which takes seven seconds.
 """
@@ -25,17 +25,17 @@ from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 
 
 class Finetuner(SFTTrainer):
-    """SFTTrainer with the few things changed that a run must be able to rely on.
+    """SFTTrainer with a few changes that Moult's promises need.
 
     Args (besides SFTTrainer's):
-        state: the run's trainer_state folder, claimed by this process.
-        fingerprint: what a checkpoint must have been made of to be resumed.
+        state: the trainer_state folder of the run, locked by this process.
+        fingerprint: what a checkpoint must match to be resumed (checkpoints.py).
         val_rows: dicts with input_ids and labels; may be empty if eval_strategy is "no".
-        pad_id: token to pad validation batches with.
-        keep_best: whether the checkpoint with the lowest validation loss is kept besides the newest.
-        keep: how many of the newest checkpoints are kept.
+        pad_id: padding token for validation batches.
+        keep_best: also keep the checkpoint with the lowest validation loss.
+        keep: number of newest checkpoints to keep.
         stop: finetune.StopSignal.
-        resume: the checkpoint that train() will be given, or None.
+        resume: the checkpoint from which train() will continue, or None.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Finetuner(SFTTrainer):
         self.stop, self.resume = stop, resume
         self.staging = state / STAGING
         self.other_seconds = 0.0
-        # A checkpoint needs no tokenizer: of some models that is ten times the adapter.
+        # A checkpoint does not need the tokenizer, which can be ten times as large as the adapter.
         self.processing_class = None
         self.add_callback(Watch(self))
 
@@ -71,7 +71,7 @@ class Finetuner(SFTTrainer):
     # --- validation ---
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Nats per trained token over all validation rows, as `eval_loss`. Trainer's own is a mean of batch means."""
+        """`eval_loss` in nats per trained token, over all validation rows. (Trainer computes a mean of batch means.)"""
         started = time.monotonic()
         self.model.eval()
         rows = self.val_rows[self.args.process_index :: self.args.world_size]
@@ -96,7 +96,7 @@ class Finetuner(SFTTrainer):
     # --- checkpoints ---
 
     def _get_output_dir(self, trial) -> str:
-        # Where _save_checkpoint writes: beside the finished ones, until it is whole.
+        # _save_checkpoint writes here. A complete checkpoint is then moved to its place.
         return str(self.staging)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -106,7 +106,7 @@ class Finetuner(SFTTrainer):
         self._wait_for_all()
         staged = self.staging / f"checkpoint-{self.state.global_step}"
         try:
-            # Past SFTTrainer's own, which writes a model card into every checkpoint.
+            # Skips SFTTrainer's version, which writes a model card into every checkpoint.
             super(SFTTrainer, self)._save_checkpoint(model, trial)
             self._averages_file(staged).write_text(json.dumps(self._averages()))
             self._wait_for_all()
@@ -127,16 +127,16 @@ class Finetuner(SFTTrainer):
         size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad) * 12
         return MoultError(
             f"{self.state_folder}: the checkpoint of step {self.state.global_step} cannot be written: "
-            f"{str(error).splitlines()[0]} (it has about {size:,} bytes; {free:,} are free)",
-            "free space or mend the folder's permissions, and run the same command again: earlier checkpoints are untouched",
+            f"{str(error).splitlines()[0]} (it needs about {size:,} bytes; {free:,} are free)",
+            "free space or fix the permissions of the folder, and run the same command again: earlier checkpoints are kept",
         )
 
     def _wait_for_all(self) -> None:
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
-    # What the next log line averages over is kept in memory only by transformers and TRL: after a resume the first line
-    # would be the average of fewer steps.
+    # transformers and TRL keep the sums for the next log line only in memory. Without this, the first line after a resume would
+    # be the average of fewer steps.
 
     def _averages_file(self, folder: Path) -> Path:
         return folder / f"averages_{self.args.process_index}.json"
@@ -158,8 +158,8 @@ class Finetuner(SFTTrainer):
 
 
 class SeededByEpoch(Sampler):
-    """group_by_length with an order that depends on seed and epoch only. transformers (5.23) draws it from the global random
-    state, which is another one where a resumed epoch begins: some rows would be trained twice and others not at all."""
+    """group_by_length with an order that depends only on seed and epoch. transformers (5.23) uses the global random state, which
+    differs when an epoch is resumed: some rows would be trained twice and others not at all."""
 
     def __init__(self, sampler: LengthGroupedSampler, trainer: Finetuner):
         self.sampler, self.trainer = sampler, trainer
@@ -174,7 +174,7 @@ class SeededByEpoch(Sampler):
 
 
 class Watch(TrainerCallback):
-    """Training log, progress bar, signals, and the gates that only training can trip."""
+    """Training log, progress bar, signals, and the checks that are possible only during training."""
 
     def __init__(self, trainer: Finetuner):
         self.trainer = trainer
@@ -206,15 +206,15 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        # What the end of an epoch asks for is done in its last step: a checkpoint of that step would not know of a
-        # validation after it, and transformers comes here in the middle of an epoch, too, when training stops there.
+        # on_step_end has done this work in the last step of the epoch. Otherwise the checkpoint of that step would miss the
+        # validation. Also, transformers calls this in the middle of an epoch if training stops there.
         control.should_log = control.should_evaluate = control.should_save = False
 
     def _asked_to_stop(self) -> bool:
         received = self.trainer.stop.received is not None
         if self.trainer.args.world_size == 1:
             return received
-        # All processes must stop at the same step, and not all get the signal.
+        # All processes must stop at the same step, but not all of them get the signal.
         flag = torch.tensor(float(received), device=self.trainer.args.device)
         torch.distributed.all_reduce(flag)
         return flag.item() > 0
@@ -245,7 +245,7 @@ class Watch(TrainerCallback):
 
 
 def check_finite(logs: dict, step: int) -> None:
-    """Stop at a loss that is not finite or exactly 0. transformers goes on with either (trl#6668, transformers#34494)."""
+    """Stop if a loss is not finite or exactly 0. transformers would continue (trl#6668, transformers#34494)."""
     for name in ("loss", "grad_norm", "eval_loss"):
         if name in logs and not math.isfinite(logs[name]):
             raise MoultError(
@@ -254,14 +254,14 @@ def check_finite(logs: dict, step: int) -> None:
             )
     if logs.get("loss") == 0.0:
         raise MoultError(
-            f"step {step:,}: the loss is exactly 0, so nothing is trained",
-            "look at tokens/preview.html: is anything marked?",
+            f"step {step:,}: the loss is exactly 0: the model does not learn",
+            "check in tokens/preview.html that tokens are marked",
         )
 
 
 def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
-    """One forward and backward pass of the longest batch, before the first step: what does not fit shows in the first
-    minute. With `auto`, gradient checkpointing is switched on if it does not fit without."""
+    """Run one forward and backward pass of the longest batch before the first step, to find out in the first minute whether it
+    fits. With `auto`, turn gradient checkpointing on if it does not fit."""
     rows = trainer.train_dataset
     longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))[
         : trainer.args.per_device_train_batch_size
@@ -270,7 +270,7 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
     shape = f"{len(longest)} sequences of up to {len(rows[longest[0]]['input_ids']):,} tokens"
     for attempt in ("plain", "checkpointed"):
         if attempt == "checkpointed":
-            log.info("the longest batch does not fit: gradient checkpointing on")
+            log.info("the longest batch does not fit into memory: turning gradient checkpointing on")
             trainer.args.gradient_checkpointing = True
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
             trainer.model.enable_input_require_grads()
@@ -282,7 +282,7 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
                     "the base's weights are damaged, or too large for float16: download them again, or set model.dtype: bfloat16",
                 )
             check_finite({"loss": loss}, 0)
-            log.info("longest batch (%s) fits; loss %.3f", shape, loss)
+            log.info("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
             return
         if checkpointing != "auto":
             break
@@ -294,7 +294,7 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
 
 
 def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
-    """Whether the batch fits, and its loss. Leaves no trace: gradients, random state and TRL's averages are put back."""
+    """Whether the batch fits, and its loss. Restores the gradients, the random state, and TRL's averages."""
     device = trainer.args.device
     trainer.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -312,7 +312,7 @@ def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if trainer.args.world_size > 1:
-        # Checkpointing must be the same everywhere.
+        # Gradient checkpointing must be the same in all processes.
         flag = torch.tensor(float(fits), device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
         fits = flag.item() > 0

@@ -1,7 +1,7 @@
-"""The stages in a container: whether the image is there, and what the container sees of the machine.
+"""Containers for the stages: check that the image exists, and decide what a container sees of the machine.
 
-Apptainer takes all of this from environment variables. So `snakemake --use-singularity` needs no profile, and a job of a
-cluster, which reads the rules again, gets the folders and the GPU of its own node.
+Apptainer reads all of this from environment variables. So `snakemake --use-singularity` needs no profile, and a cluster job,
+which reads the rules again, gets the folders and the GPU of its own node.
 """
 
 import csv
@@ -16,8 +16,8 @@ from pathlib import Path
 from moult.errors import MoultError
 from moult.workflow.config import is_local, local_model, source_entries
 
-# What the stages and their libraries read of the environment. All else stays outside: PYTHONPATH, LD_LIBRARY_PATH,
-# settings of the host's compilers. (Apptainer itself lets TERM and the proxies through.)
+# Environment variables for the stages and their libraries. All others stay outside, for example PYTHONPATH, LD_LIBRARY_PATH
+# and settings of the host's compilers. (Apptainer itself passes TERM and the proxy variables.)
 _PASSED_ON = re.compile(
     r"(HF|HUGGING_FACE|HUGGINGFACE|MOULT|SLURM|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|NVIDIA|OMP|MKL|WANDB|MLFLOW)_\w+"
     r"|CUDA_(?!HOME|PATH|ROOT)\w+|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TZ"
@@ -26,12 +26,12 @@ _PASSED_ON = re.compile(
 
 
 def identity(container: str) -> str:
-    """What tells one image from another, wherever it lies: the digest, or the name of the file, which bears the version."""
+    """The identity of an image, independent of its folder: the digest, or the file name, which contains the version."""
     return container.rpartition("@")[2] if "://" in container else Path(container).name
 
 
 def check_image(container: str) -> None:
-    """Raises MoultError if the stages cannot run in the image. One that has an address is fetched by Snakemake."""
+    """Raises MoultError if Apptainer or the image is missing. Snakemake itself fetches an image with a URL."""
     if not any(map(shutil.which, ("apptainer", "singularity"))):
         raise MoultError(
             "--use-singularity: neither apptainer nor singularity is on the PATH",
@@ -39,18 +39,18 @@ def check_image(container: str) -> None:
         )
     if "://" not in container and not Path(container).is_file():
         raise MoultError(
-            f"--use-singularity: the image is not there: {container}",
-            "`make image` builds the one of the training stages, `make serve-image` that of the server; `container` and "
-            "`serve.container` in the config name others",
+            f"--use-singularity: the image does not exist: {container}",
+            "`make image` builds the image of the training stages, `make serve-image` the image of the server; `container` and "
+            "`serve.container` in the config name other images",
         )
 
 
 def environment(config: dict, writes: Iterable[str], scratch: Path) -> dict[str, str]:
-    """The variables that make Apptainer show a stage what it needs, and nothing else.
+    """Environment variables by which Apptainer shows a stage only what it needs.
 
-    `writes` are the folders of the outputs. In `scratch` lie the container's /tmp and home, so that what libraries cache
-    there is neither in the checkout nor in the user's home. HOME keeps its value, for `~` in the config to mean the same
-    inside. (Snakemake itself adds its cache of sources, which may lie in the home: Apptainer mounts the outer folder first.)
+    `writes` are the folders of the outputs. `scratch` contains the container's /tmp and home, so that libraries do not write
+    their caches into the checkout or the user's home. HOME keeps its value, so that `~` in the config means the same inside.
+    (Snakemake adds its cache of sources, which may be in the home: Apptainer mounts the outer folder first.)
     """
     prefix = "APPTAINER" if shutil.which("apptainer") else "SINGULARITY"  # as Snakemake chooses
     kept = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
@@ -78,7 +78,7 @@ def environment(config: dict, writes: Iterable[str], scratch: Path) -> dict[str,
 
 
 def _named_by(variables: dict[str, str]) -> list[str]:
-    """Files and folders that environment variables name: certificates, and the hub's own cache with the token in it."""
+    """Files and folders that environment variables name: certificates, and the hub's cache, which contains the token."""
     values = [value for name, value in variables.items() if not name.startswith("SLURM_")]
     if "HF_HOME" in variables:
         Path(variables["HF_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _read(config: dict) -> Iterator[str]:
 
 
 def _with_links(path: str) -> Iterator[str]:
-    """A file, a folder, or for a pattern its folder; and what links in it lead to (the hub's cache is made of them)."""
+    """A file or a folder (for a pattern: its folder), and the targets of links in it. The hub's cache consists of links."""
     path = os.path.expanduser(path)  # noqa: PTH111
     if not os.path.exists(path) and glob.has_magic(path):  # noqa: PTH110
         path = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "."
@@ -121,20 +121,19 @@ def _with_links(path: str) -> Iterator[str]:
 
 
 class _Mounts:
-    """What is mounted where. A path that goes through links is mounted under each name on its way, so that it leads to
-    the same place inside."""
+    """The mounts. A path that goes through links is mounted under each name on its way, so that it works inside as well."""
 
     def __init__(self):
         self.wanted: dict[Path, tuple[Path, bool]] = {}
         self.replaced: set[Path] = set()
 
     def replace(self, destination: str, source: Path) -> None:
-        """Show `source` at `destination`, whatever the machine has there."""
+        """Show `source` at `destination` instead of what the machine has there."""
         self.wanted[Path(destination)] = source, True
         self.replaced.add(Path(destination))
 
     def show(self, path: str, writable: bool = False) -> None:
-        """Show what the machine has at `path`, if there is something."""
+        """Show what the machine has at `path`, if it exists."""
         for name in _names(Path(path).expanduser().absolute()):
             if name.exists():
                 writable |= self.wanted.get(name, (name, False))[1]
@@ -142,12 +141,12 @@ class _Mounts:
                 self.replaced.discard(name)
 
     def __str__(self) -> str:
-        """For APPTAINER_MOUNT: a line of CSV each, the outer folder before the inner one."""
+        """The value of APPTAINER_MOUNT: one line of CSV per mount, an outer folder before an inner one."""
         text = io.StringIO()
         made: dict[Path, bool] = {}
         for name, (source, writable) in sorted(self.wanted.items()):
             around = next((folder for folder in name.parents if folder in made), None)
-            # Within a folder that is shown, all is there; it may only be that it cannot be written.
+            # A folder that is mounted contains everything below it. A second mount is needed only to make a part writable.
             if around is not None and around not in self.replaced and (made[around] >= writable or name != source):
                 continue
             made[name] = writable

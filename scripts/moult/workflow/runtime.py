@@ -17,14 +17,16 @@ def read_config(files: list[str]) -> dict:
         try:
             config = merged(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
         except OSError as error:
-            raise MoultError(f"{file}: {error.strerror}", "run it where config/config.yaml is") from None
+            raise MoultError(
+                f"{file}: {error.strerror}", "start it in the folder that contains config/config.yaml"
+            ) from None
         except yaml.YAMLError as error:
-            raise MoultError(f"{file}: not YAML: {str(error).splitlines()[0]}", "mend the file") from None
+            raise MoultError(f"{file}: not YAML: {str(error).splitlines()[0]}", "fix the file") from None
     return resolve(config, load_schema(str(SCHEMA)))
 
 
 def the_run(config: dict, name: str) -> str:
     """`name`, if a run has it. Raises MoultError."""
     if name not in config["runs"]:
-        raise MoultError(f"no run is named {name}", f"there are: {some(config['runs'])}")
+        raise MoultError(f"there is no run {name}", f"the runs are: {some(config['runs'])}")
     return name

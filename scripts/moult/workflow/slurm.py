@@ -1,7 +1,7 @@
-"""What snakemake-executor-plugin-slurm (2.8.0) leaves open: jobs that outlive their Snakemake, jobs that Slurm gives up, and
-why it refuses a job of several stages.
+"""What snakemake-executor-plugin-slurm (2.8.0) does not do: stop jobs of a killed Snakemake, requeue jobs that Slurm gives up,
+and say why Slurm refuses a job of several stages.
 
-rules/cluster.smk calls this before the first job. It speaks to Slurm through its commands only.
+rules/cluster.smk calls this before the first job. It uses only Slurm's commands.
 """
 
 import re
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# The plugin names its jobs so, behind a prefix of the user's if there is one.
+# The names of the plugin's jobs, with an optional prefix.
 _NAME = re.compile(r"(.+_)?[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
-# States in which the plugin waits for a requeue that never comes: where PreemptMode is CANCEL, and with slurm-requeue where
-# Slurm does not put the job back. (Without slurm-requeue it sends a new one for a lost node.)
+# States in which the plugin waits for a requeue that never happens: if PreemptMode is CANCEL, and, with slurm-requeue, if Slurm
+# does not requeue the job. (Without slurm-requeue the plugin submits a new job after a lost node.)
 _GIVEN_UP = {True: ("PREEMPTED", "NODE_FAIL"), False: ("PREEMPTED",)}
-# A job that Slurm has put back and could not start stays in the queue for ever, if nobody releases it.
+# A requeued job that Slurm could not start stays in the queue until somebody releases it.
 _HELD = "launch failed requeued held"
 ENDED = (*_GIVEN_UP[True], "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 
@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 
 def jobs_of(folder: Path) -> list[Job]:
-    """This user's jobs that a Snakemake in `folder` has submitted, ended ones too while Slurm remembers them (MinJobAge).
+    """This user's jobs that a Snakemake in `folder` has submitted, including ended jobs that Slurm still remembers (MinJobAge).
 
     Raises OSError or subprocess.SubprocessError if Slurm does not answer.
     """
@@ -45,15 +45,15 @@ def jobs_of(folder: Path) -> list[Job]:
 
 
 def stop(jobs: list[Job], folder: Path, warn: Callable[[str], None], patience: float = 900, every: float = 2) -> None:
-    """End the jobs that a Snakemake left in `folder` when it was killed, and wait until they are gone.
+    """Stop the jobs of a killed Snakemake in `folder`, and wait until they have ended.
 
-    A new Snakemake does not know them, and would start the same stages beside them (plugin issue 109). A finetune gets SIGTERM,
-    saves at the end of its step, and goes on in its new job. After `patience` seconds Slurm kills what is left.
+    A new Snakemake does not know them and would start the same stages again (plugin issue 109). finetune gets SIGTERM, saves at
+    the end of its step, and continues in its new job. After `patience` seconds Slurm kills the remaining jobs.
     """
     ids = [job.id for job in jobs]
     warn(
         f"Stopping {len(ids)} Slurm jobs of an earlier Snakemake in this folder: {', '.join(ids)}. They have "
-        f"{patience / 60:.0f} minutes to save what they have; Ctrl-C does not wait"
+        f"{patience / 60:.0f} minutes to save their state; press Ctrl-C to stop waiting"
     )
     _call("scancel", "--state=PENDING", *ids)
     _call("scancel", "--signal=TERM", *ids)
@@ -61,12 +61,12 @@ def stop(jobs: list[Job], folder: Path, warn: Callable[[str], None], patience: f
     while any(job.id in ids and job.state not in ENDED for job in jobs_of(folder)):
         if not killed and time.monotonic() - began > patience:
             killed = True
-            warn(f"They still run after {patience:,.0f} seconds: killing them")
+            warn(f"They are still running after {patience:,.0f} seconds: killing them")
             _call("scancel", *ids)
         time.sleep(every)
 
 
-# What sbatch is told of a job's resources (the plugin's submit_string.py has all of it).
+# sbatch options for the resources of a job (the plugin's submit_string.py has all of them).
 _FLAGS = {
     "slurm_partition": "--partition",
     "slurm_account": "--account",
@@ -80,9 +80,9 @@ _FLAGS = {
 
 
 def refusals(resources: Iterable[Mapping]) -> list[str]:
-    """What Slurm would refuse, of the resources of these jobs, each with its reason, which Snakemake (9.27) does not show for
-    jobs of several stages. Nothing is submitted. What a plan will say is left out. Some of it Slurm may take all the same, and
-    let it wait: for nodes that are down."""
+    """Requests of these jobs that Slurm would refuse, each with the reason. (Snakemake 9.27 does not show it for jobs of several
+    stages.) Nothing is submitted. Resources that depend on a plan are left out. Slurm may still accept some of these jobs and
+    let them wait, for example for nodes that are down."""
     found = []
     for flags in sorted({_flags(job) for job in resources}):
         fault = _call("sbatch", "--test-only", *flags, "--wrap=true")
@@ -102,9 +102,9 @@ def _flags(resources: Mapping) -> tuple[str, ...]:
 
 
 def watch(folder: Path, requeue: bool, warn: Callable[[str], None], every: float = 20) -> Callable[[], None]:
-    """From now on, put back into the queue what Slurm has given up; the plugin then sees it waiting, as it expects.
+    """From now on, requeue jobs that Slurm has given up. The plugin then sees them waiting, as it expects.
 
-    `requeue` is the plugin's setting. Runs in a thread until this process ends, or what is returned is called.
+    `requeue` is the setting of the plugin. Runs in a thread until this process ends, or until the returned function is called.
     """
     known = {job.id for job in jobs_of(folder)}
     over = threading.Event()
@@ -122,12 +122,8 @@ def watch(folder: Path, requeue: bool, warn: Callable[[str], None], every: float
                     state, fault = f"held ({job.reason})", _call("scontrol", "release", job.id)
                 else:
                     continue
-                outcome = (
-                    f"cannot be put back ({fault}): stop Snakemake and start it again"
-                    if fault
-                    else "put back into the queue"
-                )
-                warn(f"Slurm job {job.id} ({job.what}) is {state}, and Slurm leaves it at that: {outcome}")
+                outcome = f"it cannot be requeued ({fault}): stop Snakemake and start it again" if fault else "requeued"
+                warn(f"Slurm job {job.id} ({job.what}) is {state} and Slurm does not restart it: {outcome}")
                 if fault:
                     known.add(job.id)
 
@@ -136,7 +132,7 @@ def watch(folder: Path, requeue: bool, warn: Callable[[str], None], every: float
 
 
 def _call(*command: str) -> str:
-    """What was wrong, or nothing."""
+    """Run a command. Returns its stderr on failure, "" on success."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:
