@@ -16,7 +16,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.conversation import content_of, find_format, normalise
+from moult.data.fields import BadRow, LeftOut, value_of
 from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
 from moult.data.readers import expand, read_rows
 from moult.errors import MoultError, some
@@ -40,20 +41,40 @@ class Row:
 
 @dataclass
 class Ledger:
-    """Where each row that was read has gone."""
+    """Where each row that was read has gone, and what of a row has gone nowhere.
+
+    read: rows read. dropped: rows, by reason. examples: up to five places of each reason.
+    turns_cut: turns behind a row's last answer. turns_empty: assistant turns that say nothing and are not trained.
+    unused_columns, unused_keys: of how many rows a column, or a key of their messages, holds something and is not read.
+    columns: all columns of all rows.
+    """
 
     read: int = 0
     dropped: Counter = field(default_factory=Counter)
     turns_cut: int = 0
+    turns_empty: int = 0
+    unused_columns: Counter = field(default_factory=Counter)
+    unused_keys: Counter = field(default_factory=Counter)
     columns: set[str] = field(default_factory=set)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str, message: str = "") -> None:
         self.dropped[reason] += 1
-        message = message.encode(errors="backslashreplace").decode()  # it may quote what is no text
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 5:
-            examples.append(f"{place}: {message}" if message else place)
+            examples.append(f"{place}: {printable(message)}" if message else place)
+
+    def leave_out(self, left: LeftOut) -> None:
+        """Count what of a row that is kept is not trained, or not used."""
+        self.turns_cut += left.turns_cut
+        self.turns_empty += left.turns_empty
+        self.unused_columns.update(map(printable, left.columns))
+        self.unused_keys.update(map(printable, left.keys))
+
+
+def printable(text: str) -> str:
+    """It may quote what is no text."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def main() -> None:
@@ -73,12 +94,14 @@ def prepare(settings: dict, args, log) -> None:
     log.info("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
     stop_at_broken_rows(ledger, settings["broken"])
     check_columns(settings, ledger)
+    tell_left_out(ledger, log)
     rows = without_duplicates(rows, ledger)
     val_rows, val_ledger, val_files = None, None, []
     if settings["val_sources"]:
         val_ledger = Ledger()
         val_rows, val_files = read(settings["val_sources"], settings, val_ledger)
         stop_at_broken_rows(val_ledger, settings["broken"])
+        tell_left_out(val_ledger, log, "val_source: ")
         val_rows = without_duplicates(val_rows, val_ledger)
         val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
     sample = None if settings["sample_size"] == "full" else settings["sample_size"]
@@ -166,14 +189,16 @@ def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> R
     columns = source["columns"]
     try:
         format_name = find_format(raw, columns, source["format"])
-        row, cut = normalise(raw, columns, format_name)
+        row, left = normalise(raw, columns, format_name)
         content = content_of(row)
     except BadRow as bad:
         ledger.drop(bad.reason, place, str(bad))
         return None
-    ledger.turns_cut += cut
     file["format"] = format_name if file["format"] in (None, format_name) else "mixed"
-    group = raw.get(columns.get("group", "group"))
+    group_column = columns.get("group", "group")
+    group = value_of(raw.get(group_column))
+    left.columns.discard(group_column)
+    ledger.leave_out(left)
     # pandas writes NaN for a missing number. A number and the same digits as text are one group.
     group = prompt_of(row) if group is None or group != group else ascii(str(group))
     return Row(place, file["source"], content, sha256_text(content), sha256_text(canonical(group)))
@@ -184,7 +209,7 @@ def prompt_of(row: dict):
     if "text" in row:
         return row["text"]
     roles = [message["role"] for message in row["messages"]]
-    first = roles.index("assistant", roles.index("user"))
+    first = roles.index("assistant", roles.index("user") if "user" in roles else 0)
     return [message["content"] for message in row["messages"][:first]]
 
 
@@ -207,6 +232,17 @@ def check_columns(settings: dict, ledger: Ledger) -> None:
             f"no row has the mapped columns {{{some(absent)}}}; the columns are {some(sorted(ledger.columns), 12)}",
             "mend datasets.<name>.columns",
         )
+
+
+def tell_left_out(ledger: Ledger, log, of: str = "") -> None:
+    """What rows hold that training will not see: a column of another name may be the one that matters."""
+    for kind, counts in (("columns", ledger.unused_columns), ("keys", ledger.unused_keys)):
+        if counts:
+            most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            found = [f"{name} ({100 * count / ledger.read:.3g} % of the rows)" for name, count in most]
+            log.info("%s%s that are not used: %s", of, kind, some(found, 8))
+    if ledger.turns_empty:
+        log.info("%s%s assistant turns say nothing and are not trained", of, f"{ledger.turns_empty:,}")
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -341,8 +377,9 @@ def check_not_empty(train: list[Row], val: list[Row], ledger: Ledger, val_ledger
     for name, rows, counts in (("training", train, ledger), ("validation", val, val_ledger or ledger)):
         if not rows:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.most_common())
+            shown = [examples[0] for examples in counts.examples.values() if ": " in examples[0]]
             raise MoultError(
-                f"no {name} row is left of {counts.read:,} (dropped: {reasons or 'none'})",
+                "\n    ".join([f"no {name} row is left of {counts.read:,} (dropped: {reasons or 'none'})", *shown]),
                 "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, broken",
             )
 
@@ -388,8 +425,15 @@ def entry(ledger: Ledger) -> dict:
         "dropped": dict(ledger.dropped),
         "kept": ledger.read - sum(ledger.dropped.values()),
         "turns_cut": ledger.turns_cut,
+        "turns_empty": ledger.turns_empty,
+        "unused_columns": shares(ledger.unused_columns, ledger.read),
+        "unused_keys": shares(ledger.unused_keys, ledger.read),
         "examples": ledger.examples,
     }
+
+
+def shares(counts: Counter, of: int) -> dict[str, dict]:
+    return {name: {"rows": count, "share": round(count / of, 4)} for name, count in counts.items()}
 
 
 def summary(rows: list[Row], written: int, **weighting: int) -> dict:

@@ -238,7 +238,8 @@ def test_a_turn_of_weight_0_is_context_only(turn, trained):
 
 @pytest.mark.parametrize(("behind", "cut"), [([], 0), ([USER], 1), ([USER, {"role": "tool", "content": "r"}], 2)])
 def test_turns_behind_the_last_answer_are_cut_and_counted(behind, cut):
-    assert normalise({"messages": [*PLAIN, *behind]}, {}, "messages") == ({"messages": PLAIN}, cut)
+    result, left = normalise({"messages": [*PLAIN, *behind]}, {}, "messages")
+    assert (result, left.turns_cut) == ({"messages": PLAIN}, cut)
 
 
 # --- no training row --------------------------------------------------------------------------------------------------
@@ -267,9 +268,9 @@ BAD_MESSAGES = [
         "messages[1].content is missing, and must be text",
     ),
     ([USER, {**ANSWER, "content": " \n"}], "empty", "an assistant turn is empty"),
-    ([USER, {**ANSWER, "content": ""}, *PLAIN], "empty", "an assistant turn is empty"),
+    ([USER, {**ANSWER, "content": ""}, USER, {**ANSWER, "content": " "}], "empty", "all assistant turns are empty"),
     ([{**USER, "content": " "}, ANSWER], "empty", "no user turn says anything"),
-    ([ANSWER], "empty", "no user turn says anything"),
+    ([ANSWER], "no_user_turn", "has no user turn, and no system turn that could stand for one"),
     ([USER, {**ANSWER, "weight": 0}], "nothing_trained", "every assistant turn has weight 0"),
     (
         [USER, {**ANSWER, "weight": 0.5}],
@@ -350,8 +351,8 @@ def test_real_alpaca_rows(shared, name):
 def test_real_tool_calls(shared):
     calls = 0
     for row in real(shared, "glaive_toolcall_en_demo.json"):
-        result, cut = normalise(row, {}, "sharegpt")
-        assert len(result["messages"]) + cut == len(row["conversations"])
+        result, left = normalise(row, {}, "sharegpt")
+        assert len(result["messages"]) + left.turns_cut == len(row["conversations"])
         assert result.get("tools", []) == [{"type": "function", "function": tool} for tool in json.loads(row["tools"])]
         waiting = []
         for raw, message in zip(row["conversations"], result["messages"], strict=False):

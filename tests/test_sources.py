@@ -160,7 +160,7 @@ BAD = [
     ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", "a.jsonl:2: Exceeds the limit (4300 digits) for integer …"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9)"),
     ("a.jsonl", b'\xef\xbb\xbf{"a": "\xe9"}\n', "a.jsonl:1: not UTF-8 (byte 0xe9)"),
-    ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl:1: not UTF-8 (byte 0xff)"),
+    ("a.jsonl", '{"a": 1}'.encode("utf-16")[:-1], "a.jsonl:1: not UTF-16 (byte 0x7d)"),
     ("a.csv", b"a,b\n1,\xe9\n", "a.csv:2: not UTF-8 (byte 0xe9)"),
     ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: not JSON: Expecting value (column 7)"),
     ("a.json", '{"a": 1}', "a.json: an object, where a list of rows belongs"),

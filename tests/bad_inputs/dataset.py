@@ -216,7 +216,7 @@ CASES = [
         (
             "prepare failed: 1 of 4 rows cannot be training rows:\n"
             "    rows.jsonl:4: messages[1] has the role 'narrator'; known: system, developer, user, human, "
-            "assistant, gpt, chatgpt, model, bot, function_call, tool_call, tool, observation, function, "
+            "prompter, assistant, gpt, chatgpt, model, bot, function_call, tool_call, tool, observation, function, "
             "function_response, tool_response, ipython\n"
             "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"

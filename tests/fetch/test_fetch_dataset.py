@@ -86,7 +86,7 @@ def test_dataset_without_data(hub, fetch):
 
 
 def test_dataset_of_files_with_different_columns(hub, fetch):
-    hub.add("dataset", "org/math", {"a.jsonl": jsonl([{"a": 1}]), "b.jsonl": jsonl([{"b": 1}])})
+    hub.add("dataset", "org/math", {"a.jsonl": b'{"a": NaN}', "b.jsonl": jsonl([{"b": 1}])})  # NaN: datasets reads it
     result = fetch.dataset(settings={"subset": None})
     assert result.returncode == 1
     assert "org/math: its files do not make one table: Couldn't cast" in result.stderr

@@ -20,6 +20,17 @@ from moult.errors import MoultError, some
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
+# Metadata of the schema of a Parquet file that moult/data/row_file.py has written: JSON of every value, texts in quotes.
+QUOTED = {b"moult": b"json of every value"}
+
+
+class JsonText(str):
+    """JSON of a value in a column that `datasets` calls Json: columns of mixed types, such as content that is text or blocks.
+
+    A text that was JSON already is held without quotes there: 42 and "42" look the same. Which of the two it is, tells
+    only what is asked for: where text is, this is the text; elsewhere it stands for a number, a list or an object.
+    """
+
 
 def expand(path: str, split: str = "train") -> list[Path]:
     """The data files that a path, a folder or a glob stands for, sorted. An Arrow folder stands for its `split`."""
@@ -121,15 +132,31 @@ def _read_bytes(file: Path) -> bytes:
 
 def _read_text(file: Path, name: str) -> str:
     data = _read_bytes(file)
+    # By the byte order mark, or by where the zeros are: PowerShell's `>` writes UTF-16.
+    encoding = json.detect_encoding(data)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         data = error.object  # without the byte order mark
-        line = data.count(b"\n", 0, error.start) + 1
-        raise MoultError(
-            f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
-            f"convert it, for example: iconv -f latin1 -t utf-8 {file.name} > fixed{file.suffix}",
-        ) from None
+        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
+        found = f"{name}:{line}: not {encoding.removesuffix('-sig').upper()} (byte 0x{data[error.start]:02x})"
+    if encoding.startswith("utf-8"):
+        raise MoultError(found, f"convert it, for example: iconv -f latin1 -t utf-8 {file.name} > fixed{file.suffix}")
+    raise MoultError(found, "save it again, as UTF-8")
+
+
+def _lines(file: Path, name: str) -> Iterator[str]:
+    """The lines of a text file, which is not held in memory."""
+    try:
+        with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as data:
+            encoding = json.detect_encoding(data.read(4))
+            data.seek(0)
+            # Only \n ends a line: U+2028 and the like may stand unescaped in a JSON string.
+            for line in io.TextIOWrapper(data, encoding, newline="\n"):
+                yield line.removesuffix("\n")
+    except UnicodeDecodeError:
+        _read_text(file, name)  # which says where
+        raise
 
 
 def _parse_json(text: str, name: str, first_line: int = 1):
@@ -148,8 +175,7 @@ def _parse_json(text: str, name: str, first_line: int = 1):
 
 
 def _read_json_lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
-    # Not splitlines(), which also splits at U+2028 and the like, and those may stand unescaped in a JSON string.
-    for number, line in enumerate(_read_text(file, name).split("\n"), start=1):
+    for number, line in enumerate(_lines(file, name), start=1):
         if line.strip():
             yield _checked(_parse_json(line, name, number), f"{name}:{number}")
 
@@ -235,9 +261,14 @@ def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]
             batches = _arrow_batches(source)
         number = 0
         for batch in batches:
+            is_quoted = QUOTED.items() <= (batch.schema.metadata or {}).items()
+            decoders = {field.name: _json_decoder(field.type, is_quoted) for field in batch.schema}
             for row in _python_rows(batch, name, number):
                 number += 1
-                yield f"{name}:{number}", {column: _without_nulls(value) for column, value in row.items()}
+                row = {
+                    column: _without_nulls(value) for column, value in row.items() if not (is_quoted and value is None)
+                }
+                yield f"{name}:{number}", {column: _decoded(row[column], decoders[column]) for column in row}
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter in the name of a column
         kind = suffix.removeprefix(".").capitalize()
         raise MoultError(
@@ -270,6 +301,43 @@ def _without_nulls(value):
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _json_decoder(kind, is_quoted: bool) -> Callable | None:
+    """What turns the Python values of the Arrow type `kind` into those that it holds as JSON; None where it holds none.
+
+    The type says it, not the metadata that `datasets` leaves in its files: others write JSON columns too (DuckDB).
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return json.loads if is_quoted else _of_json
+    if isinstance(kind, pa.BaseExtensionType):
+        return _json_decoder(kind.storage_type, is_quoted)
+    if pa.types.is_dictionary(kind):
+        return _json_decoder(kind.value_type, is_quoted)
+    if pa.types.is_struct(kind):
+        decoders = {field.name: _json_decoder(field.type, is_quoted) for field in kind}
+        if any(decoders.values()):
+            return lambda value: {key: _decoded(item, decoders[key]) for key, item in value.items()}
+    elif pa.types.is_map(kind):
+        if decode := _json_decoder(kind.item_type, is_quoted):
+            return lambda value: [(key, _decoded(item, decode)) for key, item in value]
+    elif hasattr(kind, "value_type") and (decode := _json_decoder(kind.value_type, is_quoted)):
+        return lambda value: [_decoded(item, decode) for item in value]
+    return None
+
+
+def _decoded(value, decode: Callable | None):
+    return value if value is None or decode is None else decode(value)
+
+
+def _of_json(text: str):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if value is None or isinstance(value, str) else JsonText(text)
 
 
 def _arrow_batches(source):

@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
+from moult.workflow.hints import module_problems, unknown_key
 
 # Folders below results/ that are not runs.
 RESERVED = ("prepared", "models", "datasets", "summary")
@@ -216,9 +217,8 @@ def _describe(error, schema: dict) -> list[str]:
     where = ".".join(str(part) for part in error.absolute_path)
     value = error.instance
     if error.validator == "additionalProperties":
-        known = list(error.schema.get("properties", {}))
-        unknown = [key for key in value if key not in known]
-        return [_unknown_key(f"{where}.{key}" if where else str(key), str(key), known, schema) for key in unknown]
+        fields = error.schema.get("properties", {})
+        return [unknown_key(where, str(key), fields, schema) for key in value if key not in fields]
     if "propertyNames" in error.absolute_schema_path:
         return [
             f"{where}.{value}: not a name; use letters, digits, '.', '_' and '-' (at most 64), a letter or digit first"
@@ -249,22 +249,6 @@ def _describe(error, schema: dict) -> list[str]:
         return [f"{where}: {value!r} is no regular expression: {error.cause}"]
     meaning = error.schema.get("description", "")
     return [f"{where}: {error.message}{f' ({meaning})' if meaning else ''}"]
-
-
-def _unknown_key(where: str, key: str, known: list[str], schema: dict) -> str:
-    """What was probably meant: a key of that section with a similar name, or the section that has this key."""
-    short_for = [name for name in known if "".join(word[:1] for word in name.split("_")) == key]  # lr
-    close = difflib.get_close_matches(key, known, 1, cutoff=0.6) or short_for
-    if close:
-        return f"{where}: unknown key; did you mean {close[0]}?"
-    homes = []
-    for section in ("model", "dataset", "lora", "train", "eval", "serve"):
-        field = schema["$defs"][section]["properties"].get(key)
-        if field is not None and "x-refused" not in field:
-            homes.append({"dataset": "datasets.<name>"}.get(section, section))
-    if homes:
-        return f"{where}: unknown key here; it belongs in {' or '.join(homes)}"
-    return f"{where}: unknown key; known here: {some(sorted(known), 12)}"
 
 
 def _not_json(value, where: str = "") -> list[str]:
@@ -377,7 +361,7 @@ def _shortened(options: dict, refused: dict) -> list[str]:
 
 
 def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
-    problems = []
+    problems = module_problems(run["lora"])
     if not run["model"].get("name"):
         problems.append(f"model.name: missing (run {name} needs it); a hub id or a local folder")
     ids = [prompt["id"] for prompt in run["eval"]["prompts"]]
