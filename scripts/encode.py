@@ -58,6 +58,8 @@ def encode(settings: dict, args, log) -> None:
 
     report: dict = {"schema_version": 1, "template": {"origin": origin, "sha256": template_sha256(template)}}
     report["template"] |= describe_template(template, [*rows["train"], *rows["val"]], chat, log)
+    if template is None:
+        warn_of_added_end(chat, log)
     out = Path(args.out)
     made: dict[str, list[dict]] = {}
     sequences: dict[str, list[dict]] = {}
@@ -119,6 +121,16 @@ def describe_template(template, rows: list[dict], chat, log) -> dict:
             "template, where X is the call's function: X.arguments if X.arguments is string else X.arguments | tojson"
         )
     return told
+
+
+def warn_of_added_end(chat, log) -> None:
+    made = chat.tokenizer("a")["input_ids"]
+    if added := made[len(chat.prompt_ids([{"content": "a"}])) :]:
+        log.warning(
+            "this tokenizer puts %r behind every text. What is asked here does not end with it, but vLLM's /v1/completions "
+            "leaves it there, and the model answers behind the end: give it token ids",
+            chat.decode(added),
+        )
 
 
 # --- rows to sequences ------------------------------------------------------------------------------------------------
