@@ -17,8 +17,8 @@ from pathlib import Path
 from moult.data.labels import sequences_of
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError, some
-from moult.files import atomic_file, read_json, read_jsonl, sha256_text, write_json, write_text
-from moult.model.chat import Chat, Unrenderable, choose_template
+from moult.files import atomic_file, read_json, read_jsonl, write_json, write_text
+from moult.model.chat import Chat, Unrenderable, choose_template, template_sha256
 from moult.model.manifest import open_model
 from moult.parallel import ordered_map
 from moult.run.cli import stage_parser
@@ -56,7 +56,10 @@ def encode(settings: dict, args, log) -> None:
     vocabulary = read_json(Path(base) / "config.json")
     vocabulary = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
 
-    report = {"schema_version": 1, "template": {"origin": origin, "sha256": sha256_text(template or "")}}
+    report: dict = {"schema_version": 1, "template": {"origin": origin, "sha256": template_sha256(template)}}
+    report["template"] |= describe_template(template, [*rows["train"], *rows["val"]], chat, log)
+    if template is None:
+        warn_of_added_end(chat, log)
     out = Path(args.out)
     made: dict[str, list[dict]] = {}
     sequences: dict[str, list[dict]] = {}
@@ -75,7 +78,7 @@ def encode(settings: dict, args, log) -> None:
         "max_length": settings["max_length"],
     }
 
-    write_text(out / "chat_template.jinja", template or "")
+    write_text(out / "chat_template.jinja", chat.template or "")
     for part in ("train", "val"):
         write_sequences(out / f"{part}.parquet", sequences[part])
     write_text(out / "preview.html", preview(sequences["train"], chat, origin))
@@ -88,6 +91,45 @@ def encode(settings: dict, args, log) -> None:
             f"{report[part]['tokens']:,}",
             100 * report[part]["trained_share"],
             f"{report[part]['length']['longest_kept']:,}",
+        )
+
+
+# --- the template -----------------------------------------------------------------------------------------------------
+
+
+def describe_template(template, rows: list[dict], chat, log) -> dict:
+    """What the report says of the template besides its origin and hash; what is unusual is told on the console, too.
+
+    `named`: the texts of the model's named templates besides the default one, and `tool_use_rows`, how many rows with tools
+    are shown by that of this name. `tool_arguments`, if the rows hold tool calls: whether the template gets their arguments as
+    an `object` or as JSON `text`.
+    """
+    told: dict = {}
+    if isinstance(template, dict):
+        told["named"] = {name: text for name, text in template.items() if name != "default"}
+        if "tool_use" in template:
+            told["tool_use_rows"] = with_tools = sum("tools" in row for row in rows)
+            log.info("chat templates: tool_use for %s rows with tools, default for the others", f"{with_tools:,}")
+    calling = [row for row in rows if any(message.get("tool_calls") for message in row.get("messages", []))]
+    if calling and chat.template is not None:
+        texts = {chat.takes_text_arguments(row.get("tools")) for row in calling}
+        told["tool_arguments"] = "text" if texts == {True} else "object" if texts == {False} else "object and text"
+    if "text" in told.get("tool_arguments", ""):
+        log.warning(
+            "the chat template takes the arguments of tool calls as JSON text and not as an object: it gets text. vLLM gives it "
+            "an object, so conversations that hold a tool call fail there, or are shown otherwise. To serve them, write in the "
+            "template, where X is the call's function: X.arguments if X.arguments is string else X.arguments | tojson"
+        )
+    return told
+
+
+def warn_of_added_end(chat, log) -> None:
+    made = chat.tokenizer("a")["input_ids"]
+    if added := made[len(chat.prompt_ids([{"content": "a"}])) :]:
+        log.warning(
+            "this tokenizer puts %r behind every text. What is asked here does not end with it, but vLLM's /v1/completions "
+            "leaves it there, and the model answers behind the end: give it token ids",
+            chat.decode(added),
         )
 
 

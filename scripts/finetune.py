@@ -317,7 +317,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             folder / "adapter_config.json",
             adapter_config(checkpoint / "adapter_config.json", manifest["name"], manifest["commit"]),
         )
-        copy_tokenizer(base, folder, template)
+        copy_tokenizer(base, folder, template, report["template"].get("named", {}))
         write_generation_config(base, folder, report["stop"])
     history = list(read_jsonl(state / "training_log.jsonl"))
     with atomic_file(args.training_log) as partial:

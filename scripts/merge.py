@@ -40,7 +40,7 @@ LEFT_OUT = (
     ".lock",
     ".metadata",
 )
-WRITTEN_ANEW = ("generation_config.json", "chat_template.jinja", "model.safetensors.index.json")
+WRITTEN_ANEW = ("generation_config.json", "chat_template.jinja", "chat_template.json", "model.safetensors.index.json")
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def merge(settings: dict, args, log) -> None:
             log.info("merging with peft, the whole model in memory, because of: %s", some(plan["merge"]["reasons"]))
             merge_with_peft(base, adapter, folder, settings.get("trust_remote_code", False))
         copy_files(base, folder)
-        copy_tokenizer(base, folder, template)
+        copy_tokenizer(base, folder, template, report["template"].get("named", {}))
         write_generation_config(base, folder, report["stop"])
         check_layout(base, folder, streamed)
         metadata = {

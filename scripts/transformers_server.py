@@ -25,7 +25,7 @@ from pathlib import Path
 
 from moult.errors import MoultError
 from moult.model.device import limit_threads, load_model, pick
-from moult.model.tokenizer import load_tokenizer, stop_ids
+from moult.model.tokenizer import load_tokenizer, stop_ids, text_ids
 from moult.run.cli import tool_parser
 
 LARGEST_BODY = 16 * 1024 * 1024
@@ -199,7 +199,7 @@ class Engine:
 
     def _ids_of(self, prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            return text_ids(self.tokenizer, prompt)
         size = self.model.config.get_text_config().vocab_size
         if not isinstance(prompt, list) or not all(type(id) is int and 0 <= id < size for id in prompt):
             raise BadRequest("prompt: expected a text, or a list of token ids of this model")

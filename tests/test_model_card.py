@@ -164,6 +164,7 @@ def test_what_was_measured_goes_up_whole(carded, what, tmp_path):
 def test_what_another_model_left_there_is_removed_and_nothing_else(carded, tmp_path):
     with FakeHub() as hub:
         old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.json", "adapter_config.json")
+        old += ("additional_chat_templates/tool_use.jinja",)
         own = ("LICENSE", "NOTICE.md", "figure.png", "gguf/model.gguf")
         hub.add("model", "tester/demo", dict.fromkeys((*old, *own, "config.json"), b"{}"))
         done = publish(carded, hub, tmp_path, "--yes")

@@ -146,7 +146,7 @@ def server_ids(chat, messages: list[dict], tools: list[dict] | None) -> list[int
     """The prompt as transformers, and so a server, makes it: nothing of moult.model.chat but the template and its settings."""
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     return chat.tokenizer.apply_chat_template(
-        shown, tools=tools, chat_template=chat.template, add_generation_prompt=True, **chat.template_kwargs
+        shown, tools=tools, chat_template=chat.template_for(tools), add_generation_prompt=True, **chat.template_kwargs
     )["input_ids"]
 
 

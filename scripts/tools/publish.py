@@ -51,7 +51,7 @@ def publish(args, log) -> None:
     made_by = read_json(places.merge_summary)["files" if args.what == "merged" else "adapter"]
     check_whole(folder, made_by, args.run)
     card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACE, args.repo)
-    files = sorted([path for path in folder.iterdir() if path.is_file() and path.name in {*made_by, "metadata.json"}])
+    files = files_of(folder, made_by)
 
     set_up_hub(config["network"]["tls"])
     if token()[0] is None:
@@ -64,16 +64,15 @@ def publish(args, log) -> None:
     api = HfApi()
     with hub_errors("--repo", args.repo):
         there = api.model_info(args.repo) if api.repo_exists(args.repo) else None
-    new = {"README.md", *(path.name for path in files)}
-    others = {file.rfilename for file in there.siblings} - new if there else set()
-    stale = sorted(name for name in others if "/" not in name and any(fnmatch(name, like) for like in LOADED))
-    size = sum(path.stat().st_size for path in files)
+    others = {file.rfilename for file in there.siblings} - {"README.md", *files} if there else set()
+    stale = sorted(name for name in others if is_loaded(name))
+    size = sum(path.stat().st_size for path in files.values())
     public = args.public if there is None else not there.private
     state = "new repository" if there is None else "existing repository"
     log.info("upload to %s/%s (%s, %s):", endpoint(), args.repo, state, "PUBLIC" if public else "private")
     log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
-    for path in files:
-        log.info("  %-40s %15s", path.name, f"{path.stat().st_size:,}")
+    for name, path in files.items():
+        log.info("  %-40s %15s", name, f"{path.stat().st_size:,}")
     for name in stale:
         log.info("  %-40s %15s", name, "will be deleted")
     log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
@@ -81,13 +80,24 @@ def publish(args, log) -> None:
         ask(args.repo, log)
     operations = [
         CommitOperationAdd("README.md", card.encode()),
-        *(CommitOperationAdd(path.name, path) for path in files),
+        *(CommitOperationAdd(name, path) for name, path in files.items()),
         *(CommitOperationDelete(name) for name in stale),
     ]
     with hub_errors("--repo", args.repo):
         api.create_repo(args.repo, private=not args.public, exist_ok=True)
         commit = api.create_commit(args.repo, operations, commit_message=f"{args.what} of the run {args.run}")
     log.info("uploaded: %s", commit.commit_url)
+
+
+def files_of(folder: Path, made_by: dict[str, str]) -> dict[str, Path]:
+    """{name in the repository: file} of what the run has made, `made_by` names it, and its metadata."""
+    return {name: folder / name for name in sorted({*made_by, "metadata.json"}) if (folder / name).is_file()}
+
+
+def is_loaded(name: str) -> bool:
+    """Whether transformers or vLLM load a file of this name in a model's repository."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", "additional_chat_templates") and any(fnmatch(file, like) for like in LOADED)
 
 
 def check_whole(folder: Path, made_by: dict[str, str], run: str) -> None:

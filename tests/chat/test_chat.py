@@ -222,13 +222,14 @@ def test_composed_characters_are_not_lost(make):
 
 
 def test_tokens_that_say_something_else(make):
-    def lowercases(tokenizer):
-        from tokenizers import normalizers
+    def decodes_wrongly(tokenizer):
+        from tokenizers import decoders
 
         # Not one by one, so that no character counts as lost.
-        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("secret", "public")
+        backend = tokenizer.backend_tokenizer
+        backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace("secret", "public")])
 
-    reason, message = refusal(make(change=lowercases), [user("Which?"), assistant("The secret one.")])
+    reason, message = refusal(make(change=decodes_wrongly), [user("Which?"), assistant("The secret one.")])
     assert reason == "decoding" and "public" in message
 
 

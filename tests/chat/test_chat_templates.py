@@ -45,11 +45,6 @@ def test_no_template_is_none_and_no_guess(tmp_path):
     assert choose_template(str(make_tokenizer(tmp_path / "base")), None, SHIPPED)[0] is None
 
 
-def test_of_several_templates_the_default_one(tmp_path):
-    base = make_tokenizer(tmp_path / "base", template={"default": PLAIN, "tool_use": "other"})
-    assert choose_template(str(base), None, SHIPPED)[0] == PLAIN
-
-
 def test_missing_template_names_the_shipped_ones():
     with pytest.raises(MoultError, match=r"no/such\.jinja: no such file") as error:
         choose_template(str(DEMO), "no/such.jinja", SHIPPED)

@@ -159,7 +159,7 @@ def test_mask_is_that_of_trl(theirs, case, chat_of):
     trl = pytest.importorskip("trl.chat_template_utils")
     messages, tools = CASES[case], TOOLS if case in CALLS else None
     chat = Chat(chat_of(TRL_FAMILIES[theirs]).tokenizer.name_or_path, getattr(trl, f"{theirs}_chat_template"))
-    assert not chat.has_generation_markers
+    assert not chat.marks_answers(None)
     sequence = sequences_of(chat, {"messages": messages, "tools": tools})[-1]
     marked = chat.tokenizer.apply_chat_template(
         messages,

@@ -7,9 +7,10 @@ have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/tran
 """
 
 import json
+from functools import lru_cache
 
 from moult.data.sequence import IGNORE, Sequence
-from moult.model.chat import Chat, Unrenderable, nfd
+from moult.model.chat import Chat, Unrenderable
 
 
 def sequences_of(chat: Chat, row: dict) -> list[Sequence]:
@@ -67,19 +68,37 @@ def _turn(chat: Chat, messages: list[dict], index: int, tools: list[dict] | None
     through = chat.render(messages[: index + 1], tools, prompt=False)
     answer = _continuation(prompt, through)
     _check_nothing_left_out(chat, messages[: index + 1], tools, prompt, answer)
+    message = messages[index]
+    ids, start = _tokens(chat, prompt, answer)
+    end, begun = _end_of_turn(chat, ids, start), ""
+    if end is None or ids[end] not in chat.stop_ids:
+        begun = _next_turn_begins(chat, bool(message.get("tool_calls")), tools is not None)
+    if begun:
+        ids, start = _tokens(chat, prompt, answer + begun)
+    elif end is None:
+        raise Unrenderable(
+            "no_stop_token",
+            f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer, and begins "
+            "the next with none that ends generation: the model could never learn to stop (model.chat_template: chatml ends "
+            "turns with the tokenizer's own stop token)",
+        )
+    else:
+        ids = ids[: end + 1]
+    _check_encodable(chat, message["content"] + message.get("reasoning_content", ""))
+    _check_decoding(chat, answer + begun, chat.decode(ids[start:]))
+    if chat.marks_answers(tools):
+        _check_markers(chat, messages[: index + 1], tools, answer, "" if begun else chat.decode(ids[-1:]))
+    return ids, start
+
+
+def _tokens(chat: Chat, prompt: str, answer: str) -> tuple[list[int], int]:
+    """The tokens of prompt and answer, and where those of the answer begin."""
     prompt_ids = chat.ids(prompt)
     ids = chat.ids(prompt + answer)
     if ids[: len(prompt_ids)] != prompt_ids:
         # A token reaches over the seam. At inference the prompt is tokenized alone, so it must be here.
         ids = _stitched(chat, prompt_ids, answer, chat.decode(ids))
-    start = len(prompt_ids)
-    ids = ids[: _end_of_turn(chat, ids, start, answer) + 1]
-    message = messages[index]
-    _check_encodable(chat, message["content"] + message.get("reasoning_content", ""))
-    _check_decoding(chat, answer, chat.decode(ids[start:]))
-    if chat.has_generation_markers:
-        _check_markers(chat, messages[: index + 1], tools, answer, chat.decode(ids[-1:]))
-    return ids, start
+    return ids, len(prompt_ids)
 
 
 def _stitched(chat: Chat, prompt_ids: list[int], answer: str, whole: str) -> list[int]:
@@ -93,8 +112,8 @@ def _stitched(chat: Chat, prompt_ids: list[int], answer: str, whole: str) -> lis
     raise Unrenderable("seam", "the tokenizer joins the end of the prompt with the answer, and cannot be kept from it")
 
 
-def _end_of_turn(chat: Chat, ids: list[int], start: int, answer: str) -> int:
-    """Index of the token that ends the turn, among those after the last one that says something.
+def _end_of_turn(chat: Chat, ids: list[int], start: int) -> int | None:
+    """Index of the token that ends the turn, among those after the last one that says something; None if there is none.
 
     Usually the first special one. Several in a row (`<|tool_call_end|><|im_end|>`) belong together: of them the
     first that ends generation, or else the last. What follows after a space (Phi's `<|endoftext|>`) ends the whole.
@@ -105,13 +124,31 @@ def _end_of_turn(chat: Chat, ids: list[int], start: int, answer: str) -> int:
         last -= 1
     after = [index for index in range(last + 1, len(ids)) if ids[index] in ends]
     row = [index for place, index in enumerate(after) if index == after[0] + place]
-    if row:
-        return next((index for index in row if ids[index] in chat.stop_ids), row[-1])
-    raise Unrenderable(
-        "no_stop_token",
-        f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the model "
-        "could never learn to stop (model.chat_template: chatml ends turns with the tokenizer's own stop token)",
-    )
+    return next((index for index in row if ids[index] in chat.stop_ids), row[-1] if row else None)
+
+
+@lru_cache(maxsize=16)  # the same for every row
+def _next_turn_begins(chat: Chat, called: bool, with_tools: bool) -> str:
+    """How the template begins the turn after an answer, to the end of its first token, if that is one that ends generation.
+
+    GLM-4's answers have no end of their own. Generation stops where the model writes the token of the next role: that of the
+    user, or after a tool call (`called`) that of the tool (huggingface/trl#6044). "" for other templates.
+    """
+    tools = [{"type": "function", "function": {"name": "function", "parameters": {}}}] if with_tools else None
+    said = "moult's answer"
+    call = {"id": "call00001", "type": "function", "function": {"name": "function", "arguments": {"key": said}}}
+    answer = {"content": "", "tool_calls": [call]} if called else {"content": said}
+    after = {"role": "tool", "tool_call_id": "call00001"} if called else {"role": "user"}
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", **answer}, {**after, "content": "next"}]
+    try:
+        # An earlier answer may be shown otherwise than the last, so only what stands behind the answer is compared.
+        end, more = (chat.render(messages[:size], tools, prompt=False).rpartition(said)[2] for size in (2, 3))
+    except Unrenderable:
+        return ""
+    following = more.removeprefix(end) if more.startswith(end) else ""
+    first = next((id for id in chat.ids(following) if chat.decode([id]).strip()), None)
+    before, token, _ = following.partition(chat.decode([first])) if first in chat.stop_ids else ("", "", "")
+    return before + token
 
 
 # --- gates ---
@@ -129,11 +166,11 @@ def _check_bos(chat: Chat, ids: list[int]) -> None:
 def _check_no_control_tokens(chat: Chat, messages: list[dict], tools: list[dict] | None) -> None:
     parts = [(f"messages[{index}]", message) for index, message in enumerate(messages)] + [("tools", tools)]
     for where, part in parts:
-        found = next(filter(None, map(chat.special_text.search, _texts(part))), None)
+        found = next(filter(None, map(chat.control_token, _texts(part))), None)
         if found:
             raise Unrenderable(
                 "control_token",
-                f"{where} says {found.group()!r}, which this tokenizer takes for a control token",
+                f"{where} says {found!r}, which this tokenizer takes for a control token",
             )
 
 
@@ -148,7 +185,7 @@ def _check_nothing_left_out(
     for message in messages[:-1]:
         if message["role"] != "assistant" and not _shows(shown_prompt, message["content"]):
             raise Unrenderable("template_drops", f"the template leaves out what the {message['role']} turn says")
-    if tools and prompt == chat.render(messages[:-1], None, prompt=True):
+    if tools and prompt == chat.render(messages[:-1], [], prompt=True):
         raise Unrenderable("template_drops", "the template leaves out the tools")
     for tool in tools or []:
         if tool["function"].get("name", "") not in prompt:
@@ -188,7 +225,7 @@ def _check_decoding(chat: Chat, answer: str, decoded: str) -> None:
 
 def _without(chat: Chat, lost: set[str], text: str) -> str:
     text = text.replace(chat.tokenizer.unk_token or "\0", "")
-    return nfd("".join(char for char in text if char not in lost))
+    return chat.spelt("".join(char for char in text if char not in lost))
 
 
 def _check_markers(chat: Chat, messages: list[dict], tools: list[dict] | None, answer: str, stop: str) -> None:

@@ -1,6 +1,7 @@
 """A conversation as the model reads it: one template, one tokenizer, the same in training and at inference."""
 
 import contextlib
+import json
 import logging
 import re
 import signal
@@ -10,8 +11,16 @@ from datetime import date
 from pathlib import Path
 
 from moult.errors import MoultError, some
-from moult.files import sha256_text
-from moult.model.tokenizer import load_tokenizer, stop_ids
+from moult.files import canonical, sha256_text
+from moult.model.tokenizer import (
+    Template,
+    load_tokenizer,
+    normalised,
+    own_templates,
+    read_text,
+    stop_ids,
+    text_ids,
+)
 
 log = logging.getLogger("moult")
 
@@ -35,11 +44,13 @@ class Chat:
 
     Args:
         folder: the model's folder.
-        template: the template's text, or None for plain text only.
+        template: the template's text, or several by name, of which those with tools are shown by "tool_use"; None for plain
+            text only.
         template_kwargs: variables for the template, such as {"enable_thinking": False}.
 
     Attributes:
         tokenizer: the tokenizer, of transformers.
+        template: the text of the template for conversations without tools, or None.
         stop_ids: the tokens that end generation by the model's own settings.
         special_ids: the tokenizer's control tokens; `special_text` finds them in text.
         pad_id: the padding token: neither a stop token nor written by the template.
@@ -48,12 +59,14 @@ class Chat:
     def __init__(
         self,
         folder: str,
-        template: str | None,
+        template: Template | None,
         template_kwargs: dict | None = None,
         trust_remote_code: bool = False,
     ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
-        self.template = template
+        named = template if isinstance(template, dict) else {"default": template}
+        self.template = named["default"]
+        self._tool_template = named.get("tool_use", self.template)
         self.template_kwargs = template_kwargs or {}
         self.stop_ids = stop_ids(folder, self.tokenizer)
         self.special_ids = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -65,27 +78,64 @@ class Chat:
         )
         self._written: set[str] = set()  # characters that were tried: the tokenizer has tokens for these,
         self._lost: set[str] = set()  # and none for these
+        self._text_arguments: dict[str, bool] = {}  # by template
         self.special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-        self.has_generation_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
-        if template is not None:
-            _freeze_date(template)
+        # These the tokenizer looks for in the text that its normaliser has made (tokenizers, AddedToken.normalized).
+        again = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
+        again = [normalised(self.tokenizer, token.content) for token in again]
+        self._normalised_specials = re.compile("|".join(map(re.escape, again))) if again else None
+        for text in filter(None, {self.template, self._tool_template}):
+            _freeze_date(text)
 
     def _pad_id(self) -> int:
         own = self.tokenizer.pad_token_id
         # Labels and attention masks are ours, so any token will do that ends no turn.
         candidates = [*([] if own is None else [own]), *sorted(self.special_ids), *range(len(self.tokenizer))]
-        return next(
-            id for id in candidates if id not in self.stop_ids and self.decode([id]) not in (self.template or "")
-        )
+        written = f"{self.template or ''}{self._tool_template or ''}"
+        return next(id for id in candidates if id not in self.stop_ids and self.decode([id]) not in written)
+
+    def template_for(self, tools: list[dict] | None) -> str | None:
+        """The template's text for a conversation with these tools, or with None: as transformers and vLLM choose it."""
+        return self.template if tools is None else self._tool_template
+
+    def marks_answers(self, tools: list[dict] | None) -> bool:
+        """Whether that template marks what is generated (`{% generation %}`)."""
+        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template_for(tools) or ""))
+
+    def takes_text_arguments(self, tools: list[dict] | None) -> bool:
+        """Whether that template takes the arguments of a tool call as JSON text (DeepSeek's do), and not as an object.
+
+        It does if it refuses an object, or shows it in Python's form, `{'a': 1}`, and shows the text as it is.
+        """
+        template = self.template_for(tools)
+        if template not in self._text_arguments:
+            as_object = self._try_call({"key": "value"}, tools)
+            self._text_arguments[template] = (
+                not as_object or str({"key": "value"}) in as_object
+            ) and '{"key": "value"}' in self._try_call('{"key": "value"}', tools)
+        return self._text_arguments[template]
+
+    def _try_call(self, arguments: dict | str, tools: list[dict] | None) -> str:
+        """How the template shows a tool call, or "" if it refuses it."""
+        function = {"name": "function", "arguments": arguments}
+        call = {"id": "call00001", "type": "function", "function": function}
+        asked = {"role": "user", "content": "question"}
+        try:
+            return self._apply([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools, prompt=False)
+        except Unrenderable:
+            return ""
 
     def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
         """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable."""
+        return self._apply(self._visible(messages, tools), tools, prompt)
+
+    def _apply(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
         try:
             with _time_limit():
                 return self.tokenizer.apply_chat_template(
-                    _visible(messages),
+                    messages,
                     tools=tools,
-                    chat_template=self.template,
+                    chat_template=self.template_for(tools),
                     tokenize=False,
                     add_generation_prompt=prompt,
                     **self.template_kwargs,
@@ -101,9 +151,9 @@ class Chat:
 
         with _time_limit():
             [through], [blocks] = render_jinja_template(
-                [_visible(messages)],
+                [self._visible(messages, tools)],
                 tools=tools,
-                chat_template=self.template,
+                chat_template=self.template_for(tools),
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
             )
@@ -116,7 +166,7 @@ class Chat:
     def prompt_ids(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """What the model is given to answer: a server makes the same tokens of the same messages."""
         if self.template is None:
-            return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+            return text_ids(self.tokenizer, "\n".join(message["content"] for message in messages))
         return self.ids(self.render(messages, tools, prompt=True))
 
     def decode(self, ids: list[int], special: bool = True) -> str:
@@ -126,8 +176,33 @@ class Chat:
         """The characters of `text` that the tokenizer has no tokens for and silently leaves out."""
         for char in set(text) - self._written - self._lost:
             decoded = self.decode(self.ids(f"a{char}"), special=False)
-            (self._written if char.isspace() or nfd(char) in nfd(decoded) else self._lost).add(char)
+            (self._written if char.isspace() or self._says(decoded, char) else self._lost).add(char)
         return "".join(char for char in text if char in self._lost) if self._lost else ""
+
+    def _says(self, decoded: str, char: str) -> bool:
+        wanted = self.spelt(f"a{char}")
+        return nfd(char) in nfd(decoded) or (wanted != self.spelt("a") and wanted in self.spelt(decoded))
+
+    def spelt(self, text: str) -> str:
+        """The text in one spelling, in which what is written and what its tokens decode to can be compared: as the
+        tokenizer's normaliser leaves it, without whitespace."""
+        return "".join(nfd(normalised(self.tokenizer, "".join(text.split()))).split())
+
+    def control_token(self, text: str) -> str | None:
+        """The first control token that `text` says, as it is or after the tokenizer's normaliser."""
+        found = self.special_text.search(text)
+        if not found and self._normalised_specials:
+            found = self._normalised_specials.search(normalised(self.tokenizer, text))
+        return found.group() if found else None
+
+    def _visible(self, messages: list[dict], tools: list[dict] | None) -> list[dict]:
+        """The messages as the template gets them, with the arguments of tool calls in the form that it takes."""
+        visible = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        called = [message for message in visible if isinstance(message.get("tool_calls"), list)]
+        as_text = bool(called) and self.takes_text_arguments(tools)
+        for message in called:
+            message["tool_calls"] = [_with_arguments(call, as_text) for call in message["tool_calls"]]
+        return visible
 
 
 @contextlib.contextmanager
@@ -150,8 +225,19 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _visible(messages: list[dict]) -> list[dict]:
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+def _with_arguments(call, as_text: bool):
+    """A tool call with its arguments as JSON text, or as the object that a text of one stands for (vLLM does that, too)."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" not in function:
+        return call
+    arguments = function["arguments"]
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif isinstance(arguments, str) and not as_text:
+        with contextlib.suppress(ValueError, RecursionError):  # free text stays as it is
+            parsed = json.loads(arguments)
+            arguments = parsed if isinstance(parsed, dict) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def nfd(text: str) -> str:
@@ -180,30 +266,52 @@ def prompt_of(entry: dict, chat: Chat) -> tuple[list[dict], list[int]]:
 
 def choose_template(
     folder: str, setting: str | None, shipped: str, trust_remote_code: bool = False
-) -> tuple[str | None, str]:
-    """(the template's text, where it is from) for `model.chat_template`. None if the model has none and none is named.
+) -> tuple[Template | None, str]:
+    """(the template, where it is from) for `model.chat_template`. None if the model has none and none is named.
 
+    The model's own may be several (`Template`); a named one is for all conversations, with tools or without.
     `shipped` is the folder of the templates that come with Moult.
     """
-    if setting is not None:
-        named = Path(shipped) / f"{setting}.jinja"
-        path = named if named.exists() else Path(setting).expanduser()
-        if not path.is_file():
-            known = some(sorted(file.stem for file in Path(shipped).glob("*.jinja")))
+    template: Template | None
+    if setting is None:
+        template, origin = own_templates(folder, load_tokenizer(folder, trust_remote_code)), "the model's own"
+        if template and "default" not in template:
             raise MoultError(
-                f"model.chat_template: {setting}: no such file",
-                f"give a Jinja file, or one of the shipped: {known}",
+                f"{folder}: the model has chat templates named {some(sorted(template))}, and none is the default",
+                "set model.chat_template to one of these names, to chatml (the shipped one), or to a Jinja file",
             )
-        text = path.read_text(encoding="utf-8")
-        origin = f"shipped: {setting}" if path == named else f"file: {path.name}"
+        if len(template) < 2:
+            template = template.get("default")
     else:
-        text, origin = load_tokenizer(folder, trust_remote_code).chat_template, "the model's own"
-        if isinstance(text, dict):
-            text = text.get("default")
-    if text is not None:
-        check_syntax(text, origin)
-        log.debug("chat template (%s), sha256 %s", origin, sha256_text(text))
-    return text, origin
+        template, origin = _named_template(folder, setting, shipped, trust_remote_code)
+    texts = template if isinstance(template, dict) else {} if template is None else {"": template}
+    for name, text in texts.items():
+        check_syntax(text, f"{origin}: {name}" if name else origin)
+    log.debug("chat template (%s), sha256 %s", origin, template_sha256(template))
+    return template, origin
+
+
+def _named_template(folder: str, setting: str, shipped: str, trust_remote_code: bool) -> tuple[str, str]:
+    path = Path(shipped) / f"{setting}.jinja"
+    if path.exists():
+        return read_text(path), f"shipped: {setting}"
+    path = Path(setting).expanduser()
+    if path.is_file():
+        return read_text(path), f"file: {path.name}"
+    own = own_templates(folder, load_tokenizer(folder, trust_remote_code))
+    if setting in own:
+        return own[setting], f"the model's own: {setting}"
+    known = some(sorted(file.stem for file in Path(shipped).glob("*.jinja")))
+    raise MoultError(
+        f"model.chat_template: {setting}: no such file",
+        f"give a Jinja file, or one of the shipped: {known}"
+        + (f", or one of the model's own: {some(sorted(own))}" if len(own) > 1 else ""),
+    )
+
+
+def template_sha256(template: Template | None) -> str:
+    """What identifies the template, or all of them together. Without one that of the empty text."""
+    return sha256_text(canonical(template) if isinstance(template, dict) else template or "")
 
 
 def check_syntax(text: str, origin: str) -> None:

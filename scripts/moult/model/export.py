@@ -25,13 +25,19 @@ TOKENIZER_FILES = (
 PLACE = "path/to/this/folder"
 
 
-def copy_tokenizer(base: Path, out: Path, template: str) -> None:
-    """The base's tokenizer files as they are, and the template that the run was trained with."""
+def copy_tokenizer(base: Path, out: Path, template: str, named: dict[str, str]) -> None:
+    """The base's tokenizer files as they are, and the template that the run was trained with.
+
+    `named` are templates besides it, {name: text}: transformers and vLLM take "tool_use" for conversations with tools. Where
+    these files are, they go before what tokenizer_config.json has of templates.
+    """
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, out / name)
     if template:
         write_text(out / "chat_template.jinja", template)
+    for name, text in named.items():
+        write_text(out / "additional_chat_templates" / f"{name}.jinja", text)
 
 
 def write_generation_config(base: Path, out: Path, stop: dict) -> None:

@@ -23,6 +23,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Seconds between a polite signal and one that cannot be refused.
 PATIENCE = 20
 
+# The template for conversations with tools, where a model has one of its own for these.
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+
 
 @dataclass
 class Served:
@@ -60,7 +63,7 @@ def what_to_serve(settings: dict, runs: list[dict]) -> Served:
                 f"{run['name']}: vLLM cannot serve this adapter ({', '.join(reasons[run['name']])})",
                 "set serve.mode: merged",
             )
-        for file in ("chat_template.jinja", "generation_config.json"):
+        for file in ("chat_template.jinja", TOOL_TEMPLATE, "generation_config.json"):
             if run["base"] != first["base"] or text_of(run, file) != text_of(first, file):
                 raise MoultError(
                     f"{run['name']} and {first['name']} cannot be served together: they differ in the base model, the "
@@ -128,7 +131,8 @@ def vllm_arguments(settings: dict, served: Served, host: str, port: int) -> list
 def adapter_arguments(folder: str, place: str) -> list[str]:
     """What vLLM, which looks for it in the base's folder only, is told of the adapter in `folder`, by then at `place`."""
     command = []
-    if Path(folder, "chat_template.jinja").exists():
+    # Told of one, vLLM takes it with tools, too. A run that has one for tools has both of its base, where vLLM finds them.
+    if Path(folder, "chat_template.jinja").exists() and not Path(folder, TOOL_TEMPLATE).exists():
         command += ["--chat-template", f"{place}/chat_template.jinja"]
     if Path(folder, "generation_config.json").exists():
         command += ["--generation-config", place]
