@@ -16,7 +16,7 @@ from pathlib import Path
 from moult.errors import MoultError, some
 from moult.files import fsync, write_json
 from moult.model.manifest import IGNORED, check_code, describe
-from moult.model.safetensors import indexed_files
+from moult.model.safetensors import weight_names
 from moult.network import check_names, hub_errors, set_up_hub
 from moult.run.cli import stage_parser
 from moult.run.stage import progress, stage
@@ -41,6 +41,8 @@ def fetch(settings: dict, args, log) -> None:
     manifest = download(settings, args, log)
     write_json(args.manifest, manifest)
     log.info("%s: %s files, commit %s", args.name, len(manifest["files"]), manifest["commit"])
+    if manifest["ignored"]:
+        log.warning("%s: not part of the model, ignored: %s", args.name, some(manifest["ignored"]))
 
 
 def download(settings: dict, args, log) -> dict:
@@ -92,8 +94,7 @@ def download_files(name: str, info, partial: Path, trust_remote_code: bool, log)
 
     snapshot_download(name, revision=info.sha, local_dir=partial, ignore_patterns=[*IGNORED, "*.safetensors"])
     check_code(partial, name, trust_remote_code)
-    index = partial / "model.safetensors.index.json"
-    weights = indexed_files(index) if index.exists() else ["model.safetensors"]
+    weights = weight_names(partial, [file.rfilename for file in info.siblings])
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in weights)
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     free = shutil.disk_usage(partial).free

@@ -9,6 +9,7 @@ each file. Only safetensors weights are taken, and code that the model brings is
 
 from pathlib import Path
 
+from moult.errors import some
 from moult.files import write_json
 from moult.model.manifest import describe
 from moult.run.cli import stage_parser
@@ -27,6 +28,8 @@ def main() -> None:
         manifest = describe(Path(args.folder), args.name, settings["trust_remote_code"])
         write_json(args.manifest, manifest)
         log.info("%s: %s files", args.name, len(manifest["files"]))
+        if manifest["ignored"]:
+            log.warning("%s: not part of the model, ignored: %s", args.name, some(manifest["ignored"]))
 
 
 if __name__ == "__main__":

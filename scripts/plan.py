@@ -219,12 +219,6 @@ def empty_model(folder: Path, trust_remote_code: bool):
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-            raise MoultError(
-                f"{folder}: the model is quantized ({method})", "tune the unquantized base: merge adds to it"
-            )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:

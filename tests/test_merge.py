@@ -254,6 +254,7 @@ def header(entries) -> bytes:
 )
 def test_an_index_lists_safetensors_files_beside_it(places, tmp_path):
     folder = make_model(tmp_path / "base")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(MoultError, match=r"index\.json: lists .* where safetensors files beside it belong"):
         read_tensors(folder)

@@ -27,6 +27,7 @@ EVAL = {
     "confidence": 0.95,
     "resamples": 500,
     "merge_kl_limit": 0.05,
+    "merge_top1_limit": 0.95,
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
 }
@@ -262,6 +263,23 @@ def test_a_merge_that_is_not_the_adapter_stops_it(tmp_path):
     with pytest.raises(MoultError, match=r"mean KL 0\.2 nats per token, over eval\.merge_kl_limit 0\.05"):
         run(tmp_path)
     assert run(tmp_path, merge_kl_limit=0.3)["merged_vs_adapter"]["mean_kl"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("agreed", "positions", "stops"), [(200, 300, True), (4, 6, True), (6, 7, False), (293, 300, False)]
+)
+def test_a_merged_model_with_other_first_choices_stops_it_whatever_the_divergence(agreed, positions, stops, tmp_path):
+    """Of 7 positions one may differ by rounding."""
+    make_sides(tmp_path)
+    check = read_json(tmp_path / "tuned" / "merge_check.json")
+    check |= {"mean_kl": 0.01, "positions": positions, "top1_agreement": agreed / positions}
+    write_json(tmp_path / "tuned" / "merge_check.json", check)
+    if not stops:
+        assert run(tmp_path)["merged_vs_adapter"] == check
+        return
+    with pytest.raises(MoultError, match=r"66\.67% of [0-9]+ positions, under eval\.merge_top1_limit 0\.95"):
+        run(tmp_path)
+    assert run(tmp_path, merge_top1_limit=0.5)["merged_vs_adapter"] == check
 
 
 def test_nothing_measured_is_no_verdict(tmp_path):

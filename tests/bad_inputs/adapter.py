@@ -122,7 +122,7 @@ CASES = [
         (
             "score failed: the merged model is not base plus adapter: mean KL 0.5 nats per token, over "
             "eval.merge_kl_limit 0.05\n"
-            "what to do: merge again; if the base has few bits (float16, fp8), raise the limit and look at "
+            "what to do: merge again; if the base has few bits (float16, fp8), loosen the limit and look at "
             "samples.jsonl"
         ),
         spoil=edit_json("results/d/tuned/merge_check.json", mean_kl=0.5),

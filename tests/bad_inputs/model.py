@@ -231,7 +231,9 @@ CASES = [
     ),
     Case(
         "a quantized model",
-        ("plan failed: base: the model is quantized (fp8)\nwhat to do: tune the unquantized base: merge adds to it"),
+        (
+            "inspect_model failed: base: the model is quantized (fp8)\nwhat to do: tune the unquantized base: merge adds to it"
+        ),
         make=edit_json("base/config.json", quantization_config={"quant_method": "fp8"}),
     ),
     Case(

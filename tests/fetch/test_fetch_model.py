@@ -58,6 +58,16 @@ def test_sharded_model_takes_the_files_of_its_index(hub, fetch):
     assert {file for file in fetch.files("results/tiny") if file.endswith(".safetensors")} == set(shards)
 
 
+def test_a_single_file_beside_shards_is_the_one_that_is_downloaded(hub, fetch):
+    """As transformers chooses, which would load it."""
+    shards = {f"model-0000{n}-of-00002.safetensors": weights(name=f"w{n}") for n in (1, 2)}
+    index = {"weight_map": {f"w{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}}
+    hub.add("model", "org/tiny", model(**shards, **{"model.safetensors.index.json": json.dumps(index).encode()}))
+    assert fetch.model().returncode == 0
+    assert {file for file in fetch.files("results/tiny") if file.endswith(".safetensors")} == {"model.safetensors"}
+    assert fetch.json("tiny.json")["ignored"] == ["model.safetensors.index.json"]
+
+
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"])
 def test_token_is_sent_to_the_hub_alone_and_written_nowhere(hub, fetch, variable):
     hub.add("model", "org/tiny", model(), private=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_file
-from moult.model.safetensors import AGAIN, read_header, weight_files
+from moult.model.safetensors import AGAIN, FEW_BITS, INDEX, read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (
@@ -37,11 +37,17 @@ def open_model(path: str) -> tuple[Path, dict]:
 
 
 def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | None = None, local: bool = True) -> dict:
-    """The manifest of a model folder. Raises MoultError if its weights are not whole safetensors files, or if it brings
-    code that may not run."""
-    for path in weight_files(folder):
-        read_header(path)
+    """The manifest of a model folder: the hash of each file, and which weight files are there and not part of the model.
+
+    Raises MoultError if its weights are not whole safetensors files, if they are quantized, or if it brings code that may
+    not run.
+    """
+    weights = weight_files(folder)
+    check_unquantized(folder, name)
+    for path in weights:
+        check_dtypes(path, name)
     check_code(folder, name, trust_remote_code)
+    ignored = [path.name for path in spare_weights(folder, weights)]
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
@@ -52,8 +58,38 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
         "name": public_name(name),
         "commit": commit,
         "folder": str(folder) if local else None,
-        "files": files,
+        "files": {file: digest for file, digest in files.items() if file not in ignored},
+        "ignored": ignored,
     }
+
+
+def spare_weights(folder: Path, weights: list[Path]) -> list[Path]:
+    """Weight files at the top of a model that are not part of it: transformers loads others (`weights`)."""
+    spare = [path for path in sorted(folder.glob("*.safetensors")) if path not in weights]
+    index = folder / INDEX
+    return spare + [index] * (index.is_file() and weights == [folder / "model.safetensors"])
+
+
+def check_unquantized(folder: Path, name: str) -> None:
+    """Raises MoultError if config.json, or a part of it (the text model's), says that the weights are quantized."""
+    config = read_json(folder / "config.json", AGAIN)
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    for part in parts:
+        found = isinstance(part, dict) and (part.get("quantization_config") or part.get("compression_config"))
+        if found:
+            method = found.get("quant_method", "no quant_method given") if isinstance(found, dict) else str(found)
+            raise _quantized(name, method)
+
+
+def check_dtypes(path: Path, name: str) -> None:
+    """Raises MoultError if a weight file is not whole, or holds weights in a dtype of few bits."""
+    few = sorted({tensor.dtype for tensor in read_header(path)[1].values()} & set(FEW_BITS))
+    if few:
+        raise _quantized(name, ", ".join(few))
+
+
+def _quantized(name: str, method: str) -> MoultError:
+    return MoultError(f"{name}: the model is quantized ({method})", "tune the unquantized base: merge adds to it")
 
 
 def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:

@@ -2,14 +2,20 @@
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+# Bits of an element of each dtype (safetensors 0.8). FEW_BITS are those that only quantized weights have.
+FEW_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+FEW_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8} | FEW_BITS
+BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
+
+INDEX = "model.safetensors.index.json"
 
 AGAIN = "download or copy the model again"
 
@@ -59,17 +65,23 @@ def read_header(path: Path, fix: str = AGAIN) -> tuple[bytes, dict[str, Tensor]]
         try:
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            expected = BYTES[entry["dtype"]] * math.prod(shape)
+            dtype = str(entry["dtype"])
             plain = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
         except (KeyError, TypeError, ValueError):
             plain = False
         if not plain:
             raise _not_whole(path, fix, f"the header's entry of {name} is not one")
+        if dtype not in BITS:
+            raise MoultError(
+                f"{path}: {name} is {dtype}, a dtype that Moult does not know",
+                "if the model is quantized, tune the unquantized base",
+            )
+        expected = math.ceil(BITS[dtype] * math.prod(shape) / 8)
         if end - begin != expected:
             raise _not_whole(
                 path, fix, f"{name} is said to have {end - begin:,} bytes, and its shape needs {expected:,}"
             )
-        tensors[name] = Tensor(name, path.name, entry["dtype"], shape, start + begin, start + end)
+        tensors[name] = Tensor(name, path.name, dtype, shape, start + begin, start + end)
     last = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != last:
@@ -84,6 +96,22 @@ def _not_whole(path: Path, fix: str, why: str) -> MoultError:
     return MoultError(f"{path}: not a whole safetensors file: {why}", fix)
 
 
+def weight_names(folder: Path, there: Collection[str]) -> list[str]:
+    """Which of the files `there` are the model: the ones that transformers loads. It takes what config.json names, else
+    model.safetensors, and looks for an index last (5.23, modeling_utils._get_resolved_checkpoint_files). Empty: none is.
+
+    Args:
+        folder: has config.json and the index; a hub's weights need not be there yet.
+        there: names of all files at the top of the model.
+    """
+    config = read_json(folder / "config.json", AGAIN)
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    for name in [str(named)] if named else ["model.safetensors", INDEX]:
+        if name in there:
+            return indexed_files(folder / name) if name.endswith(".index.json") else [name]
+    return []
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a model, in the order of their names. Raises MoultError where there are none, or not all."""
     folder = Path(folder)
@@ -96,18 +124,12 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise MoultError(f"{folder}: an adapter, no model", "set model.name to the base model that it was made for")
     if not (folder / "config.json").is_file():
         raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = indexed_files(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise MoultError(
-                f"{folder}: files of the index are missing: {some(missing)}",
-                AGAIN,
-            )
+    names = weight_names(folder, {path.name for path in folder.iterdir()})
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise MoultError(f"{folder}: files of the index are missing: {some(missing)}", AGAIN)
+    if names:
         return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise MoultError(

@@ -220,7 +220,7 @@ def _evaluate_tuned(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit")
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit", "merge_top1_limit")
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
