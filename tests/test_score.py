@@ -260,7 +260,7 @@ def test_a_merge_that_is_not_the_adapter_stops_it(tmp_path):
     make_sides(tmp_path)
     check = read_json(tmp_path / "tuned" / "merge_check.json")
     write_json(tmp_path / "tuned" / "merge_check.json", {**check, "mean_kl": 0.2})
-    with pytest.raises(MoultError, match=r"mean KL 0\.2 nats per token, over eval\.merge_kl_limit 0\.05"):
+    with pytest.raises(MoultError, match=r"mean KL 0\.2 nats per token, above eval\.merge_kl_limit 0\.05"):
         run(tmp_path)
     assert run(tmp_path, merge_kl_limit=0.3)["merged_vs_adapter"]["mean_kl"] == 0.2
 
@@ -277,7 +277,7 @@ def test_a_merged_model_with_other_first_choices_stops_it_whatever_the_divergenc
     if not stops:
         assert run(tmp_path)["merged_vs_adapter"] == check
         return
-    with pytest.raises(MoultError, match=r"66\.67% of [0-9]+ positions, under eval\.merge_top1_limit 0\.95"):
+    with pytest.raises(MoultError, match=r"66\.67% of [0-9]+ positions, below eval\.merge_top1_limit 0\.95"):
         run(tmp_path)
     assert run(tmp_path, merge_top1_limit=0.5)["merged_vs_adapter"] == check
 
