@@ -33,7 +33,6 @@ CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
 demo: $(VENV)/workflow.stamp
 	$(BIN)/snakemake --cores $(CORES) results/demo/metrics.json
-	@$(BIN)/python scripts/tools/show_metrics.py results/demo/metrics.json
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 #
 #
 # rules/<stage>.smk       a stage, its script is scripts/<stage>.py    scripts/moult/workflow/stages.py   every path in results/
-# rules/lock, code, config, inputs, failures, containers, cluster      what the stages share
+# rules/lock, code, config, inputs, failures, console, containers, cluster      what the stages share
 from snakemake.utils import min_version
 
 min_version("9.19")
@@ -16,6 +16,7 @@ include: "rules/code.smk"
 include: "rules/config.smk"
 include: "rules/inputs.smk"
 include: "rules/failures.smk"
+include: "rules/console.smk"
 include: "rules/containers.smk"
 include: "rules/cluster.smk"
 
@@ -52,6 +53,10 @@ rule all:
 
 onstart:
     look_after_slurm()
+
+
+onsuccess:
+    tell_results()
 
 
 onerror:

@@ -34,9 +34,9 @@ sys.path.insert(0, str(library.parents[2].resolve()))
 
 from moult.workflow.code import closure, code_hash
 
-for room in ("workflow/config", "workflow/container", "workflow/failures", "workflow/slurm", "workflow/stages"):
-    closure(f"moult/{room}.py", read_own)
-for module in ("data/readers", "run/stage"):  # which files a dataset's source means; the name of this process
+for module in ("config", "console", "container", "failures", "slurm", "stages"):
+    closure(f"moult/workflow/{module}.py", read_own)
+for module in ("data/readers", "measuring/table"):  # which files a dataset's source means; the results for people
     closure(f"moult/{module}.py", read_own)
 importlib.invalidate_caches()  # the folders have been filled since Python looked into them
 

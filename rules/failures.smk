@@ -2,14 +2,14 @@
 
 import time
 
-from moult.run.stage import process_name
+from moult.run.process import STARTED_BY, process_name
 from moult.workflow.config import dataset_slug
 from moult.workflow.failures import failures_since, table
 
 started = time.time()
 
-# Stages end when the Snakemake that has started them does (moult/run/stage.py), also when it is killed.
-os.environ["MOULT_STARTED_BY"] = process_name()
+# Stages end when the Snakemake that has started them does (moult/run/process.py), also when it is killed.
+os.environ[STARTED_BY] = process_name()
 
 
 def tell_failures():

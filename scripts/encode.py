@@ -83,15 +83,12 @@ def encode(settings: dict, args, log) -> None:
         write_sequences(out / f"{part}.parquet", sequences[part])
     write_text(out / "preview.html", preview(sequences["train"], chat, origin))
     write_json(out / "report.json", report)
-    for part in ("train", "val"):
-        log.info(
-            "%s: %s sequences, %s tokens, %.0f %% of them trained; longest %s",
-            part,
-            f"{report[part]['sequences']:,}",
-            f"{report[part]['tokens']:,}",
-            100 * report[part]["trained_share"],
-            f"{report[part]['length']['longest_kept']:,}",
-        )
+    counted = (
+        f"{part}: {report[part]['sequences']:,} sequences, {report[part]['tokens']:,} tokens, "
+        f"{100 * report[part]['trained_share']:.0f} % of them trained, longest {report[part]['length']['longest_kept']:,}"
+        for part in ("train", "val")
+    )
+    log.info("; ".join(counted))
 
 
 # --- the template -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from moult.model.chat import Chat, prompt_of
 from moult.model.device import limit_threads, load_model, pick
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
-from moult.run.stage import progress, stage
+from moult.run.console import progress
+from moult.run.stage import stage
 
 # Most tokens, prompts and answers together, that are generated side by side.
 GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
@@ -27,7 +28,7 @@ KEPT_LOGITS = 2**27
 
 
 def main() -> None:
-    parser = stage_parser(__doc__, "evaluate", threads="CPU threads")
+    parser = stage_parser(__doc__, "<rule>", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
@@ -37,7 +38,8 @@ def main() -> None:
     parser.add_argument("--merge-check", help="output: merged model against base plus adapter (.json)")
     args = parser.parse_args()
 
-    with stage("evaluate", args.log_file, args.settings) as log:
+    rule = "evaluate_tuned" if args.merge_check else "evaluate_base"
+    with stage(rule, args.log_file, args.settings) as log:
         evaluate(args.settings, args, log)
 
 
@@ -60,12 +62,12 @@ def evaluate(settings: dict, args, log) -> None:
     )
     answers = answer(model, questions, chat, report, settings["eval"]["max_new_tokens"])
     write_jsonl(args.answers, answers)
-    log.info("%s sequences measured, %s questions answered", f"{len(measured):,}", f"{len(answers):,}")
+    found = f"{len(measured):,} sequences measured, {len(answers):,} questions answered"
     if args.merge_check:
-        write_json(
-            args.merge_check,
-            compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args, log),
-        )
+        result = compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args)
+        write_json(args.merge_check, result)
+        found += f"; merged model against base plus adapter: mean KL {result['mean_kl']:.2e}"
+    log.info(found)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -210,7 +212,7 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
 # --- merged model against adapter -------------------------------------------------------------------------------------
 
 
-def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, settings: dict, args, log) -> dict:
+def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, settings: dict, args) -> dict:
     """Mean KL divergence in nats per token, KL(base + adapter || merged), and how often the two have the same first choice."""
     import torch
     from peft import PeftModel
@@ -239,7 +241,7 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
             divergence += each.sum().item()
             worst = max(worst, each.max().item())
             agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-    result = {
+    return {
         "rows": len(kept),
         "positions": positions,
         "mean_kl": max(0.0, divergence / positions),
@@ -247,12 +249,6 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
         "top1_agreement": agreed / positions,
         "dtype": str(merged.dtype).removeprefix("torch."),
     }
-    log.info(
-        "merged model against base plus adapter: mean KL %.2e, same first choice in %.2f %%",
-        result["mean_kl"],
-        100 * result["top1_agreement"],
-    )
-    return result
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from moult.model.manifest import IGNORED, check_code, describe
 from moult.model.safetensors import weight_names
 from moult.network import check_names, hub_errors, set_up_hub
 from moult.run.cli import stage_parser
-from moult.run.stage import progress, stage
+from moult.run.console import progress
+from moult.run.stage import stage
 
 MB = 1_000_000
 

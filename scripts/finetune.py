@@ -66,8 +66,7 @@ def main() -> None:
     args = parser.parse_args()
 
     settings = args.settings
-    log_path = args.log_file or "logs/finetune.log"
-    with stage("finetune", log_path if rank() == 0 else f"{log_path}.rank{rank()}", settings, quiet=rank() > 0) as log:
+    with stage("finetune", args.log_file, settings, rank=rank()) as log:
         stop = StopSignal()
         state = Path(args.state)
         fingerprint = make_fingerprint(settings, args)
@@ -295,7 +294,7 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
             "run the same command again to continue",
             UNFINISHED,
         )
-    log.info("trained %s steps", f"{step:,}")
+    log.debug("trained %s steps", f"{step:,}")
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from moult.model.export import copy_tokenizer, write_generation_config
 from moult.model.manifest import open_model
 from moult.model.safetensors import read_header, read_tensors, weight_files
 from moult.run.cli import stage_parser
-from moult.run.stage import progress, stage
+from moult.run.console import progress
+from moult.run.stage import stage
 
 # Bytes copied at a time where a tensor stays as it is.
 CHUNK = 16 * 1024 * 1024

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from moult.files import read_json, write_text
-from moult.measuring.table import table
+from moult.measuring.table import comparison
 from moult.model.export import PLACE
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
@@ -43,7 +43,7 @@ def write_cards(args, log) -> None:
         text = card(kind, args.run, folder, metrics, plan, base_card, args.settings)
         write_text(Path(folder, "README.md"), text)
         write_text(Path(args.cards, f"{kind}.md"), text)
-    log.info("%s: %s", args.run, base_card.get("license") or "the base names no licence, so the cards name none")
+    log.info(base_card.get("license") or "the base names no licence, so the cards name none")
 
 
 def front_matter(path: Path) -> dict:
@@ -127,12 +127,10 @@ def metadata(kind: str, run: str, metrics: dict, base_card: dict, settings: dict
 
 def figures(metrics: dict) -> str:
     """The table that the demo prints, which has the intervals."""
-    lines = table(metrics, Path()).strip().splitlines()[2:]
-    rows = lines[: next(index for index, line in enumerate(lines) if not line.strip())]
     data = metrics["data"]
     return (
         f"Measured on {data['sequences']:,} validation sequences with {data['trained_tokens']:,} tokens of answers, none of them "
-        f"trained on; answers are greedy.\n\n```\n" + "\n".join(rows) + "\n```\n"
+        f"trained on; answers are greedy.\n\n```\n{comparison(metrics)}\n```\n"
     )
 
 

@@ -441,20 +441,16 @@ def estimate_job(base: int, steps: dict, settings: dict, report: dict) -> dict:
 
 def tell(result: dict, args, log) -> None:
     parameters, steps, memory = result["parameters"], result["steps"], result["memory"]
+    log.debug("merge: %s; serve: %s", result["merge"]["how"], result["serve"]["as"])
     log.info(
-        "%s parameters, %s trainable (%.2f %%) in %s layers",
-        f"{parameters['base']:,}",
+        "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory about %.1f GiB, %.1f if checkpointed",
+        f"{steps['total']:,}",
+        f"{steps['sequences_per_step']:,}",
         f"{parameters['trainable']:,}",
+        f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        f"{len(result['targets']):,}",
-    )
-    log.info("%s steps of %s sequences", f"{steps['total']:,}", f"{steps['sequences_per_step']:,}")
-    log.info(
-        "GPU memory about %.1f GiB, %.1f with gradient checkpointing; merge: %s; serve: %s",
         memory["total"] / GIB,
         memory["total_with_gradient_checkpointing"] / GIB,
-        result["merge"]["how"],
-        result["serve"]["as"],
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:

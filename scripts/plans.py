@@ -7,6 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+from tabulate import tabulate
+
 from moult.run.cli import tool_parser
 
 GIB = 1024**3
@@ -29,14 +31,14 @@ def room(plans: dict[str, dict], free: int) -> str:
 
 
 def table(plans: dict[str, dict]) -> str:
-    head = ("run", "steps", "sequences", "trained", "GPU memory", "if checkpointed", "disk", "merge", "serve")
-    rows = [head, *(row(run, plan) for run, plan in plans.items())]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(head))]
-    lines = []
-    for cells in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(cells[1:7], widths[1:7], strict=True)]
-        lines.append("  ".join([cells[0].ljust(widths[0]), *numbers, cells[7].ljust(widths[7]), cells[8]]).rstrip())
-    return "\n".join(["", *lines])
+    text = tabulate(
+        [row(run, plan) for run, plan in plans.items()],
+        headers=("run", "steps", "sequences", "trained", "GPU memory", "if checkpointed", "disk", "merge", "serve"),
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", *["right"] * 6, "left", "left"),
+    )
+    return f"\n{text}"
 
 
 def row(run: str, plan: dict) -> tuple[str, ...]:

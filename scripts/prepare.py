@@ -24,7 +24,8 @@ from moult.errors import MoultError, some
 from moult.files import canonical, read_json, sha256_file, sha256_text, write_json, write_jsonl
 from moult.parallel import ordered_map
 from moult.run.cli import stage_parser
-from moult.run.stage import progress, stage
+from moult.run.console import progress
+from moult.run.stage import stage
 
 
 @dataclass
@@ -91,7 +92,7 @@ def main() -> None:
 def prepare(settings: dict, args, log) -> None:
     ledger = Ledger()
     rows, files = read(settings["sources"], settings, ledger)
-    log.info("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
+    log.debug("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
     stop_at_broken_rows(ledger, settings["broken"])
     check_columns(settings, ledger)
     tell_left_out(ledger, log)

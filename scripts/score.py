@@ -101,7 +101,7 @@ def score(settings: dict, args, log) -> None:
     Draft202012Validator(schema).validate(metrics)
     write_jsonl(args.samples, samples)
     write_json(args.metrics, metrics)
-    log.info("%s: %s. %s", args.run, metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
+    log.info("%s. %s", metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------

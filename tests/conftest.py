@@ -96,7 +96,7 @@ def once(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session")
 def watched_demo(once):
-    """(a checkout in which the demo has run, a folder with what it did elsewhere: HOME, TMPDIR, audit.jsonl)."""
+    """(a checkout in which the demo has run, a folder with what it did elsewhere: HOME, TMPDIR, audit.jsonl, console.txt)."""
     folder = once("demo", run_demo)
     return folder / "moult", folder / "beside"
 
@@ -111,7 +111,8 @@ def run_demo(folder: Path) -> None:
             environment.setenv(name, str(beside / name))
         environment.setenv("AUDIT", str(beside / "audit.jsonl"))
         environment.setenv("PYTHONPATH", str(ROOT / "tests" / "audit"), prepend=os.pathsep)
-        snakemake(checkout(folder / "moult"), "results/demo/metrics.json")
+        output = snakemake(checkout(folder / "moult"), "results/demo/metrics.json")
+        (beside / "console.txt").write_text(output)
 
 
 @pytest.fixture(scope="session")

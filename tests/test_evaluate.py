@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from merging import make_plan, run_merge
-from planning import LORA, Log
+from planning import LORA
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
@@ -145,7 +145,7 @@ def merge_check(tmp_path, base, merged, adapter) -> dict:
         "trust_remote_code": False,
     }
     arguments = Namespace(base=str(base), adapter=str(adapter))
-    return evaluate_model.compare_with_adapter(load(merged), rows, 0, "cpu", settings, arguments, Log())
+    return evaluate_model.compare_with_adapter(load(merged), rows, 0, "cpu", settings, arguments)
 
 
 def test_merged_and_adapter_agree_and_another_merge_does_not(tmp_path):

@@ -1,106 +1,138 @@
-"""failures: what the stages said last, in one table."""
+"""failures: how the stages' attempts ended, in one table."""
 
 import os
-import subprocess
-import sys
+import re
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
+from running import begin, lay_out, run_stage
 
+from moult.run.attempt import Attempt
 from moult.workflow.failures import failures_since, table
 
-SCRIPT = """
-import os, sys
-sys.path.insert(0, {scripts!r})
-from moult.errors import MoultError
-from moult.run.stage import stage
-with stage("prepare", "logs/d/{log}"):
-    {body}
-"""
+LOG = "logs/d/demo.log"
+KILLED = ("demo", "killed without an error message (usually out of memory)", "give it more memory")
 
 
 @pytest.fixture
 def attempt(tmp_path):
-    def run(body: str, log: str = "prepare.log") -> None:
-        from workflow import ROOT
-
-        script = SCRIPT.format(scripts=str(ROOT / "scripts"), body=body, log=log)
-        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
-
-    return run
+    return partial(run_stage, folder=tmp_path, log=LOG)
 
 
-def found(tmp_path, since: float = 0.0) -> list[tuple]:
-    return [failure[:3] for failure in failures_since(since, tmp_path / "logs")]
+def found(folder: Path, since: float = 0.0) -> list[tuple]:
+    return [failure[:3] for failure in failures_since(since, folder / "logs")]
 
 
 def test_what_was_said(attempt, tmp_path):
-    attempt("raise MoultError('rows.jsonl: bad\\n  - twice', 'mend it (log: no)')")
-    assert found(tmp_path) == [("prepare", "rows.jsonl: bad\n  - twice", "mend it (log: no)")]
+    attempt("raise MoultError('rows.jsonl: bad\\n  - twice', 'fix it (log: no)')")
+    (failure,) = failures_since(0.0, tmp_path / "logs")
+    assert failure[:3] == ("demo", "rows.jsonl: bad\n  - twice", "fix it (log: no)")
+    assert failure.log == Path(LOG)
 
 
 def test_an_error_without_advice_and_one_of_ours(attempt, tmp_path):
     attempt("raise MoultError('bad')")
-    assert found(tmp_path) == [("prepare", "bad", "")]
+    assert found(tmp_path) == [("demo", "bad", "")]
     attempt("1 / 0")
     assert found(tmp_path)[0][1] == "ZeroDivisionError: division by zero"
 
 
 def test_unfinished_and_interrupted(attempt, tmp_path):
     attempt("raise MoultError('stopped by SIGTERM', 'run it again', 75)")
-    assert found(tmp_path) == [("prepare", "unfinished: stopped by SIGTERM", "run it again")]
+    assert found(tmp_path) == [("demo", "unfinished: stopped by SIGTERM", "run it again")]
     attempt("raise KeyboardInterrupt")
-    assert found(tmp_path) == [("prepare", "interrupted; run the same command again to go on", "")]
+    assert found(tmp_path) == [("demo", "interrupted", "run the same command again to go on")]
+
+
+FAILS = "raise MoultError('bad')"
+UNFINISHED = "raise MoultError('stopped', '', 75)"
+TERMINATED = "os.kill(os.getpid(), 15); time.sleep(9)"
+DIES = "os.kill(os.getpid(), 9)"
 
 
 @pytest.mark.parametrize(
-    ("rank0", "rank1"),
+    ("codes", "what"),
     [
-        ("raise MoultError('bad')", "raise SystemExit(75)"),
-        ("raise SystemExit(75)", "raise MoultError('bad')"),
-        ("raise MoultError('bad')", "os.kill(os.getpid(), 9)"),
+        ((FAILS, TERMINATED), "bad"),
+        ((TERMINATED, FAILS), "bad"),
+        ((UNFINISHED, FAILS), "bad"),
+        ((FAILS, DIES), "bad"),
+        ((TERMINATED, DIES), KILLED[1]),
+        ((UNFINISHED, TERMINATED), "unfinished: stopped"),
     ],
 )
-def test_of_several_processes_the_one_that_has_failed_counts(rank0, rank1, attempt, tmp_path):
-    attempt(rank0)
-    attempt(rank1, "prepare.log.rank1")
-    (tmp_path / "logs/d/attempts/notes.log").touch()
-    for log in (tmp_path / "logs/d/attempts").iterdir():
-        until = time.time() + (".log-" in log.name)
-        os.utime(log, (until, until))
-    assert found(tmp_path) == [("prepare", "bad", "")]
+def test_of_several_processes_the_one_that_has_failed_counts(codes, what, tmp_path):
+    """torchrun stops the others when one has failed. They run side by side."""
+    processes = []
+    for rank, code in enumerate(codes):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "logs").symlink_to(tmp_path / "logs")
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        lay_out(f"time.sleep(3)\nlog.debug('at work')\n{code}", tmp_path / str(rank), f", rank={rank}", log=LOG)
+        processes.append(begin(tmp_path / str(rank)))
+    for process in processes:
+        process.communicate()
+    (tmp_path / "logs/d/attempts/notes.json").write_text("[]")
+    assert [failure.what for failure in failures_since(0.0, tmp_path / "logs")] == [what]
+    assert {path.name for path in (tmp_path / "logs/d").glob("*.log*")} == {"demo.log", "demo.log.rank1"}
 
 
-def test_killed_without_a_word(attempt, tmp_path):
-    attempt("os.kill(os.getpid(), 9)")
-    assert found(tmp_path) == [
-        ("prepare", "killed without a word, most often for want of memory", "give it more memory")
-    ]
+def test_killed_without_an_error_message(attempt, tmp_path):
+    attempt(DIES)
+    assert found(tmp_path) == [KILLED]
 
 
 def test_only_the_last_attempt_counts(attempt, tmp_path):
-    attempt("raise MoultError('bad')")
+    attempt(FAILS)
+    attempt(DIES)
     attempt("pass")
     assert found(tmp_path) == []
+    attempt(DIES)
+    assert found(tmp_path) == [KILLED]
 
 
-def test_one_at_work_has_not_failed(attempt, tmp_path):
-    attempt("os.kill(os.getpid(), 9)")
-    log = next((tmp_path / "logs/d/attempts").iterdir())
-    log.rename(log.with_name(f"prepare-20260101T000000-{os.getpid()}.log"))
+def test_one_at_work_has_not_failed(tmp_path):
+    lay_out('log.info("at work")\ntime.sleep(60)', tmp_path, log=LOG)
+    process = begin(tmp_path)
+    process.stderr.readline()
     assert found(tmp_path) == []
+    process.kill(), process.communicate()
+    assert found(tmp_path) == [KILLED]
+
+
+def test_one_that_was_killed_is_not_taken_for_another_process_with_its_number(attempt, tmp_path):
+    attempt(DIES)
+    (path,) = (tmp_path / "logs").rglob("*.json")
+    record = Attempt.read(path)
+    record.process = " ".join([str(os.getpid()), *record.process.split(" ")[1:]])
+    record.write(path)
+    assert found(tmp_path) == [KILLED]
+
+
+def test_one_that_was_killed_on_another_machine(attempt, tmp_path):
+    attempt(DIES)
+    (path,) = (tmp_path / "logs").rglob("*.json")
+    record = Attempt.read(path)
+    record.process = f"{os.getpid()} 1 a-node pid:[1]"
+    record.write(path)
+    assert found(tmp_path) == [KILLED]
 
 
 def test_what_failed_before_the_start_is_left_out(attempt, tmp_path):
-    attempt("raise MoultError('bad')")
-    assert found(tmp_path, since=2e9 * 2) == []
+    attempt(FAILS)
+    assert found(tmp_path, since=time.time() + 60) == []
 
 
 def test_table_fits_the_terminal_and_breaks_no_path(attempt, tmp_path):
     path = "results/" + "x" * 90
-    attempt(f"raise MoultError('{path}: ' + 'word ' * 40, 'mend ' * 30)")
+    attempt(f"raise MoultError('{path}: ' + 'word ' * 40, 'fix ' * 30)")
     runs = [f"run-{number}" for number in range(30)]
     lines = table([f._replace(runs=runs) for f in failures_since(0.0, tmp_path / "logs")], 100).splitlines()
+    assert lines[1] == "1 stage has failed:"
+    assert re.fullmatch("runs +stage +what is wrong -> what to do", lines[3])
     assert any(path in line for line in lines)
-    assert all(len(line) <= 100 for line in lines if path not in line and "log:" not in line)
+    assert all(len(line) <= 100 for line in lines if path not in line)
     assert "and 22 more" in " ".join(line[:24].strip() for line in lines)
+    assert any(line.endswith(f"   log: {LOG}") for line in lines)

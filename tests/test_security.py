@@ -22,7 +22,7 @@ from moult.model.chat import Chat, Unrenderable
 from moult.model.manifest import describe
 from moult.model.safetensors import weight_files
 from moult.model.tokenizer import load_tokenizer
-from moult.run.stage import redact
+from moult.run.redact import redact
 from moult.workflow.config import ConfigError, load_schema, resolve, slug
 
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")

@@ -288,6 +288,7 @@ def test_no_two_stages_use_the_one_gpu_at_a_time(again):
     output = snakemake(
         again,
         TARGET,
+        "-p",
         "--resources",
         "gpu=1",
         "--forcerun",

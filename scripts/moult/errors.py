@@ -4,7 +4,7 @@ UNFINISHED = 75  # EX_TEMPFAIL: the work is not done, and the same command goes 
 
 
 class MoultError(Exception):
-    """Something the user can mend: `what` is wrong and where, `fix` is what to do about it.
+    """Something the user can fix: `what` is wrong and where, `fix` is what to do about it.
 
     `exit_code` is what the stage ends with: 1 for bad input, or UNFINISHED.
     """

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from moult.errors import MoultError
-from moult.run.stage import progress
+from moult.run.console import progress
 
 
 def ordered_map(
@@ -46,7 +46,7 @@ def ordered_map(
                 bar.update(len(part))
         except BrokenProcessPool:
             raise MoultError(
-                f"{what}: a worker process was killed, most often for want of memory",
+                f"{what}: a worker process was killed (usually out of memory)",
                 "give the rule more memory (mem_mb) or fewer threads",
             ) from None
         finally:

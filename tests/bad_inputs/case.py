@@ -138,8 +138,8 @@ def go(case: Case, folder: Path) -> End:
 
 
 def _words_of_stage(text: str, folder: Path) -> str:
-    """What stands below the stage's progress, without the clock and the name of the log."""
-    text = re.sub(r"^\d\d:\d\d:\d\d \w+ +", "\0", text, flags=re.MULTILINE)
+    """What stands below the stage's progress, without the clock, the run and the name of the log."""
+    text = re.sub(r"^\d\d:\d\d:\d\d \w+ +(?:d: )?", "\0", text, flags=re.MULTILINE)
     failed = [part for part in text.split("\0") if part.strip()][-2:]
     said = "".join(part for part in failed if re.match(r"\w+ (failed|unfinished)|what to do|\(log", part))
     return re.sub(r" ?\(log: .*\)\n*$", "", said).replace(str(folder), "{folder}").strip()

@@ -10,7 +10,7 @@ CASES = [
         (
             "prepare failed: results/prepared/d/train.jsonl: the file system takes no larger file (<...> bytes "
             "are free)\n"
-            "what to do: free space or mend the permissions, and run the same command again: what was finished "
+            "what to do: free space or fix the permissions, and run the same command again: what was finished "
             "stays"
         ),
         largest_file=2000,
@@ -24,7 +24,7 @@ CASES = [
         "a file where the logs belong",
         (
             "inspect_model failed: logs/models/base.log: the log cannot be written (Not a directory)\n"
-            "what to do: mend the folder's permissions, or free space"
+            "what to do: fix the folder's permissions, or free space"
         ),
         make=write("logs", ""),
     ),

@@ -199,7 +199,7 @@ def test_a_read_only_folder_is_named(run, whole, small_disk):
     state.symlink_to(small_disk("size=10m"))
     small_disk("remount,ro")
     said = attempt(stopped, code=1)
-    assert f"{state}/" in said and "the file system is read-only" in said and "mend the permissions" in said
+    assert f"{state}/" in said and "the file system is read-only" in said and "fix the permissions" in said
     small_disk("remount,rw")
     attempt(stopped)
     check_same(stopped, whole(settings()))

@@ -8,7 +8,7 @@ import inspect
 from dataclasses import dataclass
 
 from moult.data.sequence import IGNORE
-from moult.run.stage import progress
+from moult.run.console import progress
 
 # Most logits that are in memory at once, in elements of float32: 1 GiB.
 MAX_LOGITS = 2**28

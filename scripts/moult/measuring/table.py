@@ -1,32 +1,64 @@
 """metrics.json as a table for people: base against tuned, with intervals and the verdict."""
 
+import textwrap
 from pathlib import Path
+
+from tabulate import tabulate
 
 
 def table(metrics: dict, folder: Path) -> str:
+    """The verdict, the comparison, what it was measured on, and where the results lie."""
+    merged = metrics["merged_vs_adapter"]
+    return f"""
+{metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
+
+{textwrap.indent(comparison(metrics), "  ")}
+
+  measured on {metrics["data"]["sequences"]:,} sequences, {metrics["data"]["trained_tokens"]:,} trained tokens; \
+merged against adapter: mean KL {merged["mean_kl"]:.1e}
+  {folder}/merged/       the tuned model
+  {folder}/adapter/      the LoRA adapter
+  {folder}/samples.jsonl the answers side by side
+"""
+
+
+def comparison(metrics: dict) -> str:
+    """A line for each measurement: base, tuned, and the difference with its interval."""
     percent = round(100 * metrics["data"]["confidence"])
-    lines = [f"\n{metrics['run']}: {metrics['verdict']['verdict'].upper()}", ""]
-    rows = [("", "base", "tuned", f"difference [{percent} %]")]
-    if metrics["likelihood"]:
-        base, tuned = metrics["likelihood"]["base"], metrics["likelihood"]["tuned"]
-        difference = metrics["likelihood"]["difference"]
-        rows += [
-            ("perplexity", number(base["perplexity"]), number(tuned["perplexity"]), ""),
-            (
-                "nats per token",
-                number(base["nll_per_token"]),
-                number(tuned["nll_per_token"]),
-                change(difference["nll_per_token"]),
-            ),
-            ("bits per byte", number(base["bits_per_byte"]), number(tuned["bits_per_byte"]), ""),
-            (
-                "token accuracy",
-                share(base["token_accuracy"]),
-                share(tuned["token_accuracy"]),
-                change(difference["token_accuracy"], 100),
-            ),
-        ]
-    for part, answers in metrics["answers"].items():
+    return tabulate(
+        likelihood_rows(metrics["likelihood"]) + answer_rows(metrics["answers"]),
+        headers=("", "base", "tuned", f"difference [{percent} %]"),
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+
+
+def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:
+    if not likelihood:
+        return []
+    base, tuned, difference = likelihood["base"], likelihood["tuned"], likelihood["difference"]
+    return [
+        ("perplexity", number(base["perplexity"]), number(tuned["perplexity"]), ""),
+        (
+            "nats per token",
+            number(base["nll_per_token"]),
+            number(tuned["nll_per_token"]),
+            change(difference["nll_per_token"]),
+        ),
+        ("bits per byte", number(base["bits_per_byte"]), number(tuned["bits_per_byte"]), ""),
+        (
+            "token accuracy",
+            share(base["token_accuracy"]),
+            share(tuned["token_accuracy"]),
+            change(difference["token_accuracy"], 100),
+        ),
+    ]
+
+
+def answer_rows(parts: dict) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for part, answers in parts.items():
         if part == "all":
             continue
         rates = {"passed": answers.get("passed"), **answers.get("checks", {}), "stopped": answers["stopped"]}
@@ -34,24 +66,7 @@ def table(metrics: dict, folder: Path) -> str:
             if rate:
                 label = f"{part} ({rate['n']}): {name}"
                 rows.append((label, share(rate["base"]), share(rate["tuned"]), change(rate["difference"], 100)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        lines.append(
-            "  "
-            + row[0].ljust(widths[0])
-            + "".join(f"   {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        )
-    merged = metrics["merged_vs_adapter"]
-    lines += [
-        "",
-        f"  measured on {metrics['data']['sequences']:,} sequences, {metrics['data']['trained_tokens']:,} trained tokens; "
-        f"merged against adapter: mean KL {merged['mean_kl']:.1e}",
-        f"  {folder}/merged/       the tuned model",
-        f"  {folder}/adapter/      the LoRA adapter",
-        f"  {folder}/samples.jsonl the answers side by side",
-        "",
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return rows
 
 
 def number(figure: dict) -> str:

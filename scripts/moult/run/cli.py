@@ -15,12 +15,12 @@ def tool_parser(doc: str | None) -> argparse.ArgumentParser:
 def stage_parser(
     doc: str | None, name: str, *, reads: str = "", optional: bool = False, threads: str = ""
 ) -> argparse.ArgumentParser:
-    """The parser of the stage `name`, with the options that all stages have; the stage adds its files.
+    """The parser of the stage `name`, with the options that all stages have. The stage adds those for its files.
 
-    --settings   what the stage reads of the config, as JSON; parsed. `reads` names the keys where there are few. Required, unless
-                 it is `optional`: then {} stands for the defaults.
-    --threads    only of a stage that says what its `threads` are.
-    --log-file   None unless it is given: `stage` then takes logs/<name>.log.
+    --settings   JSON of what the stage reads of the config, parsed. `reads` names its keys where there are few. It must be
+                 given, unless it is `optional`: then {} stands for the defaults.
+    --threads    only for a stage that says what its `threads` are.
+    --log-file   None if it is not given: `stage` then takes logs/<name>.log.
     """
     parser = tool_parser(doc)
     keys = f": {reads}" if reads else " of the config"

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
-from moult.run.stage import log, progress
+from moult.run.console import log, progress
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 
 
@@ -180,7 +180,7 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.path = trainer.state_folder / TRAINING_LOG
         self.bar: progress | None = None
-        self.note = ""
+        self.note = self.validated = ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.resume:
@@ -227,10 +227,11 @@ class Watch(TrainerCallback):
         if "loss" in logs:
             seconds = time.monotonic() - self.trainer.other_seconds - self.clock
             entry["tokens_per_second"] = (self.trainer._total_train_tokens - self.tokens) / seconds
-            self.note = f"loss {logs['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s"
+            self.note = f"loss {logs['loss']:.3f}{self.validated}, {entry['tokens_per_second']:,.0f} tokens/s"
             self._start_clock()
         if "eval_loss" in logs:
-            log.info("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
+            self.validated = f", val {logs['eval_loss']:.4f}"
+            log.debug("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
         self._write(entry)
 
     def _write(self, entry: dict) -> None:
@@ -282,7 +283,7 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
                     "the base's weights are damaged, or too large for float16: download them again, or set model.dtype: bfloat16",
                 )
             check_finite({"loss": loss}, 0)
-            log.info("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
+            log.debug("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
             return
         if checkpointing != "auto":
             break
