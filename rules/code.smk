@@ -60,13 +60,15 @@ def script_of(stage):
 
 
 @lru_cache
-def code_of(stage, *data):
+def code_of(stage, *data, starts=None):
     """Param: a hash of a stage's script, of the modules that it imports, and of `data`, files of the workflow that it reads.
-    An edit reruns the stage, a checkout does not (scripts/moult/workflow/code.py).
+    An edit reruns the stage, a checkout does not (scripts/moult/workflow/code.py). `starts` is a module that it runs in a
+    process of its own: what that imports counts too.
 
     The image that the config names is part of it, with --use-singularity or without, so that runs with it and without it
     agree: a new version or digest reruns the stages, a moved file does not. (Snakemake's own trigger is off: see
     profiles/default. What lies in the file is not looked at: hence the version in its name.)
     """
     texts = [Path(own_file(path)).read_text(encoding="utf-8") for path in data]
-    return code_hash(closure(f"{stage}.py", read_own), *texts, image_identity())
+    modules = closure(f"{stage}.py", read_own) | (closure(starts, read_own) if starts else {})
+    return code_hash(modules, *texts, image_identity())

@@ -1,7 +1,7 @@
 """Serve the tuned model and ask it the questions of evaluate.
 
 Reads:  merged model, or base and adapter (serve.mode), the tuned model's answers, prompts, validation rows
-Writes: results/<run>/smoke_test.json
+Writes: results/<run>/smoke_test.json; where a check fails smoke_test.failed.json, which is no output: Snakemake would remove it
 
 The server starts and ends with the job, on the same machine and in the same image. As a `service()` it would be a second
 job, and `--cores 1` would not be enough (Snakemake 9.27: "_cores: 2/1"). `make serve` starts a server that stays.
@@ -35,7 +35,7 @@ rule smoke_test:
     params:
         settings=settings("smoke_test"),
         script=script_of("smoke_test"),
-        code=code_of("smoke_test", "scripts/transformers_server.py"),
+        code=code_of("smoke_test", starts="moult/serving/transformers_server.py"),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --answers {input.answers:q} \

@@ -18,7 +18,7 @@ from moult.data.labels import sequences_of
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError, some
 from moult.files import atomic_file, read_json, read_jsonl, write_json, write_text
-from moult.model.chat import Chat, Unrenderable, choose_template, template_sha256
+from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, choose_template, prints_date, template_sha256
 from moult.model.manifest import open_model
 from moult.parallel import ordered_map
 from moult.run.cli import stage_parser
@@ -97,11 +97,12 @@ def encode(settings: dict, args, log) -> None:
 def describe_template(template, rows: list[dict], chat, log) -> dict:
     """What the report says of the template besides its origin and hash; what is unusual is told on the console, too.
 
+    `date`: what a template that prints today's date prints here and at evaluate; None if it prints none.
     `named`: the texts of the model's named templates besides the default one, and `tool_use_rows`, how many rows with tools
     are shown by that of this name. `tool_arguments`, if the rows hold tool calls: whether the template gets their arguments as
     an `object` or as JSON `text`.
     """
-    told: dict = {}
+    told: dict = {"date": str(FROZEN_DATE) if prints_date(template) else None}
     if isinstance(template, dict):
         told["named"] = {name: text for name, text in template.items() if name != "default"}
         if "tool_use" in template:

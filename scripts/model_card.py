@@ -14,11 +14,12 @@ from pathlib import Path
 
 from moult.files import read_json, write_text
 from moult.measuring.table import comparison
+from moult.model.chat import FROZEN_DATE, prints_date
 from moult.model.export import PLACE
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.serving.launch import adapter_arguments
+from moult.serving.launch import adapter_arguments, text_of
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ Verdict: **{metrics["verdict"]["verdict"]}**. {figures(metrics)}
 
 {USE[kind].format(place=PLACE)}
 {with_vllm(kind, run, folder, base["name"], plan["serve"], settings)}
-{template_note(settings)}## How it was made
+{template_note(text_of(folder, "chat_template.jinja"), settings)}## How it was made
 
 {provenance(metrics)}
 Made with Moult {metrics["provenance"]["versions"]["moult"]}.
@@ -180,12 +181,15 @@ def with_vllm(kind: str, run: str, folder: str, base: str, serve: dict, settings
     return f"With vLLM, behind an OpenAI-compatible API:\n\n```bash\n{commands}\n```\n"
 
 
-def template_note(settings: dict) -> str:
-    kwargs = settings["chat_template_kwargs"]
-    if not kwargs:
-        return ""
-    given = ", ".join(f"{name}={value!r}" for name, value in sorted(kwargs.items()))
-    return f"It was trained and measured with these variables of the chat template: `{given}`.\n\n"
+def template_note(template: str | None, settings: dict) -> str:
+    """With which variables and which date of its chat template the model was trained and measured."""
+    note = ""
+    if kwargs := settings["chat_template_kwargs"]:
+        given = ", ".join(f"{name}={value!r}" for name, value in sorted(kwargs.items()))
+        note += f"It was trained and measured with these variables of the chat template: `{given}`.\n\n"
+    if prints_date(template):
+        note += f"The chat template can print today's date. It was trained and measured with {FROZEN_DATE} in its place.\n\n"
+    return note
 
 
 def provenance(metrics: dict) -> str:

@@ -158,7 +158,7 @@ def test_report_adds_up(run, tmp_path):
     assert length["longest_kept"] == max(len(sequence["input_ids"]) for sequence in done.train) <= 100
     assert length["longest"] == length["quantiles"]["1"] > 100
     assert done.report["stop"]["trained_ends"] == done.report["stop"]["with_stop_token"] == 4 * (1 + 2 + 2)
-    assert done.report["template"] == {"origin": "file: split.jinja", "sha256": sha256_text(template)}
+    assert done.report["template"] == {"origin": "file: split.jinja", "sha256": sha256_text(template), "date": None}
     for sequence in done.train:
         assert len(sequence["input_ids"]) == len(sequence["labels"])
         assert all(label in (IGNORE, id) for id, label in zip(sequence["input_ids"], sequence["labels"], strict=True))

@@ -13,37 +13,18 @@ from pathlib import Path
 
 import pytest
 import requests
+from serving import CHECKS, demo_smoke_test, result_of, settings_for
 from tiny import change_tensors
 from workflow import ROOT, hear_sigint, planned, set_key, snakemake
 
 from moult.errors import MoultError
 from moult.files import sha256_folder, write_json, write_jsonl
-from moult.serving.launch import (
-    Served,
-    check_exposed,
-    check_port,
-    free_port,
-    vllm_command,
-    what_to_serve,
-)
-from smoke_test import CannotTell, Failed
-from smoke_test import Test as ServerTest
+from moult.serving.checks import CannotTell, Failed, ServerTest
+from moult.serving.client import Client, Question
+from moult.serving.launch import Run, Served, check_exposed, check_port, free_port, vllm_command, what_to_serve
 
 FAKE_ENGINE = ROOT / "tests" / "fake_engine.py"
 DEMO_BASE = ROOT / "config" / "demo" / "base"
-CHECKS = (
-    *("files", "ready", "models", "answers", "prompt_tokens", "expectations", "stop_reasons", "likelihood"),
-    *("streaming", "concurrency", "wrong_model", "too_long", "api_key", "alive"),
-)
-
-
-def settings_for(serve: dict | None = None, **model) -> dict:
-    own = {"engine": "vllm", "mode": "merged", "served_model_name": None, "max_model_len": None, "python": "python"}
-    of_model = {"name": "Qwen/Qwen3-0.6B", "dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False}
-    return {
-        "serve": {**own, "host": "127.0.0.1", "port": 8080, "start_timeout": 30, "vllm": {}, **(serve or {})},
-        "model": {**of_model, "chat_template_kwargs": {}, **model},
-    }
 
 
 # --- what is served, and by which command ---
@@ -58,7 +39,7 @@ def test_vllm_is_told_all_that_the_config_says():
         chat_template_kwargs={"enable_thinking": False},
         trust_remote_code=True,
     )
-    assert vllm_command(settings, Served("demo", "results/demo/merged"), "127.0.0.1", 8080) == [
+    assert vllm_command(settings, Served("demo", "results/demo/merged"), "127.0.0.1", 8080).arguments == [
         *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", "results/demo/merged"),
         *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", "8080", "--dtype", "bfloat16"),
         *("--max-model-len", "4096", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
@@ -66,13 +47,12 @@ def test_vllm_is_told_all_that_the_config_says():
     ]
 
 
-def make_run(folder: Path, name: str, reasons=(), rank: int = 16, template: str = "<{{ messages }}>") -> dict:
-    run = {"name": name, "base": "base", "merged": folder / "merged", "adapter": folder / "adapter"}
-    for part, file in (("merged", "config.json"), ("adapter", "adapter_config.json")):
-        write_json(run[part] / file, {})
-    (run["adapter"] / "chat_template.jinja").write_text(template)
-    run["plan"] = folder / "plan.json"
-    write_json(run["plan"], {"serve": {"reasons": list(reasons), "max_lora_rank": rank}})
+def make_run(folder: Path, name: str, reasons=(), rank: int = 16, template: str = "<{{ messages }}>") -> Run:
+    run = Run(name, "base", *(str(folder / part) for part in ("adapter", "merged", "plan.json")))
+    write_json(Path(run.merged, "config.json"), {})
+    write_json(Path(run.adapter, "adapter_config.json"), {})
+    Path(run.adapter, "chat_template.jinja").write_text(template)
+    write_json(run.plan, {"serve": {"reasons": list(reasons), "max_lora_rank": rank}})
     return run
 
 
@@ -99,7 +79,7 @@ def test_the_mode_decides_what_is_served(serve, reasons, adapted, tmp_path):
 def test_several_adapters_on_one_base(tmp_path):
     runs = [make_run(tmp_path / "a", "a", rank=16), make_run(tmp_path / "b", "b", rank=64)]
     settings = settings_for({"mode": "adapter"})
-    command = vllm_command(settings, what_to_serve(settings, runs), "127.0.0.1", 1)
+    command = vllm_command(settings, what_to_serve(settings, runs), "127.0.0.1", 1).arguments
     at = command.index("--lora-modules")
     assert command[at + 1 : at + 3] == [f"a={tmp_path}/a/adapter", f"b={tmp_path}/b/adapter"]
     assert command[command.index("--max-lora-rank") + 1] == "64" and "--enable-lora" in command
@@ -191,7 +171,7 @@ def smoke_test(folder: Path, fake: str = "", **options) -> tuple[int, dict, str]
     """Exit code, {check: passed}, and what was said."""
     process = start_smoke_test(folder, fake, **options)
     said = process.communicate(timeout=120)[1]
-    checks = json.loads((folder / "smoke_test.json").read_text())["checks"]
+    checks = result_of(folder, process.returncode)["checks"]
     for pid in (folder / "pids").read_text().split() if (folder / "pids").exists() else []:
         assert not is_alive(int(pid)), "a process was left behind"
     return process.returncode, {name: check["passed"] for name, check in checks.items()}, said
@@ -251,6 +231,15 @@ def test_what_a_server_does_wrong_is_told(measured, fake, failed, words):
     assert {name for name, passed in checks.items() if passed is False} == failed
 
 
+def test_a_failed_result_is_kept_where_it_does_not_count_as_done(measured):
+    assert smoke_test(measured)[0] == 0
+    code, _, said = smoke_test(measured, "other weights")  # result_of looks at which of the two files is there
+    assert code == 1 and "smoke_test.failed.json has every question with its answers" in said
+    result = result_of(measured, code)
+    assert not result["passed"] and result["answers"][0]["served"] == "answer one"
+    assert smoke_test(measured)[0] == 0
+
+
 def test_a_server_that_is_killed_in_mid_test(measured):
     code, checks, said = smoke_test(measured, "killed")
     assert code == 1 and "answers: the connection failed" in said and "the server has ended with signal SIGKILL" in said
@@ -303,15 +292,15 @@ def test_a_server_that_cannot_tell(measured, fake, check, passed):
 )
 def test_only_another_server_may_lack_likelihoods(status, own, error):
     """Other weights may give the very same answers: nothing else finds them."""
-    result = {"tolerance": {"lead": 0.01, "likelihood": 0.001}}
-    test = ServerTest("http://there", None, "m", [{"prompt_ids": [1, 2], "prompt_nll": 1.0}], result, None)
+    question = Question("prompt", "one", [1, 2], 1.0, "", [], [], True)
+    test = ServerTest(Client("http://there", None, "m"), [question], 0.01, 0.001)
     test.server = object() if own else None
     response = requests.Response()
     response.status_code, response._content = status, b"no"
     response.request = requests.Request("POST", "http://there/v1/completions").prepare()
-    test.send = lambda *_: response
+    test.client.send = lambda *_: response
     with pytest.raises(error):
-        test.likelihood()
+        test.check_likelihood()
 
 
 def test_answers_without_token_ids_are_held_against_their_text(measured):
@@ -343,13 +332,6 @@ def test_no_server_outlives_its_smoke_test(measured, number, fake):
 # --- the real thing, on the demo ---
 
 
-def demo_smoke_test(folder: Path, *arguments: str) -> tuple[int, dict, str]:
-    command = [sys.executable, "scripts/smoke_test.py", "--run", "demo", "--threads", "1", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    checks = json.loads((folder / "results/demo/smoke_test.json").read_text())["checks"]
-    return done.returncode, {name: check["passed"] for name, check in checks.items()}, done.stderr
-
-
 @pytest.mark.slow
 def test_the_demo_is_served_as_it_was_measured(again):
     """Also where port 8080 is taken; and it is not done twice."""
@@ -368,6 +350,13 @@ def test_the_demo_is_served_as_it_was_measured(again):
     assert result["tolerance"] == {"lead": 0.01, "likelihood": 0.001}
     assert "Nothing to be done" in snakemake(again, target)
     set_key("runs", "demo", "serve", "port", value=9000)(again)
+    assert "Nothing to be done" in snakemake(again, "-n", target)
+    with (again / "scripts/moult/serving/engine.py").open(
+        "a"
+    ) as code:  # the server's process imports it, and not the stage's
+        code.write("# an edit\n")
+    assert planned(again, target) == {"smoke_test"}
+    snakemake(again, "--touch", target)
     assert "Nothing to be done" in snakemake(again, "-n", target)
     set_key("runs", "demo", "serve", "mode", value="adapter")(again)
     assert planned(again, target) == {"smoke_test"}

@@ -1,6 +1,7 @@
 """The small server on transformers: what it answers, and what it refuses."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -9,10 +10,10 @@ from http.server import ThreadingHTTPServer
 
 import pytest
 import requests
-from test_serve import settings_for
+from serving import Log, settings_for
 from workflow import ROOT
 
-import transformers_server
+from moult.serving import transformers_server
 from moult.serving.launch import (
     Served,
     Server,
@@ -26,15 +27,9 @@ DEMO_BASE = ROOT / "config" / "demo" / "base"
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
 
 
-class Log:
-    def debug(self, *args) -> None: ...
-
-    info = warning = debug
-
-
 @pytest.fixture(scope="module")
 def small_server():
-    """The demo's base behind transformers_server.py, with a key; (url, the statuses of /health until it was ready)."""
+    """The demo's base behind the server, with a key; (url, the statuses of /health until it was ready)."""
     url, seen = address("127.0.0.1", port := free_port()), []
     settings = settings_for({"max_model_len": 100})
     command = transformers_command(settings, Served("base", str(DEMO_BASE)), "127.0.0.1", port)
@@ -159,7 +154,7 @@ def test_a_client_that_reads_no_more_does_not_keep_the_model(monkeypatch):
         ("/v1/chat/completions", {"model": "nope", **QUESTION}, 404, "`nope` does not exist"),
         ("/v1/nothing", {}, 404, "no such path"),
         ("/v1/chat/completions", b"{nope", 400, "not JSON"),
-        ("/v1/chat/completions", b"[1]", 400, "no JSON object"),
+        ("/v1/chat/completions", b"[1]", 400, "not a JSON object"),
         ("/v1/chat/completions", {}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": 7}]}, 400, "content must be text"),
         (
@@ -267,14 +262,14 @@ def test_the_likelihood_of_a_prompt(small_server):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"chat_template": "mine"}, "chat_template is no variable"),
-        ({"tokenize": True}, "tokenize is no variable"),
-        ({"add_generation_prompt": False}, "add_generation_prompt is no variable"),
-        ({"continue_final_message": True}, "continue_final_message is no variable"),
-        ({"return_dict": True}, "return_dict is no variable"),
-        ({"tools": [{}]}, "tools is no variable"),
-        ({"documents": [{}]}, "documents is no variable"),
-        ({"messages": "mine"}, "messages is no variable"),
+        ({"chat_template": "mine"}, "chat_template is not a variable"),
+        ({"tokenize": True}, "tokenize is not a variable"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is not a variable"),
+        ({"continue_final_message": True}, "continue_final_message is not a variable"),
+        ({"return_dict": True}, "return_dict is not a variable"),
+        ({"tools": [{}]}, "tools is not a variable"),
+        ({"documents": [{}]}, "documents is not a variable"),
+        ({"messages": "mine"}, "messages is not a variable"),
         ({"level": ["high"]}, "level: expected a text"),
         (["enable_thinking"], "expected an object"),
     ],
@@ -288,6 +283,30 @@ def test_a_request_may_set_variables_of_the_template(small_server):
     for value in ("high", 1, 0.5, False, None):
         body = {**QUESTION, "chat_template_kwargs": {"enable_thinking": value}}
         assert post(small_server[0], "/tokenize", body).status_code == 200
+
+
+# What needs 5 seconds of the processor's time and much more, if a message asks for it.
+LOOP = (
+    "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endif %}"
+)
+
+
+def test_a_template_that_loops_is_stopped_and_others_are_answered(tmp_path):
+    shutil.copytree(DEMO_BASE, tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(LOOP + template.read_text())
+    url = address("127.0.0.1", port := free_port())
+    command = transformers_command(settings_for(), Served("base", str(tmp_path / "base")), "127.0.0.1", port)
+    with Server(command, url, Log(), key="the-key", threads=1) as server, ThreadPoolExecutor(1) as pool:
+        server.wait_ready(60)
+        looping = {"messages": [{"role": "user", "content": "loop"}]}
+        stopped = pool.submit(post, url, "/v1/chat/completions", looping)
+        text = {"prompt": [1, 2, 3], "max_tokens": 2}
+        assert post(url, "/v1/chat/completions", QUESTION).json()["choices"][0]["finish_reason"] == "stop"
+        assert stopped.result().status_code == 400
+        assert "the chat template has not come to an end" in stopped.result().json()["error"]["message"]
+        assert post(url, "/v1/completions", text).status_code == 200
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "the-key-and-more"])

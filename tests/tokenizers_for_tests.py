@@ -109,6 +109,17 @@ PLAIN = (
 )
 
 
+# Templates that print today's date.
+DATED = "{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\n' }}" + PLAIN
+# As Llama's.
+WITH_VARIABLE = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ 'Today Date: ' + date_string + '\n' }}" + PLAIN
+)
+# As Granite's: who says something to the system says everything.
+UNLESS_SYSTEM = "{% if messages[0].role != 'system' %}" + DATED.replace(PLAIN, "") + "{% endif %}" + PLAIN
+
+
 def spans(labels: list[int]) -> list[tuple[int, int]]:
     """(start, end) of what is trained in one piece."""
     found, at = [], 0

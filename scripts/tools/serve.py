@@ -1,8 +1,8 @@
 """Serve a run's model behind an OpenAI-compatible API, until Ctrl-C.
 
-    make serve RUN=demo                                              # http://127.0.0.1:8080/v1
+    make serve RUN=demo                                                    # http://127.0.0.1:8080/v1
     python scripts/tools/serve.py --run demo --configfile mine.yaml
-    python scripts/tools/serve.py --run gsm8k gsm8k-r64         # serve.mode: adapter; the names in the API are the runs'
+    python scripts/tools/serve.py --run gsm8k gsm8k-r64              # serve.mode: adapter; the API has these names
 
 No rule calls it: smoke_test starts a server of its own. The engine is serve.engine of the config: vLLM, which has an
 environment of its own (serve.python), or Moult's small server on transformers. It says when the server is ready, with a
@@ -13,8 +13,20 @@ import os
 
 import _library  # noqa: F401
 
+from moult.errors import MoultError
 from moult.run.cli import tool_parser
-from moult.workflow.stages import places_of
+from moult.run.stage import stage
+from moult.serving.launch import (
+    Run,
+    Server,
+    address,
+    check_exposed,
+    check_port,
+    engine_command,
+    what_to_serve,
+)
+from moult.workflow.runtime import read_config, the_run
+from moult.workflow.stages import places_of, serve_settings
 
 
 def main() -> None:
@@ -25,10 +37,6 @@ def main() -> None:
     parser.add_argument("--log-file", help="log file (default: logs/serve.log)")
     args = parser.parse_args()
 
-    from moult.run.stage import stage
-    from moult.workflow.runtime import read_config, the_run
-    from moult.workflow.stages import serve_settings
-
     with stage("serve", args.log_file) as log:
         config = read_config(args.configfile)
         runs = [as_served(config, the_run(config, name)) for name in args.run]
@@ -36,21 +44,12 @@ def main() -> None:
         serve(settings, runs, args.threads, log)
 
 
-def as_served(config: dict, name: str) -> dict:
+def as_served(config: dict, name: str) -> Run:
     places = places_of(config, name)
-    return {
-        "name": name,
-        "merged": places.merged,
-        "adapter": places.adapter,
-        "base": places.model,
-        "plan": places.plan,
-    }
+    return Run(name, places.model, places.adapter, places.merged, places.plan)
 
 
-def serve(settings: dict, runs: list[dict], threads: int, log) -> None:
-    from moult.errors import MoultError
-    from moult.serving.launch import Server, address, check_exposed, check_port, engine_command, what_to_serve
-
+def serve(settings: dict, runs: list[Run], threads: int, log) -> None:
     host, port, variable = (settings["serve"][key] for key in ("host", "port", "api_key_env"))
     key = os.environ.get(variable)
     check_exposed(host, key, variable)

@@ -50,7 +50,7 @@ CASES = [
     ),
     Case(
         "a template with a syntax error",
-        ("encode failed: chat template (the model's own), line 2: unexpected '}'\nwhat to do: mend the template"),
+        ("encode failed: chat template (the model's own), line 2: unexpected '}'\nwhat to do: fix the template"),
         **template("{% for m in messages %}\n{{ m.content }\n{% endfor %}"),
     ),
     Case(
@@ -217,7 +217,7 @@ CASES = [
         "a prompt that the template refuses",
         (
             "plan failed: eval.prompts.p: the template refuses it: 'dict object' has no attribute 'content'\n"
-            "what to do: mend the prompt, or choose another chat template"
+            "what to do: fix the prompt, or choose another chat template"
         ),
         prompts(messages=[{"role": "user"}]),
     ),

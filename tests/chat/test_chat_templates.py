@@ -1,6 +1,9 @@
 """Chat templates: which one is taken, and every gate with the template that trips it."""
 
+import hashlib
 import signal
+import threading
+import time
 
 import pytest
 from tokenizers_for_tests import (
@@ -26,6 +29,7 @@ from tokenizers_for_tests import (
 import encode
 from moult.data.labels import sequences_of
 from moult.errors import MoultError
+from moult.model import chat as module
 from moult.model.chat import choose_template
 from moult.model.tokenizer import load_tokenizer
 from moult.parallel import ordered_map
@@ -100,6 +104,27 @@ def test_template_that_loops_in_a_worker_process(tmp_path, monkeypatch):
     rows = [{"id": str(n), "group": "", "source": 0, "messages": ASKED} for n in range(4)]
     with pytest.raises(MoultError, match="the chat template has not come to an end"):
         ordered_map(encode.encode_row, rows, 2, "rows", encode.set_chat, (folder, LOOP + PLAIN), chunk=1)
+
+
+def test_the_time_of_other_threads_does_not_count(monkeypatch):
+    """A server generates meanwhile."""
+    monkeypatch.setattr(module, "TEMPLATE_SECONDS", 0.2)
+    data, done = bytes(2**24), threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            hashlib.sha256(data)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        began = time.process_time()
+        with module._time_limit():
+            while time.process_time() - began < 1:
+                time.sleep(0.01)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

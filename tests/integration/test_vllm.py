@@ -53,7 +53,8 @@ def smoke_test(folder: Path, *arguments: str) -> tuple[int, dict]:
     command = [sys.executable, "scripts/smoke_test.py", "--run", "demo", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     print(done.stderr)  # pytest shows it where a test fails, and with -s
-    return done.returncode, json.loads((folder / "results/demo/smoke_test.json").read_text())
+    name = "smoke_test.json" if done.returncode == 0 else "smoke_test.failed.json"
+    return done.returncode, json.loads((folder / "results/demo" / name).read_text())
 
 
 @pytest.mark.parametrize(("mode", "serves"), [("merged", "merged"), ("auto", "adapter")])

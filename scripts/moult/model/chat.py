@@ -5,9 +5,11 @@ import json
 import logging
 import re
 import signal
+import time
 import unicodedata
 from collections.abc import Iterator
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 from moult.errors import MoultError, some
@@ -24,11 +26,15 @@ from moult.model.tokenizer import (
 
 log = logging.getLogger("moult")
 
-# Templates that print today's date (strftime_now) would make other tokens each day.
-TEMPLATE_DATE = date(2026, 1, 1)
+# What a template that prints today's date (`strftime_now`) prints in training and evaluation: otherwise it would make other
+# tokens each day. A server prints today's, as the template's authors meant it.
+FROZEN_DATE = date(2026, 1, 1)
 
 # Seconds of the processor's time for one rendering, which takes milliseconds.
 TEMPLATE_SECONDS = 5
+
+# A date that has no part in common with the frozen one: neither day, month, year nor weekday.
+_ANOTHER_DATE = date(1999, 12, 31)
 
 
 class Unrenderable(Exception):
@@ -47,6 +53,7 @@ class Chat:
         template: the template's text, or several by name, of which those with tools are shown by "tool_use"; None for plain
             text only.
         template_kwargs: variables for the template, such as {"enable_thinking": False}.
+        date: what the template takes for today; a datetime has a time of day too. None: the clock of this machine.
 
     Attributes:
         tokenizer: the tokenizer, of transformers.
@@ -62,8 +69,10 @@ class Chat:
         template: Template | None,
         template_kwargs: dict | None = None,
         trust_remote_code: bool = False,
+        date: date | None = FROZEN_DATE,
     ):
         self.tokenizer = load_tokenizer(folder, trust_remote_code)
+        self.date = date
         named = template if isinstance(template, dict) else {"default": template}
         self.template = named["default"]
         self._tool_template = named.get("tool_use", self.template)
@@ -84,8 +93,6 @@ class Chat:
         again = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
         again = [normalised(self.tokenizer, token.content) for token in again]
         self._normalised_specials = re.compile("|".join(map(re.escape, again))) if again else None
-        for text in filter(None, {self.template, self._tool_template}):
-            _freeze_date(text)
 
     def _pad_id(self) -> int:
         own = self.tokenizer.pad_token_id
@@ -125,20 +132,37 @@ class Chat:
         except Unrenderable:
             return ""
 
-    def render(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
-        """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable."""
-        return self._apply(self._visible(messages, tools), tools, prompt)
-
-    def _apply(self, messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
+    @contextlib.contextmanager
+    def on(self, day: date | None) -> Iterator[None]:
+        """Meanwhile it is `day`."""
+        usual, self.date = self.date, day
         try:
-            with _time_limit():
+            yield
+        finally:
+            self.date = usual
+
+    def render(
+        self, messages: list[dict], tools: list[dict] | None, prompt: bool, variables: dict | None = None
+    ) -> str:
+        """The conversation as text; with `prompt`, followed by what asks for an answer. Raises Unrenderable.
+
+        `variables` are for the template, over `template_kwargs`. Only the main thread can render (`_time_limit`).
+        """
+        return self._apply(self._visible(messages, tools), tools, prompt, variables)
+
+    def _apply(
+        self, messages: list[dict], tools: list[dict] | None, prompt: bool, variables: dict | None = None
+    ) -> str:
+        template = self.template_for(tools)
+        try:
+            with _time_limit(), _today(template, self.date):
                 return self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
-                    chat_template=self.template_for(tools),
+                    chat_template=template,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    **self.template_kwargs,
+                    **{**self.template_kwargs, **(variables or {})},
                 )
         except MoultError:
             raise
@@ -149,11 +173,12 @@ class Chat:
         """The conversation as text, and where in it (begin, end) the template's `{% generation %}` blocks are."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _time_limit():
+        visible, template = self._visible(messages, tools), self.template_for(tools)
+        with _time_limit(), _today(template, self.date):
             [through], [blocks] = render_jinja_template(
-                [self._visible(messages, tools)],
+                [visible],
                 tools=tools,
-                chat_template=self.template_for(tools),
+                chat_template=template,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
             )
@@ -163,11 +188,13 @@ class Chat:
         """The tokens of rendered text. The template has written the special tokens, so none are added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    def prompt_ids(
+        self, messages: list[dict], tools: list[dict] | None = None, variables: dict | None = None
+    ) -> list[int]:
         """What the model is given to answer: a server makes the same tokens of the same messages."""
         if self.template is None:
             return text_ids(self.tokenizer, "\n".join(message["content"] for message in messages))
-        return self.ids(self.render(messages, tools, prompt=True))
+        return self.ids(self.render(messages, tools, prompt=True, variables=variables))
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
@@ -209,15 +236,20 @@ class Chat:
 def _time_limit() -> Iterator[None]:
     """Stop a template that loops: Jinja's sandbox limits one range, but not a loop within a loop.
 
-    The timer counts the time of this process only, so a busy machine trips nothing. Processor time has a signal of its
-    own, and each worker process a timer of its own.
+    What counts is the processor's time of this thread, so neither a busy machine nor a server that generates meanwhile trips
+    it. The timer, which counts that of all threads, only says when to look. Python runs a signal's handler in the main
+    thread: there, and nowhere else, can a signal interrupt a template.
     """
+    begun = time.thread_time()
 
-    def stop(number: int, frame) -> None:
-        raise MoultError(f"the chat template has not come to an end in {TEMPLATE_SECONDS} seconds", "look at its loops")
+    def look(number: int, frame) -> None:
+        if time.thread_time() - begun >= TEMPLATE_SECONDS:
+            raise MoultError(
+                f"the chat template has not come to an end in {TEMPLATE_SECONDS} seconds", "look at its loops"
+            )
 
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    before = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS, TEMPLATE_SECONDS / 10)
     try:
         yield
     finally:
@@ -245,12 +277,67 @@ def nfd(text: str) -> str:
     return unicodedata.normalize("NFD", text)
 
 
-def _freeze_date(template: str) -> None:
-    if "strftime_now" in template:
-        # The template's variables are made plain data on their way in, so a function can only get there as a global.
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+# --- the date -----------------------------------------------------------------------------------------------------------
 
-        _compile_jinja_template(template).environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+
+def prints_date(template: Template | None) -> bool:
+    """Whether a template, or one of several, asks for today's date. It need not print it in every conversation."""
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any("strftime_now" in text for text in texts)
+
+
+@contextlib.contextmanager
+def _today(template: str, day: date | None) -> Iterator[None]:
+    """Meanwhile the template takes `day` for today. transformers compiles a text once, so what is changed is put back."""
+    if day is None or not prints_date(template):
+        yield
+        return
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    # The template's variables are made plain data on their way in, so a function can only get there as a global.
+    functions = _compile_jinja_template(template).environment.globals
+    clock, functions["strftime_now"] = functions["strftime_now"], day.strftime
+    try:
+        yield
+    finally:
+        functions["strftime_now"] = clock
+
+
+def shows_date(chat: Chat, messages: list[dict]) -> bool:
+    """Whether the prompt of `messages` is another one each day."""
+    if not prints_date(chat.template):
+        return False
+    ours = chat.render(messages, None, prompt=True)
+    with chat.on(_ANOTHER_DATE):
+        return chat.render(messages, None, prompt=True) != ours
+
+
+def date_variable(chat: Chat, messages: list[dict]) -> dict[str, str]:
+    """A variable with which the template shows `messages` on any day as it does on the chat's date.
+
+    For example {"date_string": "01 Jan 2026"}: Llama 3.1's template prints today's date where that is not given (vLLM:
+    vllm-project/vllm#14344). {} where no single variable does that.
+    """
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(chat.template).environment
+    names = find_undeclared_variables(environment.parse(chat.template))
+    formats = {form for _, form in re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", chat.template)}
+    texts = sorted(chat.date.strftime(form) for form in formats)
+    ours = chat.render(messages, None, prompt=True)
+    with chat.on(_ANOTHER_DATE):
+        for name, text in product(sorted(names), texts):
+            with contextlib.suppress(Unrenderable):  # most names are of something else than a date
+                if chat.render(messages, None, prompt=True, variables={name: text}) == ours:
+                    return {name: text}
+    return {}
+
+
+# --- prompts and templates ----------------------------------------------------------------------------------------------
+
+
+# --- prompts and templates ----------------------------------------------------------------------------------------------
 
 
 def prompt_of(entry: dict, chat: Chat) -> tuple[list[dict], list[int]]:
@@ -260,7 +347,7 @@ def prompt_of(entry: dict, chat: Chat) -> tuple[list[dict], list[int]]:
         return messages, chat.prompt_ids(messages)
     except Unrenderable as refusal:
         raise MoultError(
-            f"eval.prompts.{entry['id']}: {refusal}", "mend the prompt, or choose another chat template"
+            f"eval.prompts.{entry['id']}: {refusal}", "fix the prompt, or choose another chat template"
         ) from None
 
 
@@ -322,4 +409,4 @@ def check_syntax(text: str, origin: str) -> None:
         _compile_jinja_template(text)
     except (TemplateSyntaxError, SyntaxError) as error:  # the latter for {% break %} outside of a loop
         message = getattr(error, "message", None) or error.msg
-        raise MoultError(f"chat template ({origin}), line {error.lineno}: {message}", "mend the template") from None
+        raise MoultError(f"chat template ({origin}), line {error.lineno}: {message}", "fix the template") from None

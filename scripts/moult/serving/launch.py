@@ -27,9 +27,23 @@ PATIENCE = 20
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Run:
+    """A run that can be served: its name, its folders, and its plan.json, which says whether vLLM takes the adapter."""
+
+    name: str
+    base: str
+    adapter: str
+    merged: str
+    plan: str
+
+
+@dataclass(frozen=True)
 class Served:
-    """What a server has: a model folder under a name of the API, and adapters on top of it, {name in the API: folder}."""
+    """What a server has: a model folder under a name of the API, and adapters on top of it.
+
+    adapters: {name in the API: folder}. max_lora_rank: the largest rank of them, as vLLM wants it rounded up.
+    """
 
     name: str
     model: str
@@ -37,48 +51,55 @@ class Served:
     max_lora_rank: int = 0
 
 
-def what_to_serve(settings: dict, runs: list[dict]) -> Served:
+@dataclass(frozen=True)
+class Command:
+    """How an engine is started. environment: variables that it gets besides those of this process."""
+
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def what_to_serve(settings: dict, runs: list[Run]) -> Served:
     """The merged model of a run, or the base with the adapters of one run or several, as serve.mode says.
 
-    Args:
-        settings: what the stage reads of the config, of the first run.
-        runs: name, merged, adapter, base (folders) and plan (plan.json) of each.
+    `settings` is what the stage reads of the config, of the first run. Raises MoultError for what cannot be served.
     """
     serve, first = settings["serve"], runs[0]
-    reasons = {run["name"]: read_json(run["plan"])["serve"]["reasons"] for run in runs}
+    reasons = {run.name: read_json(run.plan)["serve"]["reasons"] for run in runs}
     mode = serve["mode"]
     if mode == "auto":
         mode = "merged" if serve["engine"] != "vllm" or any(reasons.values()) else "adapter"
-    name = serve["served_model_name"] or first["name"]
+    name = serve["served_model_name"] or first.name
     if mode == "merged":
         if len(runs) > 1:
             raise MoultError(
                 "several runs can only be served as adapters of one base", "set serve.mode: adapter, or name one run"
             )
-        return Served(name, need(first["merged"], "config.json", first["name"]))
+        return Served(name, need(first.merged, "config.json", first.name))
     for run in runs:
-        need(run["adapter"], "adapter_config.json", run["name"])
-        if serve["engine"] == "vllm" and reasons[run["name"]]:
+        need(run.adapter, "adapter_config.json", run.name)
+        if serve["engine"] == "vllm" and reasons[run.name]:
             raise MoultError(
-                f"{run['name']}: vLLM cannot serve this adapter ({', '.join(reasons[run['name']])})",
+                f"{run.name}: vLLM cannot serve this adapter ({', '.join(reasons[run.name])})",
                 "set serve.mode: merged",
             )
         for file in ("chat_template.jinja", TOOL_TEMPLATE, "generation_config.json"):
-            if run["base"] != first["base"] or text_of(run, file) != text_of(first, file):
+            if run.base != first.base or text_of(run.adapter, file) != text_of(first.adapter, file):
                 raise MoultError(
-                    f"{run['name']} and {first['name']} cannot be served together: they differ in the base model, the "
+                    f"{run.name} and {first.name} cannot be served together: they differ in the base model, the "
                     "chat template or the stop tokens, which a server has one of",
                     "serve them apart",
                 )
-    names = [name, *(run["name"] for run in runs[1:])]
-    ranks = [read_json(run["plan"])["serve"]["max_lora_rank"] for run in runs]
-    adapters = {name: str(run["adapter"]) for name, run in zip(names, runs, strict=True)}
+    names = [name, *(run.name for run in runs[1:])]
+    ranks = [read_json(run.plan)["serve"]["max_lora_rank"] for run in runs]
+    adapters = {name: run.adapter for name, run in zip(names, runs, strict=True)}
     base = public_name(settings["model"]["name"])
-    return Served(base if base not in adapters else f"{base}-base", str(first["base"]), adapters, max(ranks))
+    return Served(base if base not in adapters else f"{base}-base", first.base, adapters, max(ranks))
 
 
-def text_of(run: dict, file: str) -> str | None:
-    path = Path(run["adapter"], file)
+def text_of(folder: str, file: str) -> str | None:
+    """The text of a file that need not be there."""
+    path = Path(folder, file)
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
@@ -91,15 +112,15 @@ def need(folder: str, file: str, run: str) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def engine_command(settings: dict, served: Served, host: str, port: int) -> list[str]:
+def engine_command(settings: dict, served: Served, host: str, port: int) -> Command:
     return {"vllm": vllm_command, "transformers": transformers_command}[settings["serve"]["engine"]](
         settings, served, host, port
     )
 
 
-def vllm_command(settings: dict, served: Served, host: str, port: int) -> list[str]:
+def vllm_command(settings: dict, served: Served, host: str, port: int) -> Command:
     python = settings["serve"]["python"] or sys.executable
-    return [python, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(settings, served, host, port)]
+    return Command([python, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(settings, served, host, port)])
 
 
 def vllm_arguments(settings: dict, served: Served, host: str, port: int) -> list[str]:
@@ -144,18 +165,22 @@ def as_json(value: dict) -> str:
     return json.dumps(value, sort_keys=True).replace("'", "\\u0027").replace("$", "\\u0024")
 
 
-def transformers_command(settings: dict, served: Served, host: str, port: int) -> list[str]:
-    """Moult's own server, with the Python that runs this."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "transformers_server.py"), "--model", served.model]
-    command += ["--name", served.name, "--host", host, "--port", str(port)]
-    command += ["--settings", json.dumps(settings["model"], sort_keys=True)]
+def transformers_command(settings: dict, served: Served, host: str, port: int) -> Command:
+    """Moult's own server, with the Python that runs this and the library that this is from."""
+    arguments = ["--model", served.model, "--name", served.name, "--host", host, "--port", str(port)]
+    arguments += ["--settings", json.dumps(settings["model"], sort_keys=True)]
     if settings["serve"]["max_model_len"]:
-        command += ["--max-model-len", str(settings["serve"]["max_model_len"])]
+        arguments += ["--max-model-len", str(settings["serve"]["max_model_len"])]
     if len(served.adapters) > 1:
         raise MoultError("the engine transformers serves one adapter", "set serve.engine: vllm, or name one run")
     for name, folder in served.adapters.items():
-        command += ["--adapter", folder, "--adapter-name", name]
-    return command
+        arguments += ["--adapter", folder, "--adapter-name", name]
+    scripts = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # -P: no module is looked for in the working directory.
+    return Command(
+        [sys.executable, "-P", "-m", "moult.serving.transformers_server", *arguments], environment={"PYTHONPATH": path}
+    )
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------
@@ -228,10 +253,10 @@ class Server:
     process is killed, a guard ends that process group: vLLM's server, asked politely while it starts, stays (0.32).
     """
 
-    def __init__(self, command: list[str], url: str, log, key: str | None = None, threads: int | None = None):
-        self.command, self.url, self.log = command, url, log
+    def __init__(self, command: Command, url: str, log, key: str | None = None, threads: int | None = None):
+        self.command, self.url, self.log = command.arguments, url, log
         self.environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-        self.environment |= {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+        self.environment |= {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1", **command.environment}
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)
         if key:
@@ -279,7 +304,7 @@ class Server:
         started = time.monotonic()
         while time.monotonic() - started < seconds:
             if self.ended():
-                tail, fix = self.tail(), "mend what they say"
+                tail, fix = self.tail(), "fix what they say"
                 if re.search("No module named '?vllm", tail):
                     fix = (
                         "set serve.python to a Python that has vLLM, or serve.engine: transformers for a trial on a CPU"

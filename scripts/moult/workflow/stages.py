@@ -57,7 +57,7 @@ class Places(NamedTuple):
     # score
     metrics: str = "{run}/metrics.json"
     samples: str = "{run}/samples.jsonl"
-    # smoke_test
+    # smoke_test; where a check fails it is smoke_test.failed.json, and no output
     smoke_test: str = "{run}/smoke_test.json"
     # model_card
     cards: str = "{run}/cards"
