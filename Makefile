@@ -14,6 +14,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A pipe fails with its first command.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 # snakefmt looks for shfmt there
 export PATH := $(abspath $(BIN)):$(PATH)
 REQUIREMENTS := envs/workflow.txt envs/train.txt
@@ -84,11 +87,21 @@ $(BIN)/python:
 	  { echo "Moult needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing (Debian: apt install python3-venv)"; exit 1; }
 
+# pip says hundreds of lines: on a terminal they take turns in one, and from the first error on all are shown.
+define pip
+	@test -t 1 && tty=1; $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --log $(VENV)/pip.log \
+	  -c envs/constraints.txt $(1) 2>&1 | \
+	  awk -v tty="$$tty" '/^ERROR/ {failed = 1} failed {print; next} tty {printf "\r\033[K%.78s", $$0; fflush()} \
+	    END {if (tty) printf "\r\033[K"}'
+endef
+
 $(VENV)/workflow.stamp: $(REQUIREMENTS) envs/constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -c envs/constraints.txt $(addprefix -r ,$(REQUIREMENTS))
+	@echo "Installing the packages of envs/ into $(VENV): a few minutes, some GB (log: $(VENV)/pip.log)"
+	$(call pip,--upgrade pip)
+	$(call pip,$(addprefix -r ,$(REQUIREMENTS)))
 	@touch $@
 
 $(VENV)/dev.stamp: envs/dev.txt $(VENV)/workflow.stamp
-	$(BIN)/python -m pip install --quiet -c envs/constraints.txt -r envs/dev.txt
+	@echo "Installing the test tools of envs/dev.txt into $(VENV)"
+	$(call pip,-r envs/dev.txt)
 	@touch $@
