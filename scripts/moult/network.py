@@ -67,9 +67,10 @@ def ca_file(tls: str) -> str | None:
     source, path = "network.tls", tls
     if tls == "verify":
         named = {name: os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)}
-        source, path = next(((name, path) for name, path in named.items() if not Path(path).is_dir()), (None, None))
-        if path is None:
+        files = [(name, path) for name, path in named.items() if not Path(path).is_dir()]
+        if not files:
             return None
+        source, path = files[0]
     try:
         ssl.create_default_context(cafile=Path(path).expanduser())
     except FileNotFoundError:
@@ -92,7 +93,7 @@ def set_up_hub(tls: str) -> None:
     `tls` is network.tls of the config: verify, off, or a CA file. Call this before huggingface_hub is imported.
     """
     secret, source = token()
-    if source == "HUGGINGFACE_HUB_TOKEN":  # the one name that huggingface_hub does not know
+    if secret and source == "HUGGINGFACE_HUB_TOKEN":  # the one name that huggingface_hub does not know
         os.environ["HF_TOKEN"] = secret
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if tls != "verify":

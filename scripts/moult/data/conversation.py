@@ -109,7 +109,7 @@ def normalise(row: dict, columns: dict, format_name: str) -> tuple[dict, LeftOut
         return cells.first(columns.get(column, column))
 
     if format_name == "text":
-        result = {"text": _from_text(cell("text"))}
+        result: dict = {"text": _from_text(cell("text"))}
     else:
         messages = {
             "messages": lambda: _from_messages(cell("messages"), left.keys),

@@ -41,7 +41,7 @@ class Fields:
     def first(self, *names: str | None):
         """The first of these fields that is there, or None; null is not there."""
         for name in names:
-            if self.values.get(name) is not None:
+            if name is not None and self.values.get(name) is not None:
                 self.read.add(name)
                 return self.values[name]
         return None

@@ -139,7 +139,11 @@ def _next_turn_begins(chat: Chat, called: bool, with_tools: bool) -> str:
     call = {"id": "call00001", "type": "function", "function": {"name": "function", "arguments": {"key": said}}}
     answer = {"content": "", "tool_calls": [call]} if called else {"content": said}
     after = {"role": "tool", "tool_call_id": "call00001"} if called else {"role": "user"}
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", **answer}, {**after, "content": "next"}]
+    messages: list[dict] = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", **answer},
+        {**after, "content": "next"},
+    ]
     try:
         # An earlier answer may be shown otherwise than the last, so only what stands behind the answer is compared.
         end, more = (chat.render(messages[:size], tools, prompt=False).rpartition(said)[2] for size in (2, 3))

@@ -58,10 +58,10 @@ def languages_of(texts: list[str], detect: Callable[[str], str]) -> list[str]:
     """
     by_script: dict[str, list[str]] = {}
     for text in texts:
-        words = _words_by_script(text)
-        if words:
-            script = max(words, key=lambda name: len(words[name]))
-            by_script.setdefault(script, []).extend(words[script])
+        here = _words_by_script(text)
+        if here:
+            script = max(here, key=lambda name: len(here[name]))
+            by_script.setdefault(script, []).extend(here[script])
     found = set()
     for script, words in by_script.items():
         # These scripts tell the language by themselves; langdetect takes every tenth Chinese text for Korean.
