@@ -14,7 +14,10 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 # Not ours: a fork shall read what is in the folder that it runs in.
-PRELOADED = ["snakemake.cli", "snakemake.workflow", "peft", "trl.trainer.sft_trainer", "pyarrow.parquet"]
+PRELOADED = [
+    *("snakemake.cli", "snakemake.workflow", "snakemake.report", "smart_open", "yte", "jsonschema"),
+    *("peft", "trl.trainer.sft_trainer", "pyarrow.parquet"),
+]
 # What the libraries read when they are imported. One thread, because tests run side by side.
 IMPORTED_WITH = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -102,6 +102,7 @@ def test_the_command_survives_a_shell(tmp_path):
     check_command(written("--configfile", odd_config(tmp_path))["VLLM_ARGS"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="there is no docker-compose")
 def test_compose_takes_the_file(tmp_path):
     shutil.copy(COMPOSE, tmp_path)

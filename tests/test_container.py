@@ -305,6 +305,7 @@ def compose(*, environment=()) -> dict:
     return yaml.safe_load(done.stdout)
 
 
+@pytest.mark.slow
 def test_docker_compose_reads_the_file_and_gives_the_callers_rights_only(tmp_path):
     services = compose(environment={"UID": "4321", "GID": "99", "HF_HOME": str(tmp_path)})["services"]
     for name in ("moult", "moult-gpu"):
@@ -318,6 +319,7 @@ def test_docker_compose_reads_the_file_and_gives_the_callers_rights_only(tmp_pat
         assert ("gpu" in str(service.get("deploy"))) == (name == "moult-gpu")
 
 
+@pytest.mark.slow
 def test_docker_compose_without_any_variable():
     whole = compose()
     assert whole["services"]["moult"]["user"] == "1000:1000" and "huggingface" in whole["volumes"]

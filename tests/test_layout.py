@@ -29,3 +29,15 @@ def test_a_file_is_short_and_imports_no_tests(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 500
     assert re.findall(r"^\s*(?:from|import) (?:test_\w+|conftest)\b.*", text, re.MULTILINE) == []
+
+
+def test_ci_first_gives_the_commands_of_the_readme():
+    """What a newcomer types, with nothing before it that would prepare the machine and nothing added."""
+    lines = [
+        line
+        for line in (ROOT / ".ci/run").read_text().splitlines()
+        if line and not line.startswith(("#", "set ", "cd "))
+    ]
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    (make (?:demo|test))\b", readme, re.MULTILINE)
+    assert commands == ["make demo", "make test"] == lines[:2]

@@ -285,14 +285,14 @@ CASES = [
         data(source=[{"path": "rows.jsonl", "weight": 1e-9}]),
     ),
     Case(
-        "10 MB in one row",
+        "1 MB in one row",
         (
             "encode failed: max_length 1,024 costs 100.0% of the trained train tokens (1 sequences, 2.6%, are "
             "longer), over max_token_loss 10.0%\n"
-            "what to do: raise datasets.<name>.max_length (lengths that take all of a share: 30 (95%), 2,500,014 "
-            "(99%), 2,500,014 (100%)), or max_token_loss"
+            "what to do: raise datasets.<name>.max_length (lengths that take all of a share: 30 (95%), 250,014 "
+            "(99%), 250,014 (100%)), or max_token_loss"
         ),
-        rows=[*ROWS, {"prompt": "How many?", "completion": "two " * 2_500_000}],
+        rows=[*ROWS, {"prompt": "How many?", "completion": "two " * 250_000}],
     ),
     Case(
         "every row too long",
