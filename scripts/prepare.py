@@ -220,7 +220,7 @@ def stop_at_broken_rows(ledger: Ledger, policy: str) -> None:
         examples = "\n    ".join(text for reason in broken for text in ledger.examples[reason])
         raise MoultError(
             f"{sum(broken.values()):,} of {ledger.read:,} rows cannot be training rows:\n    {examples}",
-            "mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
+            "fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
         )
 
 
@@ -231,7 +231,7 @@ def check_columns(settings: dict, ledger: Ledger) -> None:
     if absent and settings["max_rows"] is None:
         raise MoultError(
             f"no row has the mapped columns {{{some(absent)}}}; the columns are {some(sorted(ledger.columns), 12)}",
-            "mend datasets.<name>.columns",
+            "fix datasets.<name>.columns",
         )
 
 

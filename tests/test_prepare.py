@@ -20,7 +20,7 @@ from moult.errors import MoultError
 
 GOOD = lines(*pairs(20))
 STOPS = [
-    (GOOD + '{"prompt": \n', {}, "rows.jsonl:21: not JSON", "mend that line"),
+    (GOOD + '{"prompt": \n', {}, "rows.jsonl:21: not JSON", "fix that line"),
     (GOOD.encode() + b'{"prompt": "\xe9"}\n', {}, "rows.jsonl:21: not UTF-8 (byte 0xe9)", "iconv"),
     ("", {}, "rows.jsonl: no rows", "the files are empty; check datasets.<name>.source"),
     (GOOD, {"source": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder", "check datasets.<name>.source"),
@@ -35,19 +35,19 @@ STOPS = [
         GOOD,
         {"columns": {"group": "topic"}},
         "no row has the mapped columns {group: topic}; the columns are completion, prompt",
-        "mend datasets.<name>.columns",
+        "fix datasets.<name>.columns",
     ),
     (
         GOOD + lines({"messages": [{"role": "user", "content": "q"}]}),
         {},
         "1 of 21 rows cannot be training rows:\n    rows.jsonl:21: has no assistant turn (roles: user)",
-        "mend them",
+        "fix them",
     ),
     (
         GOOD + lines({"messages": [{"role": "alien", "content": "q"}]}),
         {},
         "rows.jsonl:21: messages[0] has the role 'alien'",
-        "mend them",
+        "fix them",
     ),
     (
         lines({"prompt": "q", "completion": ""}, {"prompt": "q", "completion": " "}),

@@ -350,7 +350,7 @@ def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
     table = output[output.index("4 stages have failed:") :]
     for row in (
         r"^bad +plan +2 problems:\n",
-        r"^cut, cut-r64 +prepare +cut.jsonl:41: not JSON: .*\n(.*\n)? +-> mend that line\n +log: logs/cut/prepare.log",
+        r"^cut, cut-r64 +prepare +cut.jsonl:41: not JSON: .*\n(.*\n)? +-> fix that line\n +log: logs/cut/prepare.log",
         r"^gone +prepare +gone.jsonl: no such file or folder\n",
         r"^short +encode +all 38 train sequences are longer than max_length 8\n",
     ):

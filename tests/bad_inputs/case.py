@@ -194,5 +194,5 @@ def problems(*found: str) -> str:
     plural = "s" if len(found) > 1 else ""
     return (
         f"the config has {len(found)} problem{plural}:" + "".join(f"\n  - {problem}" for problem in found) + "\n"
-        "  -> mend config/config.yaml or the file given with --configfile; config/README.md lists all keys"
+        "  -> fix config/config.yaml or the file given with --configfile; config/README.md lists all keys"
     )

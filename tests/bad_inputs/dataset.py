@@ -63,13 +63,13 @@ CASES = [
         (
             "prepare failed: rows.jsonl:2: not JSON: Expecting property name enclosed in double quotes (column "
             "17)\n"
-            "what to do: mend that line"
+            "what to do: fix that line"
         ),
         rows=GOOD + '{"prompt": "a", \n' + GOOD,
     ),
     Case(
         "a line that is no object",
-        ("prepare failed: rows.jsonl:2: list, where an object with columns belongs\nwhat to do: mend that row"),
+        ("prepare failed: rows.jsonl:2: list, where an object with columns belongs\nwhat to do: fix that row"),
         rows=GOOD + "[1, 2]\n",
     ),
     Case(
@@ -95,7 +95,7 @@ CASES = [
         (
             "prepare failed: 1 of 2 rows cannot be training rows:\n"
             "    rows.jsonl:2: prompt holds half of a surrogate pair, which is no character\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=GOOD + '{"prompt": "a\\ud800", "completion": "b"}\n',
@@ -145,7 +145,7 @@ CASES = [
     ),
     Case(
         "a CSV with a quote that does not end",
-        ("prepare failed: rows.csv:2: not CSV: unexpected end of data\nwhat to do: mend that line's quotes"),
+        ("prepare failed: rows.csv:2: not CSV: unexpected end of data\nwhat to do: fix that line's quotes"),
         **named("rows.csv", 'prompt,completion\na,"b\n'),
     ),
     Case(
@@ -159,7 +159,7 @@ CASES = [
             "prepare failed: 1 of 1 rows cannot be training rows:\n"
             "    rows.jsonl:1: has the columns antwort, frage, and needs messages; conversations; instruction + "
             "output; prompt + completion; text\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=[{"frage": "a", "antwort": "b"}],
@@ -178,7 +178,7 @@ CASES = [
             "that are not there: question\n"
             "    rows.jsonl:5: has the columns completion, prompt, and needs prompt + completion; mapped columns "
             "that are not there: question\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         data(columns={"prompt": "question"}),
@@ -187,7 +187,7 @@ CASES = [
         "a group column that is not there",
         (
             "prepare failed: no row has the mapped columns {group: topic}; the columns are completion, prompt\n"
-            "what to do: mend datasets.<name>.columns"
+            "what to do: fix datasets.<name>.columns"
         ),
         data(columns={"group": "topic"}),
     ),
@@ -196,7 +196,7 @@ CASES = [
         (
             "prepare failed: 1 of 4 rows cannot be training rows:\n"
             "    rows.jsonl:4: completion is int '3', and must be text\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=[*ROWS[:3], {"prompt": "a", "completion": 3}],
@@ -206,7 +206,7 @@ CASES = [
         (
             "prepare failed: 1 of 4 rows cannot be training rows:\n"
             "    rows.jsonl:4: has the columns prompt, and needs prompt + completion\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=[*ROWS[:3], {"prompt": "a", "completion": None}],
@@ -218,7 +218,7 @@ CASES = [
             "    rows.jsonl:4: messages[1] has the role 'narrator'; known: system, developer, user, human, "
             "prompter, assistant, gpt, chatgpt, model, bot, function_call, tool_call, tool, observation, function, "
             "function_response, tool_response, ipython\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=of({"role": "user", "content": "a"}, {"role": "narrator", "content": "b"}),
@@ -228,7 +228,7 @@ CASES = [
         (
             "prepare failed: 1 of 4 rows cannot be training rows:\n"
             "    rows.jsonl:4: has no assistant turn (roles: user)\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=of({"role": "user", "content": "a"}),
@@ -238,7 +238,7 @@ CASES = [
         (
             "prepare failed: 1 of 1 rows cannot be training rows:\n"
             "    rows.jsonl:1: messages is not JSON: Expecting value (column 1)\n"
-            "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
+            "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: "
             "drop"
         ),
         rows=[{"messages": "Hello"}],
@@ -325,7 +325,7 @@ CASES = [
         "prepare failed: 1 of 1 rows cannot be training rows:\n"
         "    rows.jsonl:1: has the columns ***, and needs messages; conversations; instruction + output; "
         "prompt + completion; text\n"
-        "what to do: mend them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
+        "what to do: fix them, map the columns (datasets.<name>.columns), or set datasets.<name>.broken: drop",
         rows=[{SECRET: "a"}],
     ),
 ]

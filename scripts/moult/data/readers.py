@@ -167,7 +167,7 @@ def _parse_json(text: str, name: str, first_line: int = 1):
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "mend that line") from None
+        raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "fix that line") from None
     except RecursionError:
         raise MoultError(f"{name}:{first_line}: nested too deeply to read", "remove or flatten that row") from None
     except ValueError as error:  # a number of thousands of digits
@@ -213,7 +213,7 @@ def _holds_lines(text: str) -> bool:
 
 def _checked(row, place: str) -> tuple[str, dict]:
     if not isinstance(row, dict):
-        raise MoultError(f"{place}: {type(row).__name__}, where an object with columns belongs", "mend that row")
+        raise MoultError(f"{place}: {type(row).__name__}, where an object with columns belongs", "fix that row")
     return place, row
 
 
@@ -243,7 +243,7 @@ def _read_csv(file: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict
                 yield f"{name}:{line}", dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise MoultError(f"{name}:{reader.line_num}: not CSV: {error}", "mend that line's quotes") from None
+        raise MoultError(f"{name}:{reader.line_num}: not CSV: {error}", "fix that line's quotes") from None
 
 
 def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]]:
@@ -286,7 +286,7 @@ def _python_rows(batch, name: str, before: int) -> list[dict]:
                 batch.column(column)[index].as_py()
             except (ValueError, OverflowError) as error:
                 raise MoultError(
-                    f"{name}:{before + index + 1}: column {column}: {error}", "mend that value, or take the column out"
+                    f"{name}:{before + index + 1}: column {column}: {error}", "fix that value, or take the column out"
                 ) from None
         raise
 

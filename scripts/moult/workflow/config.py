@@ -39,7 +39,7 @@ class ConfigError(MoultError):
         listing = "".join(f"\n  - {problem}" for problem in problems)
         super().__init__(
             f"the config has {len(problems)} problem{plural}:{listing}",
-            "mend config/config.yaml or the file given with --configfile; config/README.md lists all keys",
+            "fix config/config.yaml or the file given with --configfile; config/README.md lists all keys",
         )
         self.problems = problems
 
