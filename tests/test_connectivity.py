@@ -111,7 +111,10 @@ def test_downloads_from_another_host_without_the_token(hub, check):
 
 def test_endpoint_that_is_no_address(check):
     assert_stops(
-        check("hub.example"), "endpoint", "HF_ENDPOINT is hub.example, which is not a URL", "set it to https://host, or unset it"
+        check("hub.example"),
+        "endpoint",
+        "HF_ENDPOINT is hub.example, which is not a URL",
+        "set it to https://host, or unset it",
     )
 
 

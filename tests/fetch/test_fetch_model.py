@@ -107,9 +107,13 @@ def test_repository_without_safetensors_is_refused_before_the_download(hub, fetc
 @pytest.mark.parametrize("name", ["../../evil.json", "/evil.json", "a/../../../evil.json", "..\\evil.json"])
 def test_files_that_lead_out_of_the_folder_are_refused(hub, fetch, name):
     hub.add("model", "org/tiny", model(**{name: b"{}"}))
-    assert_fails(fetch.model(), f"org/tiny has files that would be written outside its folder: {name!r}", "do not use it")
+    assert_fails(
+        fetch.model(), f"org/tiny has files that would be written outside its folder: {name!r}", "do not use it"
+    )
     hub.add("dataset", "org/math", {"main/train.jsonl": b'{"a": 1}\n', name: b"{}"})
-    assert_fails(fetch.dataset(), f"org/math has files that would be written outside its folder: {name!r}", "do not use it")
+    assert_fails(
+        fetch.dataset(), f"org/math has files that would be written outside its folder: {name!r}", "do not use it"
+    )
     assert not [path for path in hub.paths("GET") if "/resolve/" in path]
     assert not list(fetch.folder.parent.rglob("*evil*"))
 
@@ -204,9 +208,7 @@ def test_disk_that_is_too_small_for_the_model(hub, fetch):
     )
     command[1:2] = ["-c", f"{code} fetch_model.main()"]
     result = fetch.run(command, PYTHONPATH=str(ROOT / "scripts"))
-    assert_fails(
-        result, "org/tiny needs 0.0 GB more, but results has 0.0 GB free", "free space, or set paths.results"
-    )
+    assert_fails(result, "org/tiny needs 0.0 GB more, but results has 0.0 GB free", "free space, or set paths.results")
     assert downloads(hub, "model.safetensors") == 0
 
 

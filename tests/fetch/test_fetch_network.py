@@ -47,7 +47,9 @@ def test_offline_switch_is_named(hub, fetch):
 def test_proxy_that_refuses(fetch):
     with FakeProxy(403) as proxy:
         result = fetch.model(HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=proxy.url)
-        assert_fails(result, f"the proxy {proxy.url} refuses the connection: 403 Forbidden", "check HTTPS_PROXY and NO_PROXY")
+        assert_fails(
+            result, f"the proxy {proxy.url} refuses the connection: 403 Forbidden", "check HTTPS_PROXY and NO_PROXY"
+        )
     assert proxy.asked == [("hub.invalid:443", None)]
 
 
@@ -76,7 +78,7 @@ def test_tls(fetch, certificate, kind):
         run = getattr(fetch, kind)
         result = run(HF_ENDPOINT=hub.url)
         what = f"the certificate of 127.0.0.1:{hub.port} is not trusted: unable to get local issuer certificate"
-        assert_fails(result, what, "a proxy that opens TLS? Give its CA certificate: network.tls: /path/to/ca.pem")
+        assert_fails(result, what, "if a proxy opens TLS, set network.tls to its CA certificate: /path/to/ca.pem")
         assert hub.requests == []
 
         assert run(tls=str(certificate.ca), HF_ENDPOINT=hub.url).returncode == 0
@@ -106,7 +108,9 @@ def test_ca_file_that_is_none(fetch, tmp_path):
     (tmp_path / "ca.pem").write_text("no certificate")
     result = fetch.model(tls="ca.pem")
     assert_fails(
-        result, "network.tls: ca.pem cannot be used: it does not contain a certificate in PEM format", "a CA file contains lines"
+        result,
+        "network.tls: ca.pem cannot be used: it does not contain a certificate in PEM format",
+        "a CA file contains lines",
     )
     result = fetch.model(SSL_CERT_FILE="/nowhere/ca.pem")
     assert_fails(result, "SSL_CERT_FILE: /nowhere/ca.pem does not exist")
