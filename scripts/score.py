@@ -106,6 +106,9 @@ def score(settings: dict, args, log) -> None:
 
 # --- gates ------------------------------------------------------------------------------------------------------------
 
+# The file of a measurement: what it has a row for.
+QUESTIONS = {"likelihood": "sequences", "answers": "questions"}
+
 
 def check_same_questions(base: dict, tuned: dict) -> None:
     """Base and tuned were measured on the same sequences and asked with the same token ids."""
@@ -114,7 +117,7 @@ def check_same_questions(base: dict, tuned: dict) -> None:
         if both[0] != both[1]:
             differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]
             raise MoultError(
-                f"base and tuned model were measured on different {name} ({some(differ) or 'their numbers differ'})",
+                f"base and tuned model were measured on different {QUESTIONS[name]} ({some(differ) or 'their numbers differ'})",
                 "delete results/<run>/base and run again",
             )
 

@@ -72,11 +72,11 @@ def test_all_ok(hub, check, tmp_path):
         "OK    proxy: none",
         "OK    DNS: 127.0.0.1 is 127.0.0.1",
         f"OK    TCP: {here} answers",
-        "OK    TLS: none: the address is http://",
+        "OK    TLS: not used: the address is http://",
         "OK    HTTP: the hub answers",
-        "OK    token: that from HF_TOKEN is valid, it belongs to tester",
-        f"OK    model org/tiny: can be downloaded, from {here}",
-        f"OK    dataset org/math: can be downloaded, from {here}",
+        "OK    token: the token from HF_TOKEN is valid and belongs to tester",
+        f"OK    model org/tiny: can be downloaded from {here}",
+        f"OK    dataset org/math: can be downloaded from {here}",
     ]
     assert code == 0
     assert [authorization for _, _, authorization in hub.requests] == [None] + [f"Bearer {TOKEN}"] * 5
@@ -85,7 +85,7 @@ def test_all_ok(hub, check, tmp_path):
 def test_without_a_token(hub, check):
     code, lines = check(hub)
     assert code == 0
-    assert lines[-1] == "OK    token: none is set; gated and private repositories need one: HF_TOKEN"
+    assert lines[-1] == "OK    token: not set; gated and private repositories need one (HF_TOKEN)"
 
 
 def test_token_from_the_hubs_own_file(hub, check, tmp_path):
@@ -93,7 +93,7 @@ def test_token_from_the_hubs_own_file(hub, check, tmp_path):
     (tmp_path / "hf/token").write_text(TOKEN)
     code, lines = check(hub)
     assert code == 0
-    assert lines[-1] == f"OK    token: that from {tmp_path}/hf/token is valid, it belongs to tester"
+    assert lines[-1] == f"OK    token: the token from {tmp_path}/hf/token is valid and belongs to tester"
 
 
 def test_downloads_from_another_host_without_the_token(hub, check):
@@ -101,7 +101,7 @@ def test_downloads_from_another_host_without_the_token(hub, check):
     hub.elsewhere = True
     code, lines = check(hub, [("org/tiny", None)], HF_TOKEN=TOKEN)
     assert code == 0
-    assert lines[-1] == f"OK    model org/tiny: can be downloaded, from localhost:{hub.port}"
+    assert lines[-1] == f"OK    model org/tiny: can be downloaded from localhost:{hub.port}"
     assert hub.requests[-1][1].startswith("/elsewhere/")
     assert hub.requests[-1][2] is None
 
@@ -111,13 +111,16 @@ def test_downloads_from_another_host_without_the_token(hub, check):
 
 def test_endpoint_that_is_no_address(check):
     assert_stops(
-        check("hub.example"), "endpoint", "HF_ENDPOINT is hub.example, which is no address", "https://host, or unset it"
+        check("hub.example"),
+        "endpoint",
+        "HF_ENDPOINT is hub.example, which is not a URL",
+        "set it to https://host, or unset it",
     )
 
 
 def test_offline_switch(hub, check):
     outcome = check(hub, HF_HUB_OFFLINE="1")
-    assert_stops(outcome, "endpoint", "HF_HUB_OFFLINE forbids the hub", "unset it for the fetch rules")
+    assert_stops(outcome, "endpoint", "HF_HUB_OFFLINE is set", "unset it for the fetch rules")
 
 
 def test_dns_failure(check):
@@ -125,7 +128,7 @@ def test_dns_failure(check):
         check("https://hub.invalid"),
         "DNS",
         "hub.invalid cannot be resolved (Name or service not known)",
-        "no network or no DNS here: use a machine with network, or set HTTPS_PROXY if there is a proxy",
+        "this machine has no network or no DNS: use another one, or set HTTPS_PROXY if there is a proxy",
     )
 
 
@@ -134,27 +137,27 @@ def test_refused_connection(check):
         check("http://127.0.0.1:1"),
         "TCP",
         "no connection to 127.0.0.1:1 (Connection refused)",
-        "a firewall? set HTTPS_PROXY if there is a proxy",
+        "check the firewall; set HTTPS_PROXY if there is a proxy",
     )
 
 
 def test_proxy_that_is_not_there(check):
     outcome = check("https://hub.invalid", HTTPS_PROXY="http://127.0.0.1:1")
     what = "no connection to 127.0.0.1:1 (Connection refused)"
-    assert_stops(outcome, "TCP", what, "is the proxy running, and is that its port?")
+    assert_stops(outcome, "TCP", what, "check that the proxy is running, and its port")
 
 
 def test_socks_proxy(check):
     outcome = check("https://hub.invalid", HTTPS_PROXY="socks5://127.0.0.1:1")
-    what = "socks5://127.0.0.1:1 is no HTTP proxy"
-    assert_stops(outcome, "proxy", what, "HTTPS_PROXY=http://host:port; SOCKS is not supported")
+    what = "socks5://127.0.0.1:1 is not an HTTP proxy"
+    assert_stops(outcome, "proxy", what, "set HTTPS_PROXY=http://host:port; SOCKS is not supported")
 
 
 @pytest.mark.parametrize(
     ("status", "what", "fix"),
     [
         (403, "the proxy refuses hub.invalid:443 (HTTP/1.0 403 Forbidden)", "ask its administrators to allow it"),
-        (407, "the proxy wants a login (407)", "write user:password@ in front of the host in HTTPS_PROXY"),
+        (407, "the proxy requires a login (407)", "write user:password@ before the host in HTTPS_PROXY"),
     ],
 )
 def test_proxy_that_refuses(check, status, what, fix):
@@ -169,7 +172,7 @@ def test_proxy_that_lets_through(check, certificate):
         code, lines = check(hub, [("org/tiny", None)], tls=str(certificate.ca), HTTPS_PROXY=address)
     assert code == 0, lines
     assert lines[1] == f"OK    proxy: {proxy.url.replace('//', '//***@')} (from the environment: HTTPS_PROXY, NO_PROXY)"
-    assert lines[3] == f"OK    TCP: {proxy.url.removeprefix('http://')} answers, and lets us through to the hub"
+    assert lines[3] == f"OK    TCP: {proxy.url.removeprefix('http://')} answers and connects to the hub"
     assert {login for _, login in proxy.asked} == {"Basic bWU6c2VjcmV0LXdvcmQ="}
 
 
@@ -191,7 +194,9 @@ def test_tls_with_a_ca_file_and_off(check, certificate):
         assert code == 0
         code, lines = check(hub, tls="off")
         assert code == 0
-        assert lines[4].startswith("OK    TLS: NOT CHECKED (network.tls: off): anyone on the way can read the token")
+        assert lines[4].startswith(
+            "OK    TLS: NOT CHECKED (network.tls: off): anyone on the network can read the token"
+        )
 
 
 def test_certificate_of_a_proxy_that_opens_tls(check, certificate):
@@ -199,8 +204,8 @@ def test_certificate_of_a_proxy_that_opens_tls(check, certificate):
         assert_stops(
             check(hub),
             "TLS",
-            "it is issued by Corp Proxy CA (Corp), which this system does not trust (unable to get local issuer certificate)",
-            "a proxy that opens TLS? Ask for its CA certificate, then set network.tls: /path/to/ca.pem",
+            "the certificate's issuer, Corp Proxy CA (Corp), is not trusted by this system (unable to get local issuer certificate)",
+            "if a proxy opens TLS, ask its administrators for the CA certificate and set network.tls: /path/to/ca.pem",
         )
         assert hub.requests == []
 
@@ -211,8 +216,8 @@ def test_certificate_for_another_host(check, tmp_path):
         assert_stops(
             check(hub, tls=str(certificate.ca)),
             "TLS",
-            "it is for portal.example, not for 127.0.0.1",
-            "check HF_ENDPOINT; is it a login page of the network?",
+            "the certificate is for portal.example, not for 127.0.0.1",
+            "check HF_ENDPOINT; is it the login page of a network?",
         )
 
 
@@ -221,8 +226,8 @@ def test_expired_certificate(check, tmp_path):
     with FakeHub(tls=certificate) as hub:
         code, lines = check(hub, tls=str(certificate.ca))
     assert code == 1
-    assert lines[4].startswith("FAIL  TLS: it has expired (")
-    assert lines[4].endswith(" GMT) -> is this machine's clock right?")
+    assert lines[4].startswith("FAIL  TLS: the certificate has expired (")
+    assert lines[4].endswith(" GMT) -> check the clock of this machine")
 
 
 def test_ca_file_that_does_not_exist(check, certificate):
@@ -231,14 +236,14 @@ def test_ca_file_that_does_not_exist(check, certificate):
             check(hub, tls="/nowhere/ca.pem"),
             "TLS",
             "network.tls: /nowhere/ca.pem does not exist",
-            "network.tls may name a file of CA certificates (PEM)",
+            "set network.tls to a file with CA certificates (PEM)",
         )
 
 
 def test_no_tls_at_that_address(hub, check):
     code, lines = check(hub.url.replace("http:", "https:"))
     assert code == 1
-    assert lines[4].startswith("FAIL  TLS: no TLS with 127.0.0.1 (")
+    assert lines[4].startswith("FAIL  TLS: TLS with 127.0.0.1 failed (")
 
 
 # --- what the hub says ------------------------------------------------------------------------------------------------
@@ -246,22 +251,22 @@ def test_no_tls_at_that_address(hub, check):
 
 def test_login_page_instead_of_the_hub(hub, check):
     hub.page = b"<html>Welcome to our hotel</html>"
-    what, fix = "what answers is not the hub", "is it a login page of the network? check HF_ENDPOINT"
+    what, fix = "the server is not the hub", "check HF_ENDPOINT; is it the login page of a network?"
     assert_stops(check(hub), "HTTP", what, fix)
 
 
 def test_hub_out_of_order(hub, check):
     hub.status = 503
-    what = "the hub answers 503 for the list of models"
-    assert_stops(check(hub), "HTTP", what, "if that stays, look at https://status.huggingface.co")
+    what = "the hub answers with status 503 for the list of models"
+    assert_stops(check(hub), "HTTP", what, "try again later; see https://status.huggingface.co")
 
 
 def test_token_that_is_not_valid(hub, check):
     code, lines = check(hub, HF_TOKEN="hf_expired")
     assert code == 1
     assert lines[6] == (
-        "FAIL  token: the hub does not accept the token from HF_TOKEN: it is mistyped, expired or revoked "
-        f"-> make a new one on {hub.url}/settings/tokens; what is public needs none"
+        "FAIL  token: the hub does not accept the token from HF_TOKEN: it is wrong, expired or revoked "
+        f"-> create a new one on {hub.url}/settings/tokens; public repositories do not need a token"
     )
 
 
@@ -273,14 +278,14 @@ def test_every_repository_is_looked_at(hub, check):
     assert code == 1
     assert lines[7:-2] == [
         "FAIL  model org/missing: the hub has no model org/missing, or does not show it to the account of your token -> "
-        "check model.name; for a private one set HF_TOKEN; if a local copy was meant, there is none at ./org/missing",
+        "check model.name; if it is private, set HF_TOKEN; if you meant a local folder: ./org/missing does not exist",
         "FAIL  model org/gated: org/gated is gated: its owners decide who may download it -> accept its terms on "
         f"{hub.url}/org/gated, and set HF_TOKEN to a token of that account with access to gated repositories",
-        "FAIL  model org/tiny: org/tiny has no revision v9 -> set model.revision to one that it has",
-        f"OK    model org/tiny: can be downloaded, from 127.0.0.1:{hub.port}",
+        "FAIL  model org/tiny: org/tiny has no revision v9 -> set model.revision to one of its branches, tags or commits",
+        f"OK    model org/tiny: can be downloaded from 127.0.0.1:{hub.port}",
         "FAIL  dataset org/private: the hub has no dataset org/private, or does not show it to the account of your token -> "
-        "check datasets.<name>.source; for a private one set HF_TOKEN; if a local copy was meant, there is none at "
-        "./org/private",
+        "check datasets.<name>.source; if it is private, set HF_TOKEN; if you meant a local folder: "
+        "./org/private does not exist",
     ]
     assert lines[-2] == (
         "check_connectivity failed: failed: model org/missing, model org/gated, model org/tiny, dataset org/private"
@@ -294,7 +299,7 @@ def test_download_server_that_is_blocked(hub, check):
     assert code == 1
     assert lines[7] == (
         "FAIL  model org/tiny: no connection to 127.0.0.1:1 (ConnectionError) -> downloads come from other servers than "
-        "the hub's own: a firewall or proxy must allow these, too"
+        "the hub: the firewall or proxy must allow them too"
     )
 
 

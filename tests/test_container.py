@@ -207,7 +207,7 @@ def test_a_missing_image_and_a_missing_apptainer(tmp_path, monkeypatch):
     with pytest.raises(MoultError, match="neither apptainer nor singularity is on the PATH\n  -> install Apptainer"):
         check_image("moult.sif")
     (tmp_path / "singularity").touch(mode=0o755)
-    with pytest.raises(MoultError, match=r"the image is not there: moult\.sif\n  -> `make image` builds"):
+    with pytest.raises(MoultError, match=r"the image does not exist: moult\.sif\n  -> `make image` builds"):
         check_image("moult.sif")
     check_image(f"docker://a/b@{DIGEST}")
 

@@ -128,8 +128,8 @@ def test_wrong_input_is_one_message_and_no_output(tmp_path, run_script):
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert "has no chat template, and the rows are conversations" in done.stderr
-    assert "chatml (the shipped one)" in done.stderr and "Traceback" not in done.stderr
+    assert "has no chat template, but the rows are conversations" in done.stderr
+    assert "chatml (a template that is part of Moult)" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "tokens").exists()
 
 
@@ -232,7 +232,7 @@ def test_unrenderable_rows_are_counted(run):
     with pytest.raises(MoultError) as error:
         run(rows(*contents))
     assert error.value.what.splitlines() == [
-        "3 of 5 train rows cannot be shown by the chat template as they are:",
+        "the chat template cannot show 3 of 5 train rows unchanged:",
         "    2 control_token, for example row:1: messages[0] says '<|im_end|>', which this tokenizer takes for a control token",
         "    1 no_prompt, for example row:3: it begins with an assistant turn, which nothing asks for "
         "(give that turn weight 0)",
@@ -309,14 +309,18 @@ def test_plain_text_may_be_cut(run):
         ("all 2 train sequences are longer than max_length 16", [SHORT, LONG], {"max_length": 16}),
         # The prompt alone is longer than what is left.
         ("all 2 train sequences are", [SHORT, LONG], {"max_length": 8, "overlength": "truncate", "max_token_loss": 1}),
-        ("max_length 100 costs 9.* of the trained train tokens", [SHORT, LONG], {"max_length": 100}),
-        ("max_length 100 costs", [SHORT, LONG], {"max_length": 100, "overlength": "truncate"}),
+        ("max_length 100 removes 9.* of the trained train tokens", [SHORT, LONG], {"max_length": 100}),
+        ("max_length 100 removes", [SHORT, LONG], {"max_length": 100, "overlength": "truncate"}),
         (
             "only 1 of 4 trained turns end with a stop token",
             [SHORT, LONG, LONG, LONG],
             {"max_length": 100, "overlength": "truncate", "max_token_loss": 1},
         ),
-        ("1 of 1 train rows cannot be shown", [[user("x"), assistant("<|im_end|>")]], {"unrenderable": "drop"}),
+        (
+            "the chat template cannot show 1 of 1 train rows",
+            [[user("x"), assistant("<|im_end|>")]],
+            {"unrenderable": "drop"},
+        ),
         ("control_token, for example row:0", [[user("x"), assistant("<|im_end|>")], SHORT], {}),
     ],
 )

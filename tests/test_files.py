@@ -142,7 +142,7 @@ def test_hashes(tmp_path):
 
 
 def test_a_missing_and_a_cut_file_are_said_so(tmp_path):
-    with pytest.raises(MoultError, match=r"no\.json does not exist\n  -> run the stage that makes it"):
+    with pytest.raises(MoultError, match=r"no\.json does not exist\n  -> run the stage that writes it"):
         read_json(tmp_path / "no.json")
     (tmp_path / "cut.json").write_text('{\n "a": ')
     with pytest.raises(MoultError, match=r"cut\.json:2: not JSON \(Expecting value\)\n  -> delete it and run again"):

@@ -169,8 +169,8 @@ def test_what_another_model_left_there_is_removed_and_nothing_else(carded, tmp_p
         hub.add("model", "tester/demo", dict.fromkeys((*old, *own, "config.json"), b"{}"))
         done = publish(carded, hub, tmp_path, "--yes")
         assert done.returncode == 0, done.stderr
-        assert "tester/demo, which exists, PUBLIC:" in done.stderr
-        assert set(re.findall(r"(\S+) +removed$", done.stderr, re.MULTILINE)) == set(old)
+        assert "tester/demo (existing repository, PUBLIC):" in done.stderr
+        assert set(re.findall(r"(\S+) +will be deleted$", done.stderr, re.MULTILINE)) == set(old)
         repository = hub.repositories["model", "tester/demo"]
         there = repository.commits[repository.refs["main"]]
         assert not set(old) & set(there) and set(own) <= set(there)
@@ -199,17 +199,23 @@ def test_nothing_goes_up_unasked_or_changed(carded, tmp_path):
     shutil.copytree(carded, changed, copy_function=shutil.copy2)
     with FakeHub() as hub:
         done = publish(carded, hub, tmp_path)
-        assert done.returncode == 1 and "nobody is there to ask" in done.stderr and "model.safetensors" in done.stderr
+        assert (
+            done.returncode == 1 and "cannot ask for confirmation" in done.stderr and "model.safetensors" in done.stderr
+        )
         (changed / "results/demo/merged/chat_template.jinja").write_text("another")
         done = publish(changed, hub, tmp_path, "--yes")
-        assert done.returncode == 1 and "chat_template.jinja is not the one that was measured" in done.stderr
+        assert done.returncode == 1 and "chat_template.jinja was changed after it was measured" in done.stderr
         (changed / "results/demo/adapter/README.md").unlink()
         done = publish(changed, hub, tmp_path, "--yes", "--what", "adapter")
-        assert done.returncode == 1 and "README.md is not there" in done.stderr
+        assert done.returncode == 1 and "README.md does not exist" in done.stderr
         done = publish(carded, hub, tmp_path, "--yes", token="hf_" + "z" * 34)
         assert done.returncode == 1 and "the hub does not accept the token from HF_TOKEN" in done.stderr
         done = publish(carded, hub, tmp_path, "--yes", token="")
-        assert done.returncode == 1 and "an upload needs a token" in done.stderr and "hf auth login" in done.stderr
+        assert (
+            done.returncode == 1
+            and "there is no token for the upload" in done.stderr
+            and "hf auth login" in done.stderr
+        )
         assert not hub.repositories
 
 

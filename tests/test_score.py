@@ -216,7 +216,7 @@ def test_few_groups_are_no_evidence(rows, word, tmp_path):
     metrics = run(tmp_path, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
     assert metrics["verdict"]["verdict"] == word
     if word == "inconclusive":
-        reason = f"(of {rows // 2} groups of validation rows, and 6 are needed)"
+        reason = f"(only {rows // 2} groups of validation rows; 6 are needed)"
         assert metrics["verdict"]["reasons"][0].endswith(reason)
 
 
@@ -243,7 +243,7 @@ def test_different_questions_are_not_compared(tmp_path):
     rows = list(read_jsonl(tmp_path / "base" / "answers.jsonl"))
     rows[5]["prompt_ids"] = [7, 7]
     write_jsonl(tmp_path / "base" / "answers.jsonl", rows)
-    with pytest.raises(MoultError, match="not measured on the same answers \\(r3\\)"):
+    with pytest.raises(MoultError, match="were measured on different questions \\(r3\\)"):
         run(tmp_path)
     assert not (tmp_path / "metrics.json").exists()
 
@@ -252,7 +252,7 @@ def test_different_rows_are_not_compared(tmp_path):
     make_sides(tmp_path)
     rows = list(read_jsonl(tmp_path / "base" / "likelihood.jsonl"))
     write_jsonl(tmp_path / "base" / "likelihood.jsonl", rows[:-1])
-    with pytest.raises(MoultError, match="not measured on the same likelihood"):
+    with pytest.raises(MoultError, match="were measured on different sequences"):
         run(tmp_path)
 
 

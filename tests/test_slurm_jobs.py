@@ -109,9 +109,7 @@ def test_what_slurm_has_given_up_is_put_back(state, reason, said, call, slurm):
     (slurm / "queue").write_text(old + line(2, state, slurm, reason=reason) + others)
     wait_for(lambda: heard)
     over()
-    assert heard == [
-        f"Slurm job 2 (rule_finetune_wildcards_demo) is {said}, and Slurm leaves it at that: put back into the queue"
-    ]
+    assert heard == [f"Slurm job 2 (rule_finetune_wildcards_demo) is {said}, and Slurm does not restart it: requeued"]
     assert (slurm / "calls").read_text() == f"{call}\n"
 
 
@@ -123,7 +121,7 @@ def test_what_cannot_be_put_back_is_said_once(slurm):
     wait_for(lambda: said)
     time.sleep(0.2)
     over()
-    assert len(said) == 1 and "cannot be put back (Job not allowed): stop Snakemake and start it again" in said[0]
+    assert len(said) == 1 and "it cannot be requeued (Job not allowed): stop Snakemake and start it again" in said[0]
 
 
 def test_a_lost_node_is_the_plugins_business_without_requeueing(slurm):

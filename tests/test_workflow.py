@@ -131,7 +131,7 @@ def test_an_ended_snakemake_leaves_no_trainer_and_the_same_command_goes_on(how, 
         time.sleep(0.2)
     assert processes_in(folder) == []
     output = snakemake(folder, TARGET)
-    assert "going on from" in output
+    assert "continuing from" in output
     for path in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "metrics.json"):
         assert (folder / "results" / "demo" / path).read_bytes() == (demo / "results" / "demo" / path).read_bytes(), (
             path

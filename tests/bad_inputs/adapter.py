@@ -45,8 +45,8 @@ CASES = [
     Case(
         "tokens that train nothing",
         (
-            "finetune failed: step 0: the loss is exactly 0, so nothing is trained\n"
-            "what to do: look at tokens/preview.html: is anything marked?"
+            "finetune failed: step 0: the loss is exactly 0: the model does not learn\n"
+            "what to do: check in tokens/preview.html that tokens are marked"
         ),
         spoil=nothing_trained,
         target="finetune",
@@ -59,7 +59,7 @@ CASES = [
     ),
     Case(
         "a report that is gone",
-        ("finetune failed: results/d/tokens/report.json does not exist\nwhat to do: run the stage that makes it"),
+        ("finetune failed: results/d/tokens/report.json does not exist\nwhat to do: run the stage that writes it"),
         spoil=lambda folder: (folder / "results/d/tokens/report.json").unlink(),
         target="finetune",
     ),
@@ -120,10 +120,10 @@ CASES = [
     Case(
         "a merged model that is not the adapter's",
         (
-            "score failed: the merged model is not base plus adapter: mean KL 0.5 nats per token, over "
+            "score failed: the merged model differs from base plus adapter: mean KL 0.5 nats per token, above "
             "eval.merge_kl_limit 0.05\n"
-            "what to do: merge again; if the base has few bits (float16, fp8), loosen the limit and look at "
-            "samples.jsonl"
+            "what to do: delete merged/ and run again; if its dtype has few bits (float16, fp8), check samples.jsonl "
+            "and relax the limit"
         ),
         spoil=edit_json("results/d/tuned/merge_check.json", mean_kl=0.5),
         target="score",
@@ -131,8 +131,8 @@ CASES = [
     Case(
         "answers to other questions",
         (
-            "score failed: base and tuned were not measured on the same answers (rows.jsonl:13, rows.jsonl:27)\n"
-            "what to do: remove the base's folder and run again"
+            "score failed: base and tuned model were measured on different questions (rows.jsonl:13, rows.jsonl:27)\n"
+            "what to do: delete results/<run>/base and run again"
         ),
         spoil=other_questions,
         target="score",

@@ -287,10 +287,10 @@ CASES = [
     Case(
         "1 MB in one row",
         (
-            "encode failed: max_length 1,024 costs 100.0% of the trained train tokens (1 sequences, 2.6%, are "
-            "longer), over max_token_loss 10.0%\n"
-            "what to do: raise datasets.<name>.max_length (lengths that take all of a share: 30 (95%), 250,014 "
-            "(99%), 250,014 (100%)), or max_token_loss"
+            "encode failed: max_length 1,024 removes 100.0% of the trained train tokens (1 sequences, 2.6%, are "
+            "longer), more than max_token_loss 10.0%\n"
+            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,014, "
+            "100% fit into 250,014), or max_token_loss"
         ),
         rows=[*ROWS, {"prompt": "How many?", "completion": "two " * 250_000}],
     ),
@@ -298,8 +298,8 @@ CASES = [
         "every row too long",
         (
             "encode failed: all 38 train sequences are longer than max_length 8\n"
-            "what to do: raise datasets.<name>.max_length (lengths that take all of a share: 30 (95%), 30 (99%), "
-            "30 (100%))"
+            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 30, "
+            "100% fit into 30)"
         ),
         data(max_length=8),
     ),
@@ -307,8 +307,8 @@ CASES = [
         "a row too long, which is an error",
         (
             "encode failed: 28 of 38 train sequences are longer than max_length 29\n"
-            "what to do: raise datasets.<name>.max_length (lengths that take all of a share: 30 (95%), 30 (99%), "
-            "30 (100%)), or set overlength: drop or truncate"
+            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 30, "
+            "100% fit into 30), or set overlength: drop or truncate"
         ),
         data(max_length=29, overlength="error"),
     ),

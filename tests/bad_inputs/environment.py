@@ -32,7 +32,7 @@ CASES = [
         "a CA file that is not there",
         (
             "fetch_model failed: network.tls: nowhere.pem does not exist\n"
-            "what to do: network.tls may name a file of CA certificates (PEM)"
+            "what to do: set network.tls to a file with CA certificates (PEM)"
         ),
         {**HUB, "network": {"tls": "nowhere.pem"}},
         target="fetch_model",
@@ -40,7 +40,7 @@ CASES = [
     Case(
         "a hub that is switched off",
         (
-            "fetch_model failed: org/model would have to come from the hub, and HF_HUB_OFFLINE forbids that\n"
+            "fetch_model failed: org/model must be downloaded from the hub, but HF_HUB_OFFLINE is set\n"
             "what to do: unset HF_HUB_OFFLINE for this step, or put a copy into the folder paths.models"
         ),
         HUB,

@@ -109,7 +109,7 @@ CASES = [
         "an adapter",
         (
             "inspect_model failed: base: an adapter, no model\n"
-            "what to do: set model.name to the base model that it was made for"
+            "what to do: set model.name to the base model of this adapter"
         ),
         make=adapter_folder,
     ),

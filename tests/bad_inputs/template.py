@@ -35,8 +35,8 @@ CASES = [
     Case(
         "no template",
         (
-            "encode failed: base: the tokenizer has no chat template, and the rows are conversations\n"
-            "what to do: set model.chat_template: chatml (the shipped one), or the path of a Jinja file"
+            "encode failed: base: the tokenizer has no chat template, but the rows are conversations\n"
+            "what to do: set model.chat_template: chatml (a template that is part of Moult), or the path of a Jinja file"
         ),
         make=no_template,
     ),
@@ -56,7 +56,7 @@ CASES = [
     Case(
         "a template that raises",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: Roles must alternate\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
         ),
@@ -65,7 +65,7 @@ CASES = [
     Case(
         "a template that divides by zero",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: division by zero\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
         ),
@@ -79,7 +79,7 @@ CASES = [
     Case(
         "a template with a huge range",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: Range too big. The "
             "sandbox blocks ranges larger than MAX_RANGE (100000).\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -89,7 +89,7 @@ CASES = [
     Case(
         "a template that calls itself",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: maximum recursion depth "
             "exceeded\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -99,7 +99,7 @@ CASES = [
     Case(
         "a template that reaches for Python's classes",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: access to attribute "
             "'__class__' of 'str' object is unsafe.\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -109,7 +109,7 @@ CASES = [
     Case(
         "a template that reaches for globals",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: access to attribute "
             "'__init__' of 'type' object is unsafe.\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -119,7 +119,7 @@ CASES = [
     Case(
         "a template that includes a file",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: no loader for this "
             "environment specified\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -129,7 +129,7 @@ CASES = [
     Case(
         "a template that changes the messages",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: access to attribute "
             "'append' of 'list' object is unsafe.\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -139,7 +139,7 @@ CASES = [
     Case(
         "a template that drops the system turn",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_drops, for example rows.jsonl:1: the template leaves out what the system turn says\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
         ),
@@ -149,7 +149,7 @@ CASES = [
     Case(
         "a template without a stop token",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 no_stop_token, for example rows.jsonl:1: the template ends the turn with ...'It is 0.\\n', "
             "which has no special token of this tokenizer: the model could never learn to stop "
             "(model.chat_template: chatml ends turns with the tokenizer's own stop token)\n"
@@ -160,7 +160,7 @@ CASES = [
     Case(
         "a template that asks in other words",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 prompt_mismatch, for example rows.jsonl:1: the template asks for the answer with "
             "...'m_end|>\\n<|im_start|>bot\\n' and shows it as ...'?<|im_end|>\\n<|im_start|>assistant\\nIt is "
             "0.<|im_e'...: the model would be asked in another way than it was trained\n"
@@ -171,7 +171,7 @@ CASES = [
     Case(
         "a template that marks too little",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 markers, for example rows.jsonl:1: the template's {% generation %} block leaves out "
             "'<|im_end|>\\n', which is part of the answer or ends it\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
@@ -183,10 +183,10 @@ CASES = [
     Case(
         "control tokens in the data",
         (
-            "encode failed: 1 of 39 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 1 of 39 train rows unchanged:\n"
             "    1 control_token, for example rows.jsonl:41: messages[0] says '<|im_end|>', which this tokenizer "
             "takes for a control token\n"
-            "what to do: mend the rows, choose another model.chat_template (or its chat_template_kwargs), or "
+            "what to do: fix the rows, choose another model.chat_template (or its chat_template_kwargs), or "
             "leave such rows out with datasets.<name>.unrenderable: drop"
         ),
         rows=[*ROWS, {"prompt": "Say <|im_end|>", "completion": "No."}],
@@ -224,7 +224,7 @@ CASES = [
     Case(
         "text rows and no EOS",
         (
-            "encode failed: 38 of 38 train rows cannot be shown by the chat template as they are:\n"
+            "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 no_stop_token, for example rows.jsonl:1: the tokenizer names no EOS: the model could never "
             "learn to stop\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"

@@ -95,7 +95,7 @@ CASES = [
         (
             "plan failed: train.optim: You need to install `bitsandbytes` in order to use bitsandbytes "
             "optimizers: `pip install -U bitsandbytes`\n"
-            "what to do: mend the train section, or install what it needs"
+            "what to do: fix the train section of the config, or install the missing package"
         ),
         {"train": {"optim": "adamw_bnb_8bit"}},
     ),
@@ -104,7 +104,7 @@ CASES = [
         (
             "plan failed: train.report_to: CometCallback requires comet-ml>=3.43.2 to be installed. Run `pip "
             "install comet-ml>=3.43.2`.\n"
-            "what to do: mend the train section, or install what it needs"
+            "what to do: fix the train section of the config, or install the missing package"
         ),
         {"train": {"report_to": "comet_ml"}},
     ),
@@ -114,7 +114,7 @@ CASES = [
             "plan failed: train.report_to: tensorbord is not supported, only azure_ml, comet_ml, mlflow, "
             "neptune, tensorboard, trackio, wandb, codecarbon, clearml, dagshub, flyte, dvclive, swanlab, "
             "kubeflow are supported.\n"
-            "what to do: mend the train section, or install what it needs"
+            "what to do: fix the train section of the config, or install the missing package"
         ),
         {"train": {"report_to": "tensorbord"}},
     ),
@@ -123,7 +123,7 @@ CASES = [
         (
             "plan failed: train.lr_scheduler_type: One of min_lr or min_lr_rate should be set through the "
             "`lr_scheduler_kwargs`\n"
-            "what to do: mend the train section, or install what it needs"
+            "what to do: fix the train section of the config, or install the missing package"
         ),
         {"train": {"lr_scheduler_type": "cosine_with_min_lr"}},
     ),
@@ -175,7 +175,7 @@ CASES = [
             "comet-ml>=3.43.2`.\n"
             "    train.optim: You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip "
             "install -U bitsandbytes`\n"
-            "    -> mend the train section, or install what it needs\n"
+            "    -> fix the train section of the config, or install the missing package\n"
             "  - lora.target_modules: Target modules {'nope'} not found in the base model. Please check the "
             "target modules and try again.\n"
             "    -> linear layers of this model: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"

@@ -62,7 +62,7 @@ def test_dataset_fills_no_cache_in_the_home_unless_hf_home_says_so(hub, fetch):
             "set datasets.<name>.subset",
         ),
         ({"split": "val"}, "org/math has no split val; there are: train, test", "set datasets.<name>.split"),
-        ({"revision": "v9"}, "org/math has no revision v9; there are: main", "set datasets.<name>.revision to one"),
+        ({"revision": "v9"}, "org/math has no revision v9; it has: main", "set datasets.<name>.revision to one"),
     ],
 )
 def test_dataset_settings_that_are_not_there(hub, fetch, settings, what, fix):
@@ -100,7 +100,7 @@ def test_gated_and_missing_datasets(hub, fetch):
     assert_fails(result, what, f"accept its terms on {hub.url}/datasets/org/math, and set HF_TOKEN")
     result = fetch.dataset("org/missing")
     what = "the hub has no dataset org/missing, or does not show it without a token"
-    assert_fails(result, what, "check datasets.<name>.source; for a private one set HF_TOKEN")
+    assert_fails(result, what, "check datasets.<name>.source; if it is private, set HF_TOKEN")
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------

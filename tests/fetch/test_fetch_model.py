@@ -93,8 +93,8 @@ def test_token_is_sent_to_the_hub_alone_and_written_nowhere(hub, fetch, variable
         ({"tiny.Q4.gguf": b"x"}, "org/tiny has no safetensors weights, only: tiny.Q4.gguf", "choose a repository"),
         (
             {"adapter_config.json": b"{}", "adapter_model.safetensors": weights()},
-            "org/tiny is an adapter, no model",
-            "set model.name to the base model that it was made for",
+            "org/tiny is an adapter, not a model",
+            "set model.name to the base model of this adapter",
         ),
     ],
 )
@@ -107,9 +107,13 @@ def test_repository_without_safetensors_is_refused_before_the_download(hub, fetc
 @pytest.mark.parametrize("name", ["../../evil.json", "/evil.json", "a/../../../evil.json", "..\\evil.json"])
 def test_files_that_lead_out_of_the_folder_are_refused(hub, fetch, name):
     hub.add("model", "org/tiny", model(**{name: b"{}"}))
-    assert_fails(fetch.model(), f"org/tiny holds files that lead out of its folder: {name!r}", "do not use it")
+    assert_fails(
+        fetch.model(), f"org/tiny has files that would be written outside its folder: {name!r}", "do not use it"
+    )
     hub.add("dataset", "org/math", {"main/train.jsonl": b'{"a": 1}\n', name: b"{}"})
-    assert_fails(fetch.dataset(), f"org/math holds files that lead out of its folder: {name!r}", "do not use it")
+    assert_fails(
+        fetch.dataset(), f"org/math has files that would be written outside its folder: {name!r}", "do not use it"
+    )
     assert not [path for path in hub.paths("GET") if "/resolve/" in path]
     assert not list(fetch.folder.parent.rglob("*evil*"))
 
@@ -146,7 +150,7 @@ def downloads(hub: FakeHub, file: str) -> int:
 def test_file_of_wrong_length_fails_and_the_next_run_goes_on(hub, fetch):
     hub.add("model", "org/tiny", model())
     hub.wrong["model.safetensors"] = weights()[:500]
-    assert_fails(fetch.model(), "a file arrived with the wrong length", "run again: whole files are kept")
+    assert_fails(fetch.model(), "a downloaded file has the wrong length", "run again: finished files are kept")
     assert "tiny/config.json" not in fetch.files("results")
     assert not (fetch.folder / "results/tiny.json").exists()
     hub.wrong.clear()
@@ -158,7 +162,7 @@ def test_file_of_wrong_length_fails_and_the_next_run_goes_on(hub, fetch):
 def test_damaged_weights_are_noticed(hub, fetch):
     hub.add("model", "org/tiny", model())
     hub.wrong["model.safetensors"] = weights(fill=b"\2")
-    assert_fails(fetch.model(), "model.safetensors has arrived damaged", "run again: the other files are kept")
+    assert_fails(fetch.model(), "the download of model.safetensors is damaged", "run again: the other files are kept")
     hub.wrong.clear()
     assert fetch.model().returncode == 0
     assert (fetch.folder / "results/tiny/model.safetensors").read_bytes() == weights()
@@ -204,9 +208,7 @@ def test_disk_that_is_too_small_for_the_model(hub, fetch):
     )
     command[1:2] = ["-c", f"{code} fetch_model.main()"]
     result = fetch.run(command, PYTHONPATH=str(ROOT / "scripts"))
-    assert_fails(
-        result, "org/tiny needs 0.0 GB more, and the disk of results has 0.0 GB", "make room, or set paths.results"
-    )
+    assert_fails(result, "org/tiny needs 0.0 GB more, but results has 0.0 GB free", "free space, or set paths.results")
     assert downloads(hub, "model.safetensors") == 0
 
 
@@ -227,7 +229,7 @@ def test_unknown_name_without_a_token(hub, fetch):
     assert_fails(
         fetch.model("org/missing"),
         "the hub has no model org/missing, or does not show it without a token",
-        "check model.name; for a private one set HF_TOKEN; if a local copy was meant, there is none at ./org/missing",
+        "check model.name; if it is private, set HF_TOKEN; if you meant a local folder: ./org/missing does not exist",
     )
 
 
@@ -241,8 +243,8 @@ def test_token_that_is_not_valid(hub, fetch):
     result = fetch.model(HF_TOKEN="hf_expired")
     assert_fails(
         result,
-        "the hub does not accept the token from HF_TOKEN: it is mistyped, expired or revoked",
-        f"make a new one on {hub.url}/settings/tokens; what is public needs none",
+        "the hub does not accept the token from HF_TOKEN: it is wrong, expired or revoked",
+        f"create a new one on {hub.url}/settings/tokens; public repositories do not need a token",
     )
 
 
@@ -260,25 +262,29 @@ def test_unknown_revision_names_those_there_are(hub, fetch):
     hub.add("model", "org/tiny", model())
     hub.add("model", "org/tiny", model(), revision="v2")
     result = fetch.model(settings={"revision": "v3"})
-    assert_fails(result, "org/tiny has no revision v3; there are: main, v2", "set model.revision to one that it has")
+    assert_fails(
+        result,
+        "org/tiny has no revision v3; it has: main, v2",
+        "set model.revision to one of its branches, tags or commits",
+    )
 
 
 def test_name_that_no_hub_could_have(hub, fetch):
     result = fetch.model("org/tiny--two")
     assert_fails(
         result,
-        "model.name: org/tiny--two is neither a path on this machine nor a name that the hub could have",
+        "model.name: org/tiny--two is neither a path on this machine nor a valid name on the hub",
         "check",
     )
 
 
 def test_hub_out_of_order(hub, fetch):
     hub.status = 503
-    assert_fails(fetch.model(), "the hub answers 503 for org/tiny", "if that stays, look at")
+    assert_fails(fetch.model(), "the hub answers with status 503 for org/tiny", "try again later")
 
 
 def test_login_page_instead_of_the_hub(hub, fetch):
     hub.page = b"<html>Welcome to our hotel</html>"
     assert_fails(
-        fetch.model(), f"what answers at 127.0.0.1:{hub.port} is not the hub", "is it a login page of the network?"
+        fetch.model(), f"the server at 127.0.0.1:{hub.port} is not the hub", "check HF_ENDPOINT; is it the login page"
     )

@@ -39,7 +39,7 @@ def test_no_call_of_the_hubs_client_waits_without_end(hub, fetch):
 
 def test_offline_switch_is_named(hub, fetch):
     result = fetch.model(HF_HUB_OFFLINE="1")
-    what = "org/tiny would have to come from the hub, and HF_HUB_OFFLINE forbids that"
+    what = "org/tiny must be downloaded from the hub, but HF_HUB_OFFLINE is set"
     assert_fails(result, what, "unset HF_HUB_OFFLINE for this step, or put a copy into the folder paths.models")
     assert hub.requests == []
 
@@ -47,7 +47,9 @@ def test_offline_switch_is_named(hub, fetch):
 def test_proxy_that_refuses(fetch):
     with FakeProxy(403) as proxy:
         result = fetch.model(HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=proxy.url)
-        assert_fails(result, f"the proxy {proxy.url} refuses: 403 Forbidden", "check HTTPS_PROXY and NO_PROXY")
+        assert_fails(
+            result, f"the proxy {proxy.url} refuses the connection: 403 Forbidden", "check HTTPS_PROXY and NO_PROXY"
+        )
     assert proxy.asked == [("hub.invalid:443", None)]
 
 
@@ -75,8 +77,8 @@ def test_tls(fetch, certificate, kind):
         hub.add("dataset", "org/math", dataset())
         run = getattr(fetch, kind)
         result = run(HF_ENDPOINT=hub.url)
-        what = f"the certificate that 127.0.0.1:{hub.port} shows is not trusted: unable to get local issuer certificate"
-        assert_fails(result, what, "a proxy that opens TLS? Give its CA certificate: network.tls: /path/to/ca.pem")
+        what = f"the certificate of 127.0.0.1:{hub.port} is not trusted: unable to get local issuer certificate"
+        assert_fails(result, what, "if a proxy opens TLS, set network.tls to its CA certificate: /path/to/ca.pem")
         assert hub.requests == []
 
         assert run(tls=str(certificate.ca), HF_ENDPOINT=hub.url).returncode == 0
@@ -85,7 +87,7 @@ def test_tls(fetch, certificate, kind):
 
         result = run(tls="off", HF_ENDPOINT=hub.url)
         assert result.returncode == 0, result.stderr
-        assert "network.tls is off: NO CERTIFICATE IS CHECKED" in result.stderr
+        assert "network.tls is off: certificates are NOT CHECKED" in result.stderr
 
 
 def test_wrong_ca_file_is_not_enough(fetch, certificate, tmp_path):
@@ -94,19 +96,21 @@ def test_wrong_ca_file_is_not_enough(fetch, certificate, tmp_path):
         result = fetch.model(tls=str(other.ca), HF_ENDPOINT=hub.url)
         assert_fails(
             result,
-            f"the certificate that 127.0.0.1:{hub.port} shows is not trusted: unable to get local issuer certificate",
+            f"the certificate of 127.0.0.1:{hub.port} is not trusted: unable to get local issuer certificate",
         )
 
 
 def test_ca_file_that_is_none(fetch, tmp_path):
     result = fetch.model(tls="/nowhere/ca.pem")
     assert_fails(
-        result, "network.tls: /nowhere/ca.pem does not exist", "network.tls may name a file of CA certificates (PEM)"
+        result, "network.tls: /nowhere/ca.pem does not exist", "set network.tls to a file with CA certificates (PEM)"
     )
     (tmp_path / "ca.pem").write_text("no certificate")
     result = fetch.model(tls="ca.pem")
     assert_fails(
-        result, "network.tls: ca.pem cannot be used: it holds no certificate in PEM format", "a CA file has lines"
+        result,
+        "network.tls: ca.pem cannot be used: it does not contain a certificate in PEM format",
+        "a CA file contains lines",
     )
     result = fetch.model(SSL_CERT_FILE="/nowhere/ca.pem")
     assert_fails(result, "SSL_CERT_FILE: /nowhere/ca.pem does not exist")

@@ -138,7 +138,7 @@ def test_dora_resumes_to_the_same_bytes(run, whole):
 def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
     fault = ("moult.training.trainer:Watch.on_step_end", number, step)
     attempt(stopped, fault, code=75 if number == TERM else -number)
-    assert "going on from" in attempt(stopped)
+    assert "continuing from" in attempt(stopped)
     check_same(stopped, whole(stopped.config))
 
 
@@ -189,7 +189,7 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_stay(run, whole, small_
     assert kept and fault_of(kept[-1], read_json(state / "fingerprint.json"), with_best=True) is None
     assert not (state / "staging").exists() and not (full.folder / "adapter").exists()
     small_disk("remount,size=10m")
-    assert f"going on from {kept[-1]}" in attempt(full)
+    assert f"continuing from {kept[-1]}" in attempt(full)
     check_same(full, whole(settings()))
 
 

@@ -144,7 +144,7 @@ def test_two_processes_give_the_loss_of_one(run):
         assert [x for x in a[:5] if x is not None] == pytest.approx([x for x in b[:5] if x is not None], rel=1e-4)
     whole = two.adapter()
     shutil.rmtree(two.folder / "state" / "checkpoint-4")
-    assert "going on from" in two.go(launcher=TORCHRUN).stderr
+    assert "continuing from" in two.go(launcher=TORCHRUN).stderr
     assert two.adapter() == whole
 
 
@@ -193,7 +193,7 @@ def test_a_plan_of_other_steps_is_refused_before_the_training(run):
     stopped = run()
     stopped.config = settings(max_steps=7)
     done = stopped.go(code=1)
-    assert "train.max_steps is 7, and" in done.stderr and "make the plan again" in done.stderr
+    assert "train.max_steps is 7, and" in done.stderr and "run the stage plan again" in done.stderr
     assert "training on" not in done.stderr
 
 

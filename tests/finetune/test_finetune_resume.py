@@ -54,7 +54,7 @@ def test_a_killed_run_ends_with_the_same_bytes(step, run, undisturbed):
     assert kill_at(killed, step, signal.SIGKILL) == -signal.SIGKILL
     assert not (killed.folder / "adapter").exists()
     done = killed.go()
-    assert ("going on from" in done.stderr) == (step > 3)
+    assert ("continuing from" in done.stderr) == (step > 3)
     assert killed.adapter() == undisturbed.adapter()
     assert killed.losses() == undisturbed.losses()
 
@@ -67,7 +67,7 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(number, run, undisturbed):
     log = (stopped.folder / "finetune.log").read_text()
     assert "checkpoint saved" in log and "run the same command again to go on" in log
     assert not (stopped.folder / "adapter").exists()
-    assert "going on from" in stopped.go().stderr
+    assert "continuing from" in stopped.go().stderr
     assert stopped.adapter() == undisturbed.adapter()
     assert stopped.losses() == undisturbed.losses()
 
@@ -79,7 +79,7 @@ def test_a_signal_to_torchrun_saves_too(run):
     whole.go(launcher=TORCHRUN)
     assert kill_at(stopped, 4, signal.SIGTERM, TORCHRUN) == 1
     assert "checkpoint saved" in (stopped.folder / "finetune.log").read_text()
-    assert "going on from" in stopped.go(launcher=TORCHRUN).stderr
+    assert "continuing from" in stopped.go(launcher=TORCHRUN).stderr
     assert stopped.adapter() == whole.adapter()
 
 
@@ -99,8 +99,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, undisturb
     newest = damaged.folder / "state" / "checkpoint-15"
     (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-100])
     done = damaged.go()
-    assert f"{newest} cannot be resumed from: optimizer.pt has" in done.stderr
-    assert "going on from" in done.stderr
+    assert f"{newest} cannot be resumed: optimizer.pt has" in done.stderr
+    assert "continuing from" in done.stderr
     assert damaged.adapter() == undisturbed.adapter()
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_brings_code_runs_none(name, run, undisturbed):
     oldest.rename(staged)
     seal(staged, state, read_json(state / "fingerprint.json"))
     done = attacked.go(code=1)
-    assert "going on from" in done.stderr and "Weights only load failed" in done.stderr
+    assert "continuing from" in done.stderr and "Weights only load failed" in done.stderr
     assert not mark.exists()
     torch.load(state / oldest.name / name, weights_only=False)
     assert mark.exists(), "the code is real"
@@ -155,7 +155,7 @@ def test_resume_from_a_checkpoint_of_another_run_says_what_differs(run, undistur
     changed = run(settings(learning_rate=2e-3))
     checkpoint = next((undisturbed.folder / "state").glob("checkpoint-*"))
     done = changed.go("--resume-from", str(checkpoint), code=1)
-    assert "it is of another run (differs in: settings.train.learning_rate)" in done.stderr
+    assert "it belongs to another run (differs in: settings.train.learning_rate)" in done.stderr
     assert "give a checkpoint of the same settings" in done.stderr
 
 
@@ -164,7 +164,7 @@ def test_resume_from_a_checkpoint_of_its_own_with_other_settings_moves_nothing(r
     copy_state(undisturbed, changed)
     checkpoint = next((changed.folder / "state").glob("checkpoint-*"))
     done = changed.go("--resume-from", str(checkpoint), code=1)
-    assert "it is of another run (differs in: settings.train.learning_rate)" in done.stderr
+    assert "it belongs to another run (differs in: settings.train.learning_rate)" in done.stderr
     assert checkpoint.is_dir() and "moved" not in done.stderr
 
 
@@ -172,7 +172,7 @@ def test_resume_from_a_checkpoint_elsewhere(run, undisturbed):
     again = run()
     checkpoint = min((undisturbed.folder / "state").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     done = again.go("--resume-from", str(checkpoint))
-    assert f"going on from {again.folder / 'state' / checkpoint.name}" in done.stderr
+    assert f"continuing from {again.folder / 'state' / checkpoint.name}" in done.stderr
     assert again.adapter() == undisturbed.adapter()
 
 

@@ -109,7 +109,7 @@ def alter(path, change) -> None:
 @examples(100)
 @given(content=BYTES)
 def test_any_fingerprint(tmp_path, content):
-    """One that cannot be read is of another run: everything is moved aside, or it is said."""
+    """One that cannot be read belongs to another run: everything is moved aside, or it is said."""
     state = tmp_path / "trainer_state"
     shutil.rmtree(state, ignore_errors=True)
     seal(state, 2, None)

@@ -123,9 +123,9 @@ def test_without_the_image_one_message_and_no_job(tmp_path):
     output = contained(folder, TARGET, code=1)
     said = output[output.index("Building DAG") :].splitlines()[1:]
     assert said == [
-        "--use-singularity: the image is not there: containers/moult-train-0.1.0.sif",
-        "  -> `make image` builds the one of the training stages, `make serve-image` that of the server; `container` and "
-        "`serve.container` in the config name others",
+        "--use-singularity: the image does not exist: containers/moult-train-0.1.0.sif",
+        "  -> `make image` builds the image of the training stages, `make serve-image` the image of the server; `container` and "
+        "`serve.container` in the config name other images",
     ]
     assert not (folder / "results").exists()
     assert "finetune" in contained(folder, "-n", TARGET)

@@ -140,7 +140,7 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     call("scancel", job)
     wait_for(lambda: jobs(folder, "finetune") not in ([], [job]))
 
-    # All else Slurm or Moult put back into the queue: it is no attempt of the one that is left.
+    # All else Slurm or Moult requeues: it does not use up the attempt that is left.
     job = further("scancel")
     call("scontrol", "requeue", job)
     go_on(job)
@@ -158,7 +158,7 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     call("scontrol", "update", f"nodename={node}", "state=resume")
     crowd = ("--partition=high", "--nodes=3", "--exclusive", "--time=5", f"--chdir={tmp_path}", "--wrap=sleep 8")
     crowd = call("sbatch", "--parsable", *crowd).strip()
-    job = wait_for(lambda: re.search(r"Slurm job (\d+) .* is PREEMPTED, .*: put back into the queue", said()))[1]
+    job = wait_for(lambda: re.search(r"Slurm job (\d+) .* is PREEMPTED, .*: requeued", said()))[1]
     call("scancel", crowd)
     go_on(job)
 
@@ -192,8 +192,12 @@ def test_what_slurm_refuses_is_told_with_its_reason(tmp_path):
     refused = ("--default-resources", "slurm_partition=nope", "--retries", "1")
     output = snakemake(folder, *QUICK, TARGET, *refused, code=1, cores=None)
     assert output.count("--partition=nope --time=120 --mem=8000: Invalid partition name specified") == 2
-    assert output.index("Slurm refuses what some jobs ask for:") < output.index("Error in group data-demo")
-    assert output.rindex("Slurm refuses what some jobs ask for:") > output.rindex("Error in group data-demo")
+    assert output.index("Slurm refuses the resources that some jobs request:") < output.index(
+        "Error in group data-demo"
+    )
+    assert output.rindex("Slurm refuses the resources that some jobs request:") > output.rindex(
+        "Error in group data-demo"
+    )
 
 
 def test_two_nodes_train_as_one(demo, tmp_path):

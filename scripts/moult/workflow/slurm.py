@@ -123,7 +123,7 @@ def watch(folder: Path, requeue: bool, warn: Callable[[str], None], every: float
                 else:
                     continue
                 outcome = f"it cannot be requeued ({fault}): stop Snakemake and start it again" if fault else "requeued"
-                warn(f"Slurm job {job.id} ({job.what}) is {state} and Slurm does not restart it: {outcome}")
+                warn(f"Slurm job {job.id} ({job.what}) is {state}, and Slurm does not restart it: {outcome}")
                 if fault:
                     known.add(job.id)
 
