@@ -204,7 +204,8 @@ def test_certificate_of_a_proxy_that_opens_tls(check, certificate):
         assert_stops(
             check(hub),
             "TLS",
-            "the certificate's issuer, Corp Proxy CA (Corp), is not trusted by this system (unable to get local issuer certificate)",
+            "the certificate's issuer, Corp Proxy CA (Corp), is not trusted by this system "
+            "(unable to get local issuer certificate)",
             "if a proxy opens TLS, ask its administrators for the CA certificate and set network.tls: /path/to/ca.pem",
         )
         assert hub.requests == []
