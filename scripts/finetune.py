@@ -68,8 +68,9 @@ def main() -> None:
     settings = args.settings
     with stage("finetune", args.log_file, settings, rank=rank()) as log:
         stop = StopSignal()
-        # LoRA leaves out what plan has found that it cannot train.
-        settings["lora"] |= read_json(args.plan).get("lora", {})
+        # What plan has found that cannot be trained is left out.
+        for section in ("lora", "train"):
+            settings[section] |= read_json(args.plan).get(section, {})
         state = Path(args.state)
         fingerprint = make_fingerprint(settings, args)
         with locked(state) if rank() == 0 else contextlib.nullcontext():

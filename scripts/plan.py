@@ -27,6 +27,7 @@ from moult.run.stage import stage
 from moult.training.arguments import check_trainer, trainer_config
 from moult.training.packing import ROUNDING, mixing
 from moult.training.targets import out_of_reach, place_lora
+from moult.training.trial import without_router_loss
 
 GIB = 1024**3
 
@@ -52,6 +53,9 @@ def plan(settings: dict, args, log) -> None:
     small = shrink(model)
     if small is None:
         log.warning("no small model of this architecture can be made: what LoRA can train shows in the trial step only")
+    no_router_loss = small and without_router_loss(small, settings["train"])
+    if no_router_loss:
+        log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
     steps = count_steps(args.tokens, report, settings["train"])
     lora = settings["lora"]
     *_, targets = all_of(
@@ -86,8 +90,9 @@ def plan(settings: dict, args, log) -> None:
         "target_parameters": targets.parameters,
         "left_out": targets.left_out,
         "out_of_reach": out_of_reach(model, targets, lora),
-        # What finetune adds to the config's `lora`.
+        # What finetune sets besides the config.
         "lora": targets.added_settings(lora),
+        "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
         "steps": steps,
         "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),

@@ -166,7 +166,8 @@ def refusal(model, lora: dict, exclude: list[str]) -> str | None:
     try:
         with_lora(model, with_exclusion(lora, exclude))
     except ValueError as error:
-        return str(error).strip().splitlines()[0]
+        # "[PEFT:LORA] Module 'out_proj' is incompatible with Mamba-based models (model_type='mamba'). Please ..."
+        return re.sub(r"^\[.*?\] | \(model_type=.*", "", str(error).strip().splitlines()[0])
     return None
 
 

@@ -106,6 +106,26 @@ def check_loss(small) -> None:
         )
 
 
+def without_router_loss(small, train: dict) -> str | None:
+    """Why the loss that balances the experts cannot be computed, where TRL would add it (TRL 1.16); None if it can."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    config, wanted = small.config.get_text_config(), train.get("router_aux_loss_coef")
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
+    if not weight or not hasattr(config, "output_router_logits"):
+        return None
+    inputs, model = tokens_for(small), copy.deepcopy(small).eval()
+    show_backbone(model)
+    add_fused_lm_head(model)
+    try:
+        with torch.no_grad():
+            loss = model(**inputs, labels=inputs["input_ids"], fused_lm_head=True, output_router_logits=True).aux_loss
+    except BROKEN as error:
+        return first_line(error)
+    return None if loss is not None else "the model returns none"
+
+
 def tokens_for(small) -> dict:
     import torch
 
