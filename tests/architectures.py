@@ -249,10 +249,10 @@ def main() -> None:
 
 INTRODUCTION = """# Models
 
-What Moult does with a tiny model of random weights of each of these types of transformers: `plan`, two steps of `finetune` with
-`lora.target_modules: all-linear`, `merge`. KL is the largest divergence of any position between the merged model and base plus adapter.
-`packing` says whether `train.packing` leaves a row's logits as they are: where it does not, plan refuses it. "needs a kernel": it is exact with the
-package that plan's message names.
+What Moult does with a tiny model of random weights of each of these types of transformers: `plan`, two steps of `finetune`
+with `lora.target_modules: all-linear`, `merge`. KL is the largest divergence of any position between the merged model and
+base plus adapter. packing: whether a row that `train.packing` puts behind another keeps the logits that it has alone; where
+it does not, plan refuses it. "needs a kernel": refused without the package that plan's message names.
 
 plan makes the same trial with your model's own architecture, so a type that is not in the table is tried out as well.
 
