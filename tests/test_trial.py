@@ -1,12 +1,12 @@
-"""plan tries out on a small model of the same architecture what LoRA can train, what merging gives, and whether packing is exact."""
+"""plan tries out on a small model of the same architecture: what LoRA can train, whether it merges, whether packing is exact."""
 
 import copy
 import json
 
 import pytest
 import torch
-from architectures import COMMON, FAST, KINDS, Row, make_base, table, try_out
 from finetuning import SETTINGS, Run, tokenizer
+from model_types import COMMON, FAST, KINDS, Row, make_base, table, try_out
 from planning import make
 from tiny import make_tokens
 

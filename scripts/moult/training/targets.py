@@ -59,7 +59,7 @@ def linear_names(model) -> list[str]:
 def tied_modules(model) -> set[str]:
     """Names of the modules that share the embedding's weight."""
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if output is None or not model.config.get_text_config().tie_word_embeddings:
+    if output is None or output.weight is not embedding.weight:
         return set()
     return {name for name, module in model.named_modules() if module is output or module is embedding}
 
@@ -74,17 +74,20 @@ def place_lora(model, lora: dict, small=None) -> Targets:
         lora: settings of peft.LoraConfig.
         small: a small model of the same architecture (moult.model.shrunken), or None where there is none to try it on.
     """
-    everything = takes_all(lora)
-    left_out = refused_by_peft(model, lora) if everything else {}
-    targets = inject(model, lora, suffixes(model, left_out))
+    left_out: dict[str, str] = {}
+    try:
+        targets = inject(model, lora, [])
+    except MoultError:
+        left_out = refused_by_peft(model, lora) if takes_all(lora) else {}
+        if not left_out:
+            raise
+        targets = inject(model, lora, suffixes(model, left_out))
     check_targets(targets, lora, model)
-    if small is not None:
-        faults = find_faults(small, [*targets.layers, *targets.parameters], lora)
-        if faults and not everything:
-            check_explicit(faults, targets, lora)
-        if faults:
-            left_out |= faults
-            targets = inject(model, lora, suffixes(model, left_out))
+    faults = find_faults(small, [*targets.layers, *targets.parameters], lora) if small is not None else {}
+    if faults:
+        check_explicit(faults, targets, lora)
+        left_out |= faults
+        targets = inject(model, lora, suffixes(model, left_out))
     targets.left_out = left_out
     return targets
 
@@ -236,8 +239,14 @@ def check_wrappers(targets: Targets, lora: dict, head: str | None) -> None:
 
 def check_explicit(faults: dict[str, str], targets: Targets, lora: dict) -> None:
     """Raises MoultError if a name that the config gives stands for nothing that can be trained."""
-    for key, found in (("target_modules", targets.layers), ("target_parameters", targets.parameters)):
-        wanted = lora.get(key)
+    everything = takes_all(lora)
+    modules = [] if everything else lora["target_modules"]
+    # Weights of experts that peft takes for all-linear cannot be excluded one by one.
+    parameters = list(targets.parameters) if everything else lora.get("target_parameters")
+    for key, wanted, found in (
+        ("target_modules", modules, targets.layers),
+        ("target_parameters", parameters, targets.parameters),
+    ):
         for name in wanted if isinstance(wanted, list) else [wanted] if wanted else []:
             places = [place for place in found if isinstance(wanted, str) or ends_with(place, name)]
             bad = sorted({generic(place) for place in places} & set(faults))

@@ -65,9 +65,8 @@ def find_faults(small, names: list[str], lora: dict) -> dict[str, str]:
         outcome = attempt(small, without(groups, faults), lora)
     if outcome.error:
         errors = {name: attempt(small, {name: groups[name]}, lora).error for name in without(groups, faults)}
-        alone = {name: error for name, error in errors.items() if error}
-        if len(alone) < len(errors):
-            faults |= alone
+        if len(errors) == 1 or len(set(errors.values())) > 1:  # else it is not the layers' fault
+            faults |= {name: error for name, error in errors.items() if error}
             outcome = attempt(small, without(groups, faults), lora)
     if outcome.error:
         raise MoultError(

@@ -1,7 +1,7 @@
 """The table of architectures: which of transformers' decoders Moult trains, merges and packs.
 
-    python tests/architectures.py                 # writes config/MODELS.md; half an hour
-    python tests/architectures.py qwen3 jamba     # prints these only
+    python tests/model_types.py                 # writes config/MODELS.md; half an hour
+    python tests/model_types.py qwen3 jamba     # prints these only
 
 Each is a tiny model of random weights: plan, two steps of finetune, merge; then the KL divergence between the merged model
 and base plus adapter on five rows. A model that plan refuses has its message in the table instead.
@@ -256,7 +256,7 @@ it does not, plan refuses it. "needs a kernel": refused without the package that
 
 plan makes the same trial with your model's own architecture, so a type that is not in the table is tried out as well.
 
-Made by `python tests/architectures.py`.
+Made by `python tests/model_types.py`.
 """
 
 
