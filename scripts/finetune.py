@@ -37,7 +37,7 @@ from moult.model.manifest import open_model
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.training.arguments import trainer_config
+from moult.training.arguments import show_backbone, trainer_config
 from moult.training.checkpoints import (
     FORMAT,
     adopt,
@@ -68,6 +68,9 @@ def main() -> None:
     settings = args.settings
     with stage("finetune", args.log_file, settings, rank=rank()) as log:
         stop = StopSignal()
+        # What plan has found that cannot be trained is left out.
+        for section in ("lora", "train"):
+            settings[section] |= read_json(args.plan).get(section, {})
         state = Path(args.state)
         fingerprint = make_fingerprint(settings, args)
         with locked(state) if rank() == 0 else contextlib.nullcontext():
@@ -219,7 +222,7 @@ def make_trainer(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moult.training.trainer import Finetuner, try_longest_batch
+    from moult.training.trainer import Finetuner, try_longest_batch, try_packing
 
     transformers_logging.set_verbosity_info()
     transformers_logging.disable_progress_bar()
@@ -231,6 +234,7 @@ def make_trainer(
     val = read_sequences(Path(args.tokens) / "val.parquet")
     # With several processes, Trainer moves the model of each process to its GPU.
     model = load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings)
+    show_backbone(model)
     try:
         trainer = Finetuner(
             model=model,
@@ -267,6 +271,7 @@ def make_trainer(
         str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
     )
     try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
+    try_packing(trainer)
     return trainer
 
 

@@ -17,12 +17,17 @@ from pathlib import Path
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
 from moult.model.chat import Chat, prompt_of
-from moult.model.lora import lora_config, needs_peft, vllm_refuses
+from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.lora import needs_peft, vllm_refuses
 from moult.model.manifest import open_model
 from moult.model.safetensors import read_tensors
+from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import check_trainer, trainer_config
+from moult.training.packing import ROUNDING, mixing
+from moult.training.targets import out_of_reach, place_lora
+from moult.training.trial import without_router_loss
 
 GIB = 1024**3
 
@@ -42,28 +47,38 @@ def main() -> None:
 def plan(settings: dict, args, log) -> None:
     report = read_json(Path(args.tokens) / "report.json")
     base = open_model(args.model)[0]
-    tensors = read_tensors(base)
     model = empty_model(base, settings["trust_remote_code"])
+    tensors = read_tensors(base)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    tied = tied_modules(model)
+    small = shrink(model)
+    if small is None:
+        log.warning("no small model of this architecture can be made: what LoRA can train shows in the trial step only")
+    no_router_loss = small and without_router_loss(small, settings["train"])
+    if no_router_loss:
+        log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
     steps = count_steps(args.tokens, report, settings["train"])
-    *_, (targets, model) = all_of(
+    lora = settings["lora"]
+    *_, targets = all_of(
         lambda: check_weights(base, settings["trust_remote_code"]),
         lambda: check_attention(model.config, settings),
         lambda: check_lengths(report, model.config),
         lambda: check_steps(steps, settings["train"]),
         lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
-        lambda: lora_targets(model, lora_config(settings["lora"]), settings["lora"], tied),
+        lambda: check_packing(small, settings),
+        lambda: place_lora(model, lora, small),
     )
     place_in_files(targets, tensors, model)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ranks = {target["r"] for target in targets.values()} or {settings["lora"]["r"]}
+    trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
+    stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
+    everything = {**targets.layers, **targets.parameters}
+    ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
-    merge_reasons = needs_peft(settings["lora"])
-    if any(target["tensor"] is None for target in targets.values()):
+    as_peft_has_it = {**lora, "target_parameters": sorted(targets.parameters)}
+    merge_reasons = needs_peft(as_peft_has_it)
+    if any(target["tensor"] is None for target in targets.layers.values()):
         merge_reasons.append("weights are stored under other names")
-    serve_reasons = vllm_refuses(settings["lora"], ranks)
+    serve_reasons = vllm_refuses(as_peft_has_it, ranks)
     result = {
         "schema_version": 1,
         "parameters": {
@@ -71,9 +86,15 @@ def plan(settings: dict, args, log) -> None:
             "trainable": trainable,
             "trainable_share": trainable / base_parameters,
         },
-        "targets": targets,
+        "targets": targets.layers,
+        "target_parameters": targets.parameters,
+        "left_out": targets.left_out,
+        "out_of_reach": out_of_reach(model, targets, lora),
+        # What finetune sets besides the config.
+        "lora": targets.added_settings(lora),
+        "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
         "steps": steps,
-        "memory": estimate_memory(model, base_parameters, trainable, settings, report),
+        "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
@@ -209,6 +230,27 @@ def check_train(settings: dict, report: dict, model) -> None:
     check_trainer(config, model)
 
 
+def check_packing(small, settings: dict) -> None:
+    """Rows that are packed into one sequence do not see each other, tried on a small model of the same architecture."""
+    train, attention = settings["train"], settings["attn_implementation"]
+    key = "packing" if train["packing"] else "padding_free"
+    # Other attention needs a GPU: finetune tries it there.
+    if not train.get(key) or small is None or attention not in (None, "eager", "sdpa"):
+        return
+    if attention:
+        small.set_attn_implementation(attention)
+    try:
+        difference = mixing(small, [[token + 3 for token in range(start, start + 12)] for start in (0, 30, 80)])
+    except BROKEN as error:
+        raise MoultError(f"train.{key}: {str(error).strip().splitlines()[0]}", f"set train.{key}: false") from error
+    if not difference < ROUNDING:
+        raise MoultError(
+            f"train.{key}: rows that are packed into one sequence see each other in this model (its logits differ by "
+            f"{difference:.1%} of the largest from those of each row alone)",
+            f"set train.{key}: false",
+        )
+
+
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
@@ -229,110 +271,20 @@ def empty_model(folder: Path, trust_remote_code: bool):
         ) from error
 
 
-def tied_modules(model) -> set[str]:
-    """Names of the modules that share the embedding's weight."""
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if output is None or not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    return {name for name, module in model.named_modules() if module is output or module is embedding}
+def place_in_files(targets, tensors: dict, model) -> None:
+    """Set the `tensor` of each layer and parameter that LoRA is on, its name in the weight files: with or without the base
+    model's prefix (GPT-2). None if it has another name or shape there."""
+    prefix = f"{model.base_model_prefix}."
 
-
-def lora_targets(model, config, lora: dict, tied: set[str]) -> tuple[dict[str, dict], object]:
-    """{module: what LoRA does to it}, and the model with LoRA in place. Raises MoultError for what cannot come out right."""
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import TrainableTokensWrapper
-    from transformers.pytorch_utils import Conv1D
-
-    output = model.get_output_embeddings()
-    head = next((name for name, module in model.named_modules() if module is output), None)
-    layers = [name for name, module in model.named_modules() if is_linear(module) and name != head]
-    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    # Initialisations that look at the weights cannot run without them; the shapes are the same.
-    config.init_lora_weights = True
-    try:
-        model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except (ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = f"linear layers of this model: {some(linear, 20)}"
-        if config.target_modules in linear:
-            hint = f"make it a list, [{config.target_modules}]: a text is a regular expression for the whole name"
-        raise MoultError(f"lora.target_modules: {reason}", hint) from error
-    if isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
-        raise MoultError(
-            f"lora.trainable_token_indices: {head} has the embedding's weight, and TRL's fused loss cannot use it wrapped "
-            "(TRL 1.16)",
-            "set lora.modules_to_save: [embed_tokens] and ensure_weight_tying: true instead",
-        )
-    targets, without_bias = {}, []
-    for name, module in model.base_model.model.named_modules():
-        if not (isinstance(module, BaseTunerLayer) and hasattr(module, "scaling")):
-            continue
-        base = module.get_base_layer()
-        rows, columns = base.weight.shape
-        without_bias += [name] if getattr(base, "bias", None) is None else []
-        targets[name] = {
-            "r": module.r["default"],
-            "scaling": float(module.scaling["default"]),
-            "transposed": isinstance(base, Conv1D),
-            "shape": [columns, rows] if isinstance(base, Conv1D) else [rows, columns],
-            "kind": type(base).__name__,
-        }
-    check_targets(targets, lora, tied, head, linear)
-    if lora.get("lora_bias") and without_bias:
-        raise MoultError(
-            f"lora.lora_bias: {some(without_bias, 3)} of the base have no bias that the adapter's could be merged into",
-            "leave it out",
-        )
-    return targets, model
-
-
-def is_linear(module) -> bool:
-    from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Linear | Conv1D)
-
-
-def check_targets(targets: dict, lora: dict, tied: set[str], head: str | None, linear: list[str]) -> None:
-    wanted = lora["target_modules"]
-    if isinstance(wanted, list):
-        # peft is content when one of them matches.
-        idle = [name for name in wanted if not any(target == name or target.endswith(f".{name}") for target in targets)]
-        if idle:
-            raise MoultError(
-                f"lora.target_modules: nothing is named {some(idle)}",
-                f"linear layers of this model: {some(linear, 20)}",
-            )
-    if not targets and not lora.get("target_parameters"):
-        raise MoultError("lora.target_modules: no layer matches", f"linear layers of this model: {some(linear, 20)}")
-    hit = sorted(tied & set(targets))
-    if hit:
-        raise MoultError(
-            f"lora.target_modules: {some(hit)} share one weight (tied embeddings), and merging LoRA into one changes both",
-            "leave them out; to train new tokens, set lora.modules_to_save: [embed_tokens] and ensure_weight_tying: true",
-        )
-    if head in targets:
-        raise MoultError(
-            f"lora.target_modules: {head} cannot be tuned: TRL's fused loss reads its weight directly (TRL 1.16)",
-            f"leave {head} out; all-linear does",
-        )
-    saved = [name for name in lora.get("modules_to_save") or [] if any(module.endswith(name) for module in tied)]
-    if saved and not lora.get("ensure_weight_tying"):
-        raise MoultError(
-            f"lora.modules_to_save: {some(saved)} is tied to another weight, and training a copy of it would part the two",
-            "set lora.ensure_weight_tying: true, or leave it out",
-        )
-
-
-def place_in_files(targets: dict, tensors: dict, model) -> None:
-    """Set each target's `tensor`, its name in the weight files: with or without the base model's prefix (GPT-2)."""
-    prefix = f"{model.base_model.model.base_model_prefix}."
-    for name, target in targets.items():
-        names = [f"{name}.weight", f"{name}.weight".removeprefix(prefix), f"{prefix}{name}.weight"]
+    def find(name: str, shape: list[int]) -> str | None:
+        names = [name, name.removeprefix(prefix), f"{prefix}{name}"]
         found = next((candidate for candidate in names if candidate in tensors), None)
-        shape = target["shape"][::-1] if target["transposed"] else target["shape"]
-        target["tensor"] = found if found and list(tensors[found].shape) == shape else None
+        return found if found and list(tensors[found].shape) == shape else None
+
+    for name, target in targets.layers.items():
+        target["tensor"] = find(f"{name}.weight", target["shape"][::-1] if target["transposed"] else target["shape"])
+    for name, target in targets.parameters.items():
+        target["tensor"] = find(name, target["shape"])
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -367,90 +319,34 @@ def packed_count(tokens: str, report: dict, train: dict) -> int:
     return len(pack_dataset(rows, report["max_length"], train["packing_strategy"]))
 
 
-# --- estimates --------------------------------------------------------------------------------------------------------
-
-
-def estimate_memory(model, base: int, trainable: int, settings: dict, report: dict) -> dict:
-    """Bytes on each GPU at the longest batch.
-
-    weights: the base in its dtype, the adapter in float32. optimizer: gradient and AdamW's two moments of the adapter,
-    float32. activations: what a decoder layer keeps for its backward pass, per token: about 10 vectors of the hidden
-    and 4 of the intermediate size in the compute dtype, and two of the hidden size in float32 for the norms; attention
-    keeps no scores (SDPA). With gradient checkpointing only one hidden vector per layer, and one layer in full. The
-    fused loss keeps logits of one chunk only. An estimate from the shapes, not a measurement.
-    """
-    config = model.config.get_text_config()
-    train = settings["train"]
-    width = {"bfloat16": 2, "float16": 2, "float32": 4}[settings["dtype"]]
-    hidden = config.hidden_size
-    layers = config.num_hidden_layers
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    length = report["max_length"] if train["packing"] else report["train"]["length"]["longest_kept"]
-    tokens = train["per_device_train_batch_size"] * length
-    per_layer = tokens * (width * (10 * hidden + 4 * intermediate) + 8 * hidden)
-    weights = base * width + trainable * 4
-    optimizer = trainable * 12
-    full = layers * per_layer
-    checkpointed = layers * tokens * hidden * width + per_layer
-    logits = 3 * 4 * 256 * config.vocab_size
-    return {
-        "device": "each GPU; on a CPU all is float32",
-        "tokens_per_batch": tokens,
-        "weights": weights,
-        "optimizer": optimizer,
-        "logits": logits,
-        "activations": full,
-        "activations_with_gradient_checkpointing": checkpointed,
-        "total": weights + optimizer + logits + full,
-        "total_with_gradient_checkpointing": weights + optimizer + logits + checkpointed,
-    }
-
-
-def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
-    """Bytes that the run writes: checkpoints (adapter and two moments, float32; the kept, the best, the one being written),
-    the adapter, the merged model."""
-    merged = sum(tensor.end - tensor.begin for tensor in tensors.values())
-    checkpoint = trainable * 12
-    checkpoints = checkpoint * (train["save_total_limit"] + 2)
-    adapter = trainable * 4
-    return {
-        "checkpoints": checkpoints,
-        "adapter": adapter,
-        "merged": merged,
-        "total": checkpoints + adapter + merged,
-    }
-
-
-def estimate_job(base: int, steps: dict, settings: dict, report: dict) -> dict:
-    """What finetune asks of a cluster for its first attempt; a job that needs more gets more at the next, and goes on.
-
-    mem_mb, on each node: 6,000 for Python, CUDA and the data, and the base once for each process, which loads it there.
-    runtime, minutes: 30, and 6 operations per parameter and token (forward, backward through the frozen base, and forward
-    again with gradient checkpointing) and a quarter for validation, at 25 TFLOP/s on each GPU, which is slow; at most a day,
-    the limit of many partitions.
-    """
-    train = settings["train"]
-    width = {"bfloat16": 2, "float16": 2, "float32": 4}[settings["dtype"]]
-    tokens = steps["total"] * steps["sequences_per_step"] * report["train"]["tokens"] / steps["sequences"]
-    minutes = 30 + 1.25 * 6 * base * tokens / (25e12 * train["gpu"]) / 60
-    return {
-        "mem_mb": math.ceil(6000 + train["gpu"] // train["nodes"] * base * width / 1e6),
-        "runtime": math.ceil(min(minutes, 24 * 60)),
-    }
+# --- on the console ----------------------------------------------------------------------------------------------------
 
 
 def tell(result: dict, args, log) -> None:
     parameters, steps, memory = result["parameters"], result["steps"], result["memory"]
     log.debug("merge: %s; serve: %s", result["merge"]["how"], result["serve"]["as"])
+    for why in dict.fromkeys(result["left_out"].values()):
+        names = [name for name, reason in result["left_out"].items() if reason == why]
+        log.warning("LoRA is not on %s: %s", some(names), why)
+    if result["out_of_reach"]:
+        log.warning(
+            "%.0f %% of the parameters are in no layer, and all-linear leaves them out; to tune them too, set "
+            "lora.target_parameters: [%s]",
+            100 * result["out_of_reach"]["share"],
+            ", ".join(result["out_of_reach"]["target_parameters"]),
+        )
+    needed = "unknown: config.json does not say how large the layers are"
+    if memory:
+        total, checkpointed = memory["total"] / GIB, memory["total_with_gradient_checkpointing"] / GIB
+        needed = f"about {total:.1f} GiB, {checkpointed:.1f} if checkpointed"
     log.info(
-        "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory about %.1f GiB, %.1f if checkpointed",
+        "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
         f"{steps['total']:,}",
         f"{steps['sequences_per_step']:,}",
         f"{parameters['trainable']:,}",
         f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        memory["total"] / GIB,
-        memory["total_with_gradient_checkpointing"] / GIB,
+        needed,
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:

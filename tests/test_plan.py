@@ -11,6 +11,7 @@ from tiny import make_model, make_tokens
 import plan
 from moult.errors import MoultError
 from moult.files import read_json
+from moult.model.estimates import estimate_job
 from plans import GIB, room
 
 
@@ -165,7 +166,7 @@ def test_what_finetune_asks_of_a_cluster(tmp_path, monkeypatch):
     report = {"train": {"tokens": 100 * 512}}
 
     def job(base, **train):
-        return plan.estimate_job(base, steps, {"train": {"gpu": 1, "nodes": 1, **train}, "dtype": "bfloat16"}, report)
+        return estimate_job(base, steps, {"train": {"gpu": 1, "nodes": 1, **train}, "dtype": "bfloat16"}, report)
 
     # 7.5 operations x 7e9 parameters x 8.192 M tokens / 25e12 = 4 h 47 min
     assert job(7e9) == {"mem_mb": 20_000, "runtime": 317}

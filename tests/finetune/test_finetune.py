@@ -229,7 +229,7 @@ class OutOfMemory:
 def try_batch(trainer, batch):
     trainer.batches.append([len(row["input_ids"]) for row in batch])
     fits = trainer.args.gradient_checkpointing and trainer.fits_with
-    return fits, 1.0 if fits else float("nan")
+    return fits, 1.0 if fits else float("nan"), []
 
 
 def test_checkpointing_is_switched_on_only_where_the_longest_batch_needs_it(monkeypatch):

@@ -25,7 +25,22 @@ def lora_config(settings: dict):
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except (TypeError, ValueError) as error:
-        raise MoultError(f"lora: {error}", "mend the lora section of the config") from None
+        raise MoultError(f"lora: {error}", "fix the lora section of the config") from None
+
+
+def lora_layers(model):
+    """(name in the base, LoRA layer) of each layer and each parameter that a PeftModel has LoRA on.
+
+    peft wraps the module that holds a parameter, and wraps it again for the next one: `experts.base_layer` is the wrapper of
+    the first of the parameters of `experts`.
+    """
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, ParamWrapper):
+            yield f"{name.replace('.base_layer', '')}.{module.parameter_name}", module
+        elif isinstance(module, LoraLayer):
+            yield name, module
 
 
 def needs_peft(settings: dict) -> list[str]:

@@ -63,3 +63,12 @@ def check_trainer(config, model) -> None:
             problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise MoultError("\n    ".join(problems), "fix the train section of the config, or install the missing package")
+
+
+def show_backbone(model) -> None:
+    """Lead `model.base_model` to the part below the head, in place. Of some models it leads to themselves (Llama4ForCausalLM,
+    whose base_model_prefix names a part that it does not have), and TRL's fused loss asks it for hidden states (TRL 1.16)."""
+    if model.base_model is model:
+        parts = [name for name, part in model.named_children() if hasattr(part, "get_input_embeddings")]
+        if len(parts) == 1:
+            model.base_model_prefix = parts[0]

@@ -18,10 +18,13 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from moult.errors import MoultError
+from moult.errors import MoultError, some
 from moult.measuring.likelihood import likelihood
+from moult.model.shrunken import generic
 from moult.run.console import log, progress
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
+from moult.training.packing import NOISE, leak
+from moult.training.trial import layers_without_gradient
 
 
 class Finetuner(SFTTrainer):
@@ -275,7 +278,7 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
             trainer.args.gradient_checkpointing = True
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
             trainer.model.enable_input_require_grads()
-        fits, loss = _try_batch(trainer, batch)
+        fits, loss, idle = _try_batch(trainer, batch)
         if fits:
             if not math.isfinite(loss):
                 raise MoultError(
@@ -283,6 +286,12 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
                     "the base's weights are damaged, or too large for float16: download them again, or set model.dtype: bfloat16",
                 )
             check_finite({"loss": loss}, 0)
+            if idle:
+                names = sorted({generic(name) for name in idle})
+                raise MoultError(
+                    f"LoRA gets no gradient on {some(names)}: this model, as it runs here, reads their weights past it",
+                    "name them in lora.exclude_modules (the last part of a name is enough)",
+                )
             log.debug("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
             return
         if checkpointing != "auto":
@@ -294,10 +303,26 @@ def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
     )
 
 
-def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
-    """Whether the batch fits, and its loss. Restores the gradients, the random state, and TRL's averages."""
+def try_packing(trainer: Finetuner) -> None:
+    """Rows that are packed do not see each other, with this model's weights and attention on this device."""
+    if not trainer.padding_free:
+        return
+    first = trainer.train_dataset[0]["input_ids"][:64]
+    seen = leak(trainer.model, [first, trainer.train_dataset[-1]["input_ids"][:64]], trainer.args.device)
+    if not seen < NOISE:
+        raise MoultError(
+            f"train.packing: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
+            "the row before it)",
+            "set train.packing: false, or another model.attn_implementation",
+        )
+
+
+def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float, list[str]]:
+    """Whether the batch fits, its loss, and the layers whose LoRA got no gradient. Restores the gradients,
+    the random state, and TRL's averages."""
     device = trainer.args.device
     trainer.model.train()
+    idle: list[str] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             inputs = trainer._prepare_inputs(dict(batch))
@@ -305,6 +330,8 @@ def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
                 loss = trainer.compute_loss(trainer.model, inputs)
             loss.backward()
             fits, value = True, loss.item()
+            if trainer.args.world_size == 1:
+                idle = layers_without_gradient(trainer.model)
         except torch.OutOfMemoryError:
             fits, value = False, math.nan
     trainer.model.zero_grad(set_to_none=True)
@@ -317,4 +344,4 @@ def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float]:
         flag = torch.tensor(float(fits), device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
         fits = flag.item() > 0
-    return fits, value
+    return fits, value, idle

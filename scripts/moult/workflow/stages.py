@@ -189,6 +189,7 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "gpu",
         "nodes",
         "save_total_limit",
+        "router_aux_loss_coef",  # 0 is without that loss
     )
     words = [
         name for name, value in run["train"].items() if isinstance(value, bool) or not isinstance(value, int | float)

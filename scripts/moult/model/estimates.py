@@ -1,0 +1,90 @@
+"""What a run will need, from the shapes: memory of a GPU, disk, a cluster's job. Estimates, not measurements."""
+
+import math
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def estimate_memory(
+    config, base: int, trainable: int, stacked: int, settings: dict, report: dict
+) -> dict[str, int | str] | None:
+    """Bytes on each GPU at the longest batch; None for a config that does not say how large its layers are.
+
+    Args:
+        base, trainable: numbers of parameters.
+        stacked: numbers in the stacked weights of experts that LoRA is on.
+
+    weights: the base in its dtype, the adapter in float32. optimizer: gradient and AdamW's two moments of the adapter,
+    float32. activations: what a decoder layer keeps for its backward pass, per token: about 10 vectors of the hidden
+    and 4 of the intermediate size in the compute dtype, and two of the hidden size in float32 for the norms; attention
+    keeps no scores (SDPA); peft adds LoRA to stacked experts by a copy of them with the sum, kept for the backward pass. With
+    gradient checkpointing only one hidden vector per layer, and one layer in full. The fused loss keeps logits of one chunk
+    only.
+    """
+    config = config.get_text_config()
+    train = settings["train"]
+    width = BYTES[settings["dtype"]]
+    hidden, layers = largest(config, "hidden_size"), largest(config, "num_hidden_layers")
+    if not hidden or not layers or not largest(config, "vocab_size"):
+        return None
+    intermediate = largest(config, "intermediate_size") or largest(config, "n_inner") or 4 * hidden
+    length = report["max_length"] if train["packing"] else report["train"]["length"]["longest_kept"]
+    tokens = train["per_device_train_batch_size"] * length
+    per_layer = tokens * (width * (10 * hidden + 4 * intermediate) + 8 * hidden)
+    weights = base * width + trainable * 4
+    optimizer = trainable * 12
+    full = layers * per_layer + stacked * width
+    checkpointed = layers * tokens * hidden * width + per_layer + stacked * width // layers
+    logits = 3 * 4 * 256 * config.vocab_size
+    return {
+        "device": "each GPU; on a CPU all is float32",
+        "tokens_per_batch": tokens,
+        "weights": weights,
+        "optimizer": optimizer,
+        "logits": logits,
+        "activations": full,
+        "activations_with_gradient_checkpointing": checkpointed,
+        "total": weights + optimizer + logits + full,
+        "total_with_gradient_checkpointing": weights + optimizer + logits + checkpointed,
+    }
+
+
+def largest(config, name: str) -> int | None:
+    """A number of the config, the largest where it is a list with one for each layer (Gemma 3n); None if it is neither."""
+    value = getattr(config, name, None)
+    if isinstance(value, list) and value and all(isinstance(part, int) for part in value):
+        return max(value)
+    return value if isinstance(value, int) else None
+
+
+def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
+    """Bytes that the run writes: checkpoints (adapter and two moments, float32; the kept, the best, the one being written),
+    the adapter, the merged model."""
+    merged = sum(tensor.end - tensor.begin for tensor in tensors.values())
+    checkpoint = trainable * 12
+    checkpoints = checkpoint * (train["save_total_limit"] + 2)
+    adapter = trainable * 4
+    return {
+        "checkpoints": checkpoints,
+        "adapter": adapter,
+        "merged": merged,
+        "total": checkpoints + adapter + merged,
+    }
+
+
+def estimate_job(base: int, steps: dict, settings: dict, report: dict) -> dict:
+    """What finetune asks of a cluster for its first attempt; a job that needs more gets more at the next, and goes on.
+
+    mem_mb, on each node: 6,000 for Python, CUDA and the data, and the base once for each process, which loads it there.
+    runtime, minutes: 30, and 6 operations per parameter and token (forward, backward through the frozen base, and forward
+    again with gradient checkpointing) and a quarter for validation, at 25 TFLOP/s on each GPU, which is slow; at most a day,
+    the limit of many partitions.
+    """
+    train = settings["train"]
+    width = BYTES[settings["dtype"]]
+    tokens = steps["total"] * steps["sequences_per_step"] * report["train"]["tokens"] / steps["sequences"]
+    minutes = 30 + 1.25 * 6 * base * tokens / (25e12 * train["gpu"]) / 60
+    return {
+        "mem_mb": math.ceil(6000 + train["gpu"] // train["nodes"] * base * width / 1e6),
+        "runtime": math.ceil(min(minutes, 24 * 60)),
+    }
