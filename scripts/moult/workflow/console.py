@@ -8,8 +8,8 @@ from typing import Any
 
 from moult.run.attempt import Attempt
 
-# Seconds between two lines that say how many jobs are done.
-PROGRESS_EVERY = 60.0
+# Seconds until a line says how many jobs are done, which then double, and the most that they become.
+FIRST_PROGRESS, RAREST_PROGRESS = 60.0, 600.0
 
 # Lines without an event that tell them apart, by how they begin (Snakemake 9.27).
 NOISE = (
@@ -36,7 +36,7 @@ class FewerLines(logging.Filter):
         self.commands, self.say = commands, say
         self.remote_logs: dict[int, str] = {}
         self.table_shown = False
-        self.progress_shown = time.monotonic()
+        self.progress_shown, self.interval = time.monotonic(), FIRST_PROGRESS
 
     def filter(self, record: Any) -> bool:
         event = getattr(record, "event", None)
@@ -62,9 +62,9 @@ class FewerLines(logging.Filter):
 
     def _is_time(self, last: bool) -> bool:
         now = time.monotonic()
-        if not last and now - self.progress_shown < PROGRESS_EVERY:
+        if not last and now - self.progress_shown < self.interval:
             return False
-        self.progress_shown = now
+        self.progress_shown, self.interval = now, min(2 * self.interval, RAREST_PROGRESS)
         return True
 
 
