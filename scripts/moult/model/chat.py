@@ -87,7 +87,7 @@ class Chat:
         )
         self._written: set[str] = set()  # characters that were tried: the tokenizer has tokens for these,
         self._lost: set[str] = set()  # and none for these
-        self._text_arguments: dict[str, bool] = {}  # by template
+        self._text_arguments: dict[str | None, bool] = {}  # by template
         self.special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         # These the tokenizer looks for in the text that its normaliser has made (tokenizers, AddedToken.normalized).
         again = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
@@ -287,7 +287,7 @@ def prints_date(template: Template | None) -> bool:
 
 
 @contextlib.contextmanager
-def _today(template: str, day: date | None) -> Iterator[None]:
+def _today(template: str | None, day: date | None) -> Iterator[None]:
     """Meanwhile the template takes `day` for today. transformers compiles a text once, so what is changed is put back."""
     if day is None or not prints_date(template):
         yield
@@ -323,8 +323,9 @@ def date_variable(chat: Chat, messages: list[dict]) -> dict[str, str]:
 
     environment = _compile_jinja_template(chat.template).environment
     names = find_undeclared_variables(environment.parse(chat.template))
-    formats = {form for _, form in re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", chat.template)}
-    texts = sorted(chat.date.strftime(form) for form in formats)
+    formats = {form for _, form in re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", chat.template or "")}
+    day = chat.date or date.today()
+    texts = sorted(day.strftime(form) for form in formats)
     ours = chat.render(messages, None, prompt=True)
     with chat.on(_ANOTHER_DATE):
         for name, text in product(sorted(names), texts):
@@ -408,5 +409,5 @@ def check_syntax(text: str, origin: str) -> None:
     try:
         _compile_jinja_template(text)
     except (TemplateSyntaxError, SyntaxError) as error:  # the latter for {% break %} outside of a loop
-        message = getattr(error, "message", None) or error.msg
+        message = getattr(error, "message", None) or getattr(error, "msg", "")
         raise MoultError(f"chat template ({origin}), line {error.lineno}: {message}", "fix the template") from None

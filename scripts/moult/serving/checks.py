@@ -133,7 +133,8 @@ class ServerTest:
         if ours == theirs:
             return None
         at = first_difference(ours, theirs)
-        measured, served, lead = (part[at] if at < len(part) else None for part in (ours, theirs, question.margins))
+        measured, served = (ids[at] if at < len(ids) else None for ids in (ours, theirs))
+        lead = question.margins[at] if at < len(question.margins) else None
         return Parting(at, measured, served, lead, lead is not None and lead <= self.lead)
 
     def may_differ(self, question: Question, reply: Reply) -> bool:
@@ -146,17 +147,17 @@ class ServerTest:
         pairs = [pair for pair in zip(questions, replies, strict=True) if pair[0].asked_as_measured]
         if not pairs:
             raise CannotTell(OTHER_DATE)
-        partings = [self.parting(*pair) for pair in pairs]
-        for (question, reply), parting in zip(pairs, partings, strict=True):
-            if parting and not parting.near_tie:
-                place = f"from token {parting.at} on" if parting.at is not None else "in the text"
-                lead = f", where the measured one led by {parting.lead:g} nats" if parting.lead is not None else ""
-                count = sum(bool(other) and not other.near_tie for other in partings)
-                raise Failed(
-                    f"{count} of {len(pairs)} differ, first {question.id} {place}{lead}: "
-                    f"measured {question.answer!r:.80}, served {reply.text!r:.80}"
-                )
-        ties, others = sum(map(bool, partings)), len(replies) - len(pairs)
+        partings = [(*pair, parting) for pair in pairs if (parting := self.parting(*pair))]
+        differ = [found for found in partings if not found[-1].near_tie]
+        if differ:
+            question, reply, parting = differ[0]
+            place = f"from token {parting.at} on" if parting.at is not None else "in the text"
+            lead = f", where the measured one led by {parting.lead:g} nats" if parting.lead is not None else ""
+            raise Failed(
+                f"{len(differ)} of {len(pairs)} differ, first {question.id} {place}{lead}: "
+                f"measured {question.answer!r:.80}, served {reply.text!r:.80}"
+            )
+        ties, others = len(partings), len(replies) - len(pairs)
         return (
             f"{len(pairs) - ties} of {len(pairs)} the same"
             + (f", {ties} part at a near tie" if ties else "")
@@ -167,12 +168,13 @@ class ServerTest:
         self, question: Question, variables: dict, begun: datetime, ended: datetime
     ) -> list[list[int]]:
         """The tokens that a server may make of a question in this time: several where the template prints the date."""
-        if not question.prints_date or variables:
+        chat, messages = self.chat, question.messages
+        if not question.prints_date or variables or chat is None or messages is None:
             return [question.prompt_ids]
         prompts = []
         for moment in clocks(begun, ended):
-            with self.chat.on(moment):
-                prompts.append(self.chat.prompt_ids(question.messages))
+            with chat.on(moment):
+                prompts.append(chat.prompt_ids(messages))
         return prompts
 
     def tells_tokens(self, question: Question, variables: dict) -> bool:

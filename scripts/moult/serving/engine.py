@@ -71,7 +71,7 @@ class Engine:
         self.folder, self.adapter, self.longest = model, adapter, max_model_len
         self.settings = {"dtype": "bfloat16", "attn_implementation": None, "trust_remote_code": False, **settings}
         self.name = adapter_name or name
-        self.names = [name, *([adapter_name] if adapter else [])]
+        self.names = [name, *([self.name] if adapter else [])]
         self.ready = threading.Event()
         self.created = int(time.time())
         self.generating = threading.Lock()

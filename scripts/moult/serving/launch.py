@@ -281,8 +281,13 @@ class Server:
         try:
             # It reads what is never written, to the end that comes with the end of this process.
             guard = ["sh", "-c", 'read -r line; kill -s KILL -- "-$0"', str(self.process.pid)]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+            self.guard = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         except BaseException:  # a signal, before there is a guard
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
@@ -291,7 +296,7 @@ class Server:
         return self
 
     def _read(self) -> None:
-        for raw in self.process.stdout:
+        for raw in self.process.stdout or ():
             line = raw.decode(errors="replace").rstrip()
             if line:
                 self.last_lines.append(line)
@@ -353,4 +358,5 @@ class Server:
             self.guard.kill()
             self.process.wait()
             self.guard.wait()
-            self.guard.stdin.close()
+            if self.guard.stdin:
+                self.guard.stdin.close()

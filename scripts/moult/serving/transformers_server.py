@@ -156,8 +156,8 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest("the prompt is empty")
         adapted = body["model"] == self.engine.name
         kind = ("chat.completion" if chat else "text_completion") + (".chunk" if chat and body.get("stream") else "")
-        head = {"id": f"{'chat' if chat else ''}cmpl-{uuid.uuid4().hex}", "object": kind}
-        head |= {"created": int(time.time()), "model": body["model"]}
+        id = f"{'chat' if chat else ''}cmpl-{uuid.uuid4().hex}"
+        head = {"id": id, "object": kind, "created": int(time.time()), "model": body["model"]}
         if body.get("echo"):
             return self.echo(head, ids, options, adapted)
         if body.get("stream"):
