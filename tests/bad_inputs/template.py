@@ -91,7 +91,7 @@ CASES = [
         (
             "encode failed: the chat template cannot show 38 of 38 train rows unchanged:\n"
             "    38 template_error, for example rows.jsonl:1: the template refuses it: maximum recursion depth "
-            "exceeded\n"
+            "exceeded<...>\n"
             "what to do: choose another model.chat_template (or its chat_template_kwargs)"
         ),
         **template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),

@@ -78,9 +78,8 @@ def _turn(chat: Chat, messages: list[dict], index: int, tools: list[dict] | None
     elif end is None:
         raise Unrenderable(
             "no_stop_token",
-            f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer, and begins "
-            "the next with none that ends generation: the model could never learn to stop (model.chat_template: chatml ends "
-            "turns with the tokenizer's own stop token)",
+            f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the model "
+            "could never learn to stop (model.chat_template: chatml ends turns with the tokenizer's own stop token)",
         )
     else:
         ids = ids[: end + 1]
