@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(found[0]))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """xdist cannot send a report that quotes half a surrogate pair, as fuzzed input does, and would end all tests."""
+    report = yield
+    text = str(report.longrepr or "")
+    if text != (safe := text.encode(errors="backslashreplace").decode()):
+        report.longrepr = safe
+    report.sections = [(name, part.encode(errors="backslashreplace").decode()) for name, part in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real models and datasets that nobody in this project wrote, kept beside the repository."""

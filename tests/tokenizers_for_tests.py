@@ -8,7 +8,7 @@ import pytest
 
 from moult.data.labels import sequences_of
 from moult.data.sequence import IGNORE, Sequence
-from moult.model.chat import Chat, Unrenderable
+from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, on_day
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "config" / "demo" / "base"
@@ -154,11 +154,14 @@ def turns(chat, messages: list[dict], tools: list[dict] | None, sequences: list[
 
 
 def server_ids(chat, messages: list[dict], tools: list[dict] | None) -> list[int]:
-    """The prompt as transformers, and so a server, makes it: nothing of moult.model.chat but the template and its settings."""
+    """The prompt as transformers, and so a server, makes it on the day that training stands still on: nothing of
+    moult.model.chat but the template, its settings and that day."""
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-    return chat.tokenizer.apply_chat_template(
-        shown, tools=tools, chat_template=chat.template_for(tools), add_generation_prompt=True, **chat.template_kwargs
-    )["input_ids"]
+    template = chat.template_for(tools)
+    with on_day(template, FROZEN_DATE):
+        return chat.tokenizer.apply_chat_template(
+            shown, tools=tools, chat_template=template, add_generation_prompt=True, **chat.template_kwargs
+        )["input_ids"]
 
 
 def decode(chat, ids: list[int]) -> str:

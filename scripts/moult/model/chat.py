@@ -155,7 +155,7 @@ class Chat:
     ) -> str:
         template = self.template_for(tools)
         try:
-            with _time_limit(), _today(template, self.date):
+            with _time_limit(), on_day(template, self.date):
                 return self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
@@ -174,7 +174,7 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         visible, template = self._visible(messages, tools), self.template_for(tools)
-        with _time_limit(), _today(template, self.date):
+        with _time_limit(), on_day(template, self.date):
             [through], [blocks] = render_jinja_template(
                 [visible],
                 tools=tools,
@@ -287,7 +287,7 @@ def prints_date(template: Template | None) -> bool:
 
 
 @contextlib.contextmanager
-def _today(template: str | None, day: date | None) -> Iterator[None]:
+def on_day(template: str | None, day: date | None) -> Iterator[None]:
     """Meanwhile the template takes `day` for today. transformers compiles a text once, so what is changed is put back."""
     if day is None or not prints_date(template):
         yield
