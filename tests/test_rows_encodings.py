@@ -7,6 +7,7 @@ import pytest
 
 from moult.data.readers import read_rows
 from moult.errors import MoultError
+from moult.workflow.runtime import read_config
 
 ROWS = [{"prompt": "Wie heißt das?", "completion": "日本 🇳🇴"}, {"prompt": "two\u2028lines", "completion": "b"}]
 FILES = {
@@ -60,3 +61,15 @@ def test_json_lines_are_not_held_in_memory(tmp_path):
     assert next(rows) == ("a.jsonl:1", {"a": 1})
     with pytest.raises(MoultError, match=r"a\.jsonl:3: not JSON"):
         next(rows)
+
+
+def test_a_config_in_utf_16_is_called_that(tmp_path, monkeypatch):
+    """Snakemake stops at such a file before it reads ours; this is what the commands for people say."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text("model: {name: m}\n")
+    (tmp_path / "mine.yaml").write_text("seed: 1\n", encoding="utf-16")
+    with pytest.raises(MoultError) as error:
+        read_config(["mine.yaml"])
+    assert error.value.what == "mine.yaml: not UTF-8 (byte 0xff)"
+    assert "iconv -f utf-16 -t utf-8 mine.yaml" in error.value.fix

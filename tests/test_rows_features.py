@@ -93,6 +93,15 @@ CASES = {
     ),
 }
 
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": None}}}]
+CASES["calls in JSON"] = (
+    of_messages(List({"role": TEXT, "content": TEXT, "tool_calls": Json(), "function_call": Json(), "weight": Json()})),
+    [
+        {"messages": [USER, {**ANSWER, "tool_calls": calls, "function_call": call, "weight": weight}]}
+        for calls, call, weight in ((CALLS, None, 1), ([], {}, True), (None, {"name": "f", "arguments": "{}"}, 1.0))
+    ],
+)
+
 
 def saved(folder, rows: list[dict], features, how: str) -> str:
     """The source that these rows make, written by `datasets`."""

@@ -119,6 +119,7 @@ TURN = st.one_of(
             "value": SAID,
             "weight": st.sampled_from([0, 1, 0.5, True, "1"]) | nested(),
             "tool_calls": FUNCTIONS,
+            "function_call": SAID | NAMED,
             "reasoning_content": SAID,
             "name": SAID,
             "tool_call_id": SAID,
@@ -139,6 +140,9 @@ COLUMNS = (
     "system",
     "tools",
     "group",
+    "system_prompt",
+    "functions",
+    "images",
 )
 ASKED, ANSWERED = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}
 ODD_TURN = TURN.map(lambda turn: {**ANSWERED, **turn} if isinstance(turn, dict) else turn)

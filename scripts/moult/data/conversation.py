@@ -163,11 +163,11 @@ def _message(item, where: str, keys: set[str]) -> dict:
         raise BadRow("wrong_type", f"{where} is {kind(item)}, and must be an object with role and content")
     fields = Fields(item)
     raw_role = fields.first("role", "from")
-    role = _role_of(item)
+    role = ROLES.get(str(raw_role).lower())
     if role is None:
         raise BadRow("unknown_role", f"{where} has the role {raw_role!r}; known: {some(ROLES, 20)}")
     content = _blocks(fields.first("content", "value"))
-    calls = fields.first("tool_calls") or _function_call(fields)
+    calls = value_of(fields.first("tool_calls")) or _function_call(fields)
     message: dict = {"role": role, "content": ""}
     if isinstance(content, list):
         _add_blocks(message, content, where, keys)
@@ -192,13 +192,12 @@ def _message(item, where: str, keys: set[str]) -> dict:
 
 
 def _role_of(item: dict) -> str | None:
-    raw_role = Fields(item).first("role", "from")
-    return ROLES.get(str(raw_role).lower()) if raw_role is not None else None
+    return ROLES.get(str(Fields(item).first("role", "from")).lower())
 
 
 def _function_call(fields: Fields):
     """OpenAI's form of 2023: one call, which is an object, or JSON of one; where there is none it may be an empty one."""
-    call = fields.values.get("function_call")
+    call = value_of(fields.values.get("function_call"))
     if is_nothing(call) or (isinstance(call, dict) and not any(call.values())):
         return None
     return fields.first("function_call")

@@ -51,12 +51,15 @@ class Fields:
 
         `where` is the place of this object in its row, "messages[3]"; its numbers are left out.
         """
-        unread = {key for key, value in self.values.items() if key not in self.read and not is_nothing(value)}
+        unread = {key for key in self.values.keys() - self.read if not is_nothing(self.values[key])}
+        if not unread:
+            return unread
         prefix = re.sub(r"\[\d+\]", "[]", where) + "." if where else ""
         return {f"{prefix}{key}" for key in unread}
 
 
 def is_nothing(value) -> bool:
+    value = value_of(value)
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 

@@ -20,6 +20,11 @@ def read_config(files: list[str]) -> dict:
             raise MoultError(
                 f"{file}: {error.strerror}", "start it in the folder that contains config/config.yaml"
             ) from None
+        except UnicodeDecodeError as error:  # Snakemake reads no other encoding either
+            raise MoultError(
+                f"{file}: not UTF-8 (byte 0x{error.object[error.start]:02x})",
+                f"save it as UTF-8; if it is UTF-16, as PowerShell writes it: iconv -f utf-16 -t utf-8 {file} > fixed.yaml",
+            ) from None
         except yaml.YAMLError as error:
             raise MoultError(f"{file}: not YAML: {str(error).splitlines()[0]}", "fix the file") from None
     return resolve(config, load_schema(str(SCHEMA)))
