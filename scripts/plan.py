@@ -16,8 +16,10 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
+from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
 from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, vllm_refuses
 from moult.model.manifest import open_model
 from moult.model.safetensors import read_tensors
@@ -68,7 +70,11 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_packing(small, settings),
         lambda: place_lora(model, lora, small),
     )
-    place_in_files(targets, tensors, model)
+    stored = stored_as(model, tensors)
+    for name, target in targets.layers.items():
+        target["tensor"] = stored.get(f"{name}.weight")
+    for name, target in targets.parameters.items():
+        target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
     stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
     everything = {**targets.layers, **targets.parameters}
@@ -76,9 +82,7 @@ def plan(settings: dict, args, log) -> None:
 
     as_peft_has_it = {**lora, "target_parameters": sorted(targets.parameters)}
     merge_reasons = needs_peft(as_peft_has_it)
-    if any(target["tensor"] is None for target in targets.layers.values()):
-        merge_reasons.append("weights are stored under other names")
-    serve_reasons = vllm_refuses(as_peft_has_it, ranks)
+    serve_reasons = vllm_refuses(as_peft_has_it, ranks) + other_class(base, model)
     result = {
         "schema_version": 1,
         "parameters": {
@@ -129,10 +133,10 @@ def all_of(*checks: Callable) -> list:
 
 def check_weights(base: Path, trust_remote_code: bool) -> None:
     """The files hold every weight of the model, in its shape. transformers makes up what is missing."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     # On the meta device the headers of the files are read, and no weight.
-    _, info = AutoModelForCausalLM.from_pretrained(
+    _, info = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)).from_pretrained(
         base,
         device_map="meta",
         trust_remote_code=trust_remote_code,
@@ -152,12 +156,11 @@ def check_weights(base: Path, trust_remote_code: bool) -> None:
 
 def check_attention(config, settings: dict) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     wanted = settings["attn_implementation"]
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(
+            auto_class(config).from_config(
                 config, attn_implementation=wanted, trust_remote_code=settings["trust_remote_code"]
             )
     except (ImportError, ValueError) as error:
@@ -249,42 +252,6 @@ def check_packing(small, settings: dict) -> None:
             f"{difference:.1%} of the largest from those of each row alone)",
             f"set train.{key}: false",
         )
-
-
-# --- model ------------------------------------------------------------------------------------------------------------
-
-
-def empty_model(folder: Path, trust_remote_code: bool):
-    """The model of a folder's config.json on the meta device: shapes, no weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MoultError(
-            f"{folder}: transformers cannot build this model: {reason}",
-            "check config.json, or set model.trust_remote_code",
-        ) from error
-
-
-def place_in_files(targets, tensors: dict, model) -> None:
-    """Set the `tensor` of each layer and parameter that LoRA is on, its name in the weight files: with or without the base
-    model's prefix (GPT-2). None if it has another name or shape there."""
-    prefix = f"{model.base_model_prefix}."
-
-    def find(name: str, shape: list[int]) -> str | None:
-        names = [name, name.removeprefix(prefix), f"{prefix}{name}"]
-        found = next((candidate for candidate in names if candidate in tensors), None)
-        return found if found and list(tensors[found].shape) == shape else None
-
-    for name, target in targets.layers.items():
-        target["tensor"] = find(f"{name}.weight", target["shape"][::-1] if target["transposed"] else target["shape"])
-    for name, target in targets.parameters.items():
-        target["tensor"] = find(name, target["shape"])
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

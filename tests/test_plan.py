@@ -242,13 +242,15 @@ def test_settings_that_trl_refuses(tmp_path):
 
 def test_a_package_that_wants_a_gpu_to_say_more_is_left_to_it(tmp_path, monkeypatch):
     """flash-attn is there, and this machine has no GPU: the job that trains may have one."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def wants_a_gpu(*arguments, **settings):
         raise ImportError("FlashAttention2 needs a GPU with compute capability 8.0")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", wants_a_gpu)
-    plan.check_attention(None, {"attn_implementation": "flash_attention_2", "trust_remote_code": False})
+    plan.check_attention(
+        AutoConfig.for_model("llama"), {"attn_implementation": "flash_attention_2", "trust_remote_code": False}
+    )
 
 
 def test_a_schedule_that_was_tried_out_is_the_one_that_trains(tmp_path):

@@ -204,7 +204,7 @@ CASES = [
         (
             "plan failed: base: transformers cannot build this model: base does not appear to have a file named "
             "modeling_evil.py. Checkout 'https://huggingface.co/base/tree/main' for available files.\n"
-            "what to do: check config.json, or set model.trust_remote_code"
+            "what to do: check config.json"
         ),
         {"model": {"trust_remote_code": True}},
         make=edit_json("base/config.json", **CODE),
@@ -222,10 +222,8 @@ CASES = [
     Case(
         "a model that does not write text",
         (
-            "plan failed: base: transformers cannot build this model: Unrecognized configuration class <class "
-            "'transformers.models.vit.configuration_vit.ViTConfig'> for this kind of AutoModel: "
-            "AutoModelForCausalLM.\n"
-            "what to do: check config.json, or set model.trust_remote_code"
+            "plan failed: base: transformers cannot continue a text with a model of the type vit\n"
+            "what to do: set model.name to a language model; it may take images or sound as well"
         ),
         make=edit_json("base/config.json", model_type="vit", architectures=None),
     ),

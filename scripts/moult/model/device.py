@@ -2,6 +2,10 @@
 
 import os
 import platform
+from pathlib import Path
+
+from moult.errors import MoultError, some
+from moult.model.architecture import auto_class
 
 
 def limit_threads(threads: int) -> None:
@@ -36,15 +40,20 @@ def load_model(folder: str, device: str, settings: dict):
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
-    from transformers import AutoModelForCausalLM
+    dtype = load_dtype(device, settings["dtype"])
+    return read_model(folder, dtype, settings["trust_remote_code"], settings["attn_implementation"]).to(device)
 
-    from moult.errors import MoultError, some
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+def read_model(folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None):
+    """The model of a folder in memory, in `dtype`. Raises MoultError where weights are missing."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, info = auto_class(config).from_pretrained(
         folder,
-        dtype=load_dtype(device, settings["dtype"]),
-        attn_implementation=settings["attn_implementation"],
-        trust_remote_code=settings["trust_remote_code"],
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -54,7 +63,7 @@ def load_model(folder: str, device: str, settings: dict):
         raise MoultError(
             f"{folder}: the weights lack {some(names)}", "config.json and the weights do not belong together"
         )
-    return model.to(device)
+    return model
 
 
 def versions() -> dict[str, str]:

@@ -51,7 +51,6 @@ def needs_peft(settings: dict) -> list[str]:
         "bias": settings.get("bias", "none") != "none",
         "lora_bias": settings.get("lora_bias"),
         "trainable_token_indices": settings.get("trainable_token_indices"),
-        "target_parameters": settings.get("target_parameters"),
         "init_lora_weights": isinstance(settings.get("init_lora_weights"), str)
         and settings["init_lora_weights"] not in ("gaussian", "orthogonal"),
         "use_qalora": settings.get("use_qalora"),
@@ -72,7 +71,7 @@ def vllm_refuses(settings: dict, ranks: set[int]) -> list[str]:
     reasons = [name for name in needs_peft(settings) if name != "init_lora_weights"]
     if isinstance(settings.get("init_lora_weights"), str):
         reasons.append("init_lora_weights")
-    reasons += [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
+    reasons += [name for name in ("rank_pattern", "alpha_pattern", "target_parameters") if settings.get(name)]
     if max(ranks) > VLLM_RANKS[-1]:
         reasons.append(f"rank over {VLLM_RANKS[-1]}")
     return sorted(set(reasons))

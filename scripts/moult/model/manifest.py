@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, sha256_file
-from moult.model.safetensors import AGAIN, FEW_BITS, INDEX, read_header, weight_files
+from moult.model.safetensors import AGAIN, FEW_BITS, INDEX, main_file, read_header, weight_files
 
 # Other formats of the same weights, and repository files: never downloaded.
 IGNORED = (
@@ -66,8 +66,8 @@ def describe(folder: Path, name: str, trust_remote_code: bool, commit: str | Non
 def spare_weights(folder: Path, weights: list[Path]) -> list[Path]:
     """Weight files at the top of a model that are not part of it: transformers loads others (`weights`)."""
     spare = [path for path in sorted(folder.glob("*.safetensors")) if path not in weights]
-    index = folder / INDEX
-    return spare + [index] * (index.is_file() and weights == [folder / "model.safetensors"])
+    names = {path.name for path in folder.iterdir()}
+    return spare + [folder / INDEX] * (INDEX in names and main_file(folder, names) != INDEX)
 
 
 def check_unquantized(folder: Path, name: str) -> None:

@@ -96,20 +96,23 @@ def _not_whole(path: Path, fix: str, why: str) -> MoultError:
     return MoultError(f"{path}: not a whole safetensors file: {why}", fix)
 
 
-def weight_names(folder: Path, there: Collection[str]) -> list[str]:
-    """Which of the files `there` are the model: the ones that transformers loads. It takes what config.json names, else
-    model.safetensors, and looks for an index last (5.23, modeling_utils._get_resolved_checkpoint_files). Empty: none is.
+def main_file(folder: Path, there: Collection[str]) -> str | None:
+    """The file of weights, or the index of several, that transformers loads: what config.json names, else model.safetensors,
+    else the index (5.23, modeling_utils._get_resolved_checkpoint_files). None if there is none.
 
     Args:
-        folder: has config.json and the index; a hub's weights need not be there yet.
+        folder: has config.json; a hub's weights need not be there yet.
         there: names of all files at the top of the model.
     """
     config = read_json(folder / "config.json", AGAIN)
     named = config.get("transformers_weights") if isinstance(config, dict) else None
-    for name in [str(named)] if named else ["model.safetensors", INDEX]:
-        if name in there:
-            return indexed_files(folder / name) if name.endswith(".index.json") else [name]
-    return []
+    return next((name for name in ([str(named)] if named else ["model.safetensors", INDEX]) if name in there), None)
+
+
+def weight_names(folder: Path, there: Collection[str]) -> list[str]:
+    """Which of the files `there` hold the weights; see main_file."""
+    name = main_file(folder, there)
+    return indexed_files(folder / name) if name and name.endswith(".index.json") else [name] if name else []
 
 
 def weight_files(folder: str | Path) -> list[Path]:
