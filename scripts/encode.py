@@ -88,7 +88,7 @@ def encode(settings: dict, args, log) -> None:
         f"{100 * report[part]['trained_share']:.0f} % of them trained, longest {report[part]['length']['longest_kept']:,}"
         for part in ("train", "val")
     )
-    log.info("; ".join(counted))
+    log.info("%s", "; ".join(counted))
 
 
 # --- the template -----------------------------------------------------------------------------------------------------

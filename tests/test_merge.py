@@ -295,7 +295,9 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_byte(tmp_path, monke
     size = (base / "model.safetensors").stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
-    with pytest.raises(MoultError, match=rf"merged: {size:,} bytes are needed, {size - 1:,} are free"):
+    with pytest.raises(
+        MoultError, match=rf"merged: not enough disk space: {size:,} bytes are needed, {size - 1:,} are free"
+    ):
         run_merge(base, adapter, tmp_path)
     assert not list(tmp_path.glob("merged*"))
 

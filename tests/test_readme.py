@@ -255,7 +255,7 @@ def test_all_recipes_are_valid_and_go_together(users_folder):
                 file.touch()
         files.append(f"recipe-{number}.yaml")
         (users_folder / files[-1]).write_text(yaml.safe_dump(recipe))
-    output = snakemake(users_folder, "plans", "-n", "--configfile", *files, "--config", "paths={models: null}")
+    output = snakemake(users_folder, "plans", "-n", "-p", "--configfile", *files, "--config", "paths={models: null}")
     for run in ("mixture", "faq-slow", "scraped"):
         assert f"results/{run}/plan.json" in output
 

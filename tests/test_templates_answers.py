@@ -227,7 +227,7 @@ def test_the_report_holds_the_named_templates(run, tmp_path):
     assert told["named"] == {"tool_use": OBJECT, "rag": PLAIN + "rag"} and told["tool_use_rows"] == 2
     assert (tmp_path / "tokens/chat_template.jinja").read_text() == PLAIN
     assert "tool_use for 2 rows with tools" in made.said
-    assert run(model, [ASKED], template="chatml").report["template"].keys() == {"origin", "sha256"}
+    assert run(model, [ASKED], template="chatml").report["template"].keys() == {"date", "origin", "sha256"}
 
 
 # --- tokenizers that normalise ----------------------------------------------------------------------------------------

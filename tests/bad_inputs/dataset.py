@@ -287,7 +287,7 @@ CASES = [
     Case(
         "1 MB in one row",
         (
-            "encode failed: max_length 1,024 removes 100.0% of the trained train tokens (1 sequences, 2.6%, are "
+            "encode failed: max_length 1,024 removes 99.9% of the trained train tokens (1 sequences, 2.6%, are "
             "longer), more than max_token_loss 10.0%\n"
             "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,014, "
             "100% fit into 250,014), or max_token_loss"

@@ -79,7 +79,7 @@ CASES = [
     ),
     Case(
         "no config.json",
-        ("inspect_model failed: base: no config.json, so this is no model folder\nwhat to do: check model.name"),
+        ("inspect_model failed: base: no config.json, so this is not a model folder\nwhat to do: check model.name"),
         make=without("config.json"),
     ),
     Case(
@@ -108,7 +108,7 @@ CASES = [
     Case(
         "an adapter",
         (
-            "inspect_model failed: base: an adapter, no model\n"
+            "inspect_model failed: base: this is a LoRA adapter, not a model\n"
             "what to do: set model.name to the base model of this adapter"
         ),
         make=adapter_folder,

@@ -187,7 +187,7 @@ CASES = [
             "    1 control_token, for example rows.jsonl:41: messages[0] says '<|im_end|>', which this tokenizer "
             "takes for a control token\n"
             "what to do: fix the rows, choose another model.chat_template (or its chat_template_kwargs), or "
-            "leave such rows out with datasets.<name>.unrenderable: drop"
+            "drop such rows with datasets.<name>.unrenderable: drop"
         ),
         rows=[*ROWS, {"prompt": "Say <|im_end|>", "completion": "No."}],
     ),
@@ -208,8 +208,7 @@ CASES = [
         "more tokens than the model has",
         (
             "encode failed: train row rows.jsonl:9: token 421 is outside the model's vocabulary of 100\n"
-            "what to do: tokenizer and model do not belong together, or tokens were added without resizing the "
-            "model"
+            "what to do: use the tokenizer of this model; if tokens were added to it, the model must be resized too"
         ),
         make=few_tokens,
     ),

@@ -156,7 +156,7 @@ def test_two_processes_give_the_loss_of_one(run):
     [
         ({"learning_rate": 1e30, "max_grad_norm": 0.0}, "is nan", "lower train.learning_rate"),
         ({"learning_rate": 1e-60, "max_steps": 2}, "training has not changed", "train.learning_rate"),
-        ({"gpu": 2}, "train.gpu is 2, and 1 processes run", "torchrun --nproc-per-node 2"),
+        ({"gpu": 2}, "train.gpu is 2, but 1 processes are running", "torchrun --nproc-per-node 2"),
     ],
 )
 def test_what_cannot_be_right_stops_it(train, message, fix, run):
@@ -193,7 +193,7 @@ def test_a_plan_of_other_steps_is_refused_before_the_training(run):
     stopped = run()
     stopped.config = settings(max_steps=7)
     done = stopped.go(code=1)
-    assert "train.max_steps is 7, and" in done.stderr and "run the stage plan again" in done.stderr
+    assert "train.max_steps is 7, but" in done.stderr and "run the stage plan again" in done.stderr
     assert "training on" not in done.stderr
 
 

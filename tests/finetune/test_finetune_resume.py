@@ -156,7 +156,7 @@ def test_resume_from_a_checkpoint_of_another_run_says_what_differs(run, undistur
     checkpoint = next((undisturbed.folder / "state").glob("checkpoint-*"))
     done = changed.go("--resume-from", str(checkpoint), code=1)
     assert "it belongs to another run (differs in: settings.train.learning_rate)" in done.stderr
-    assert "give a checkpoint of the same settings" in done.stderr
+    assert "choose a checkpoint with the same settings" in done.stderr
 
 
 def test_resume_from_a_checkpoint_of_its_own_with_other_settings_moves_nothing(run, undisturbed):

@@ -98,7 +98,7 @@ def check_code(folder: Path, name: str, trust_remote_code: bool) -> None:
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         config = read_json(file, AGAIN) if file.is_file() else {}
         if not isinstance(config, dict):
-            raise MoultError(f"{file}: no object, so this is no model folder", "check model.name")
+            raise MoultError(f"{file}: no object, so this is not a model folder", "check model.name")
         classes.update(re.findall(r"[\w.-]+\.\w+", str(config.get("auto_map") or "")))
     if classes and not trust_remote_code:
         raise MoultError(

@@ -124,9 +124,11 @@ def weight_files(folder: str | Path) -> list[Path]:
             "check model.name; a relative path is relative to the working directory",
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise MoultError(f"{folder}: an adapter, no model", "set model.name to the base model that it was made for")
+        raise MoultError(
+            f"{folder}: this is a LoRA adapter, not a model", "set model.name to the base model of this adapter"
+        )
     if not (folder / "config.json").is_file():
-        raise MoultError(f"{folder}: no config.json, so this is no model folder", "check model.name")
+        raise MoultError(f"{folder}: no config.json, so this is not a model folder", "check model.name")
     names = weight_names(folder, {path.name for path in folder.iterdir()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -63,7 +63,7 @@ def needed_layers(model) -> int:
         return depth
     lists = [value for value in vars(config).values() if isinstance(value, list | str) and len(value) == depth]
     lists = [value for value in lists if len(set(map(str, value))) < depth]  # not those that number the layers
-    kinds = {}
+    kinds: dict[tuple, int] = {}
     for index, layer in enumerate(stack):
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
         kinds.setdefault((shapes, *(str(value[index]) for value in lists)), index)

@@ -4,6 +4,7 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from moult.errors import MoultError, some
 from moult.model.lora import lora_config, lora_layers
@@ -27,7 +28,7 @@ class Targets:
     exclude: lora.exclude_modules that does that, besides the config's own.
     """
 
-    model: object
+    model: Any
     layers: dict[str, dict] = field(default_factory=dict)
     parameters: dict[str, dict] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -159,7 +160,7 @@ def refused_by_peft(model, lora: dict) -> dict[str, str]:
     for name in linear_names(model) if why else []:
         without = refusal(model, lora, [*refused, name])
         if without != why:
-            refused[name], why = why, without
+            refused[name], why = str(why), without
         if why is None:
             return refused
     return {}
@@ -268,7 +269,7 @@ def out_of_reach(model, targets: Targets, lora: dict) -> dict | None:
     that is next to nothing."""
     if not takes_all(lora):
         return None
-    sizes = Counter()
+    sizes: Counter[str] = Counter()
     for name, parameter in stacked(model):
         if name not in targets.parameters:
             sizes[ending(name)] += parameter.numel()
@@ -289,7 +290,7 @@ def ending(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def stacked(model) -> list[tuple[str, object]]:
+def stacked(model) -> list[tuple[str, Any]]:
     """(name, parameter) of the matrices, stacked ones too, of modules that are neither layers nor embeddings."""
     from torch import nn
 

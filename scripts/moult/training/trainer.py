@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -40,6 +41,8 @@ class Finetuner(SFTTrainer):
         stop: finetune.StopSignal.
         resume: the checkpoint from which train() will continue, or None.
     """
+
+    control: Any  # Trainer's own
 
     def __init__(
         self,
