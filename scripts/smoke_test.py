@@ -110,9 +110,8 @@ def smoke_test(args, log) -> None:
     lead, drift = tolerance(settings, read_json(args.merge_check)["dtype"], bool(served.adapters))
     if args.base_url:
         url = args.base_url if "://" in args.base_url else f"http://{args.base_url}"
-        test = ServerTest(
-            client := Client(url.rstrip("/").removesuffix("/v1"), args.key, name), questions, lead, drift, chat
-        )
+        client = Client(url.rstrip("/").removesuffix("/v1"), args.key, name)
+        test = ServerTest(client, questions, lead, drift, chat)
         test.run(client.wait, log)
     else:
         url, key = address("127.0.0.1", port := free_port()), secrets.token_urlsafe(24)
@@ -128,6 +127,7 @@ def keep(args, served, test: ServerTest, log) -> None:
     """Write the result. Raises MoultError if a check has failed."""
     failed = [name for name, check in test.checks.items() if check.passed is False]
     dated = [question for question in test.questions if question.prints_date]
+    date = {"measured": str(FROZEN_DATE), "prompts": len(dated), "variables": dated[0].variables} if dated else None
     result = {
         "schema_version": 1,
         "run": args.run,
@@ -135,9 +135,7 @@ def keep(args, served, test: ServerTest, log) -> None:
         "serves": "adapter" if served.adapters else "merged",
         "model": test.client.name,
         "tolerance": {"lead": test.lead, "likelihood": test.drift},
-        "date": {"measured": str(FROZEN_DATE), "prompts": len(dated), "variables": dated[0].variables}
-        if dated
-        else None,
+        "date": date,
         "checks": {name: asdict(check) for name, check in test.checks.items()},
         "answers": test.answers,
         "speed": test.speed,

@@ -1,1 +1,1 @@
-"""Serving a model: starting an engine, and Moult's own small one."""
+"""Serving a model: starting an engine, Moult's own small one, and the checks of a server."""
