@@ -1,7 +1,7 @@
 """The table of architectures: which of transformers' decoders Moult trains, merges and packs.
 
-    python tests/model_types.py                 # writes config/MODELS.md; half an hour
-    python tests/model_types.py qwen3 jamba     # prints these only
+    python tests/model_types.py                 # all; ten seconds each on a core of its own
+    python tests/model_types.py qwen3 jamba     # these; the other lines of config/MODELS.md stay
 
 Each is a tiny model of random weights: plan, two steps of finetune, merge; then the KL divergence between the merged model
 and base plus adapter on five rows. A model that plan refuses has its message in the table instead.
@@ -88,7 +88,7 @@ KINDS: dict[str, dict] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "bloom": {"n_head": 4, "n_layer": 2},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
-    "falcon": {},
+    "falcon": {"head_dim": None},
     # mixture of experts
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
@@ -97,7 +97,7 @@ KINDS: dict[str, dict] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3": {**DEEPSEEK, "head_dim": 8},
     "glm4_moe": {**DEEPSEEK, "num_key_value_heads": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_end_index": 1},
     "llama4_text": {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1},
@@ -194,7 +194,8 @@ def make_base(kind: str, folder: Path) -> Path:
 
     from moult.model.shrunken import randomise
 
-    config = AutoConfig.for_model(kind, **{**COMMON, **KINDS[kind]})
+    sizes = {name: value for name, value in {**COMMON, **KINDS[kind]}.items() if value is not None}
+    config = AutoConfig.for_model(kind, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
@@ -220,17 +221,24 @@ def divergence(base: Path, adapter: Path, merged: Path) -> float:
     return (tuned.exp() * (tuned - plain)).sum(-1).max().item()
 
 
-def table(rows: list[Row]) -> str:
-    head = [
-        "model type",
-        "layers (+ stacked weights) tuned",
-        "merge",
-        "KL, nats",
-        "packing",
-        "left out of all-linear, and why",
-    ]
-    lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+HEAD = [
+    "model type",
+    "layers (+ stacked weights) tuned",
+    "merge",
+    "KL, nats",
+    "packing",
+    "left out of all-linear, and why",
+]
+
+
+def line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def lines_of(page: str) -> dict[str, str]:
+    """{model type: its line} of a page."""
+    rows = [row for row in page.splitlines() if row.startswith("| ")]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows[2:]}
 
 
 def main() -> None:
@@ -238,13 +246,14 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    rows = []
     for kind in sys.argv[1:] or KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(try_out(kind, Path(folder)))
-        print("  ".join(rows[-1].cells()), flush=True)
-    if len(sys.argv) == 1:
-        PAGE.write_text(f"{INTRODUCTION}\n{table(rows)}\n", encoding="utf-8")
+            row = line(try_out(kind, Path(folder)).cells())
+        print(row, flush=True)
+        rows = lines_of(PAGE.read_text(encoding="utf-8") if PAGE.exists() else "") | {kind: row}
+        ordered = [rows[known] for known in KINDS if known in rows]
+        page = "\n".join([INTRODUCTION, line(HEAD), line(["---"] * len(HEAD)), *ordered])
+        PAGE.write_text(f"{page}\n", encoding="utf-8")
 
 
 INTRODUCTION = """# Models

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from finetuning import SETTINGS, Run, tokenizer
-from model_types import COMMON, FAST, KINDS, Row, make_base, table, try_out
+from model_types import COMMON, FAST, KINDS, Row, line, lines_of, make_base, try_out
 from planning import make
 from tiny import make_tokens
 
@@ -264,4 +264,4 @@ def check(kind: str, row: Row) -> None:
         return
     assert not row.refused
     assert row.kl < 1e-6
-    assert kind in table([row])
+    assert lines_of("\n".join(["| head |", "| --- |", line(row.cells())]))[kind].startswith(f"| {kind} | ")

@@ -271,7 +271,8 @@ def out_of_reach(model, targets: Targets, lora: dict) -> dict | None:
         return None
     sizes: Counter[str] = Counter()
     for name, parameter in stacked(model):
-        if name not in targets.parameters:
+        # Of two dimensions are routers, and what is no weight of a sum (Mamba's A_log).
+        if name not in targets.parameters and parameter.dim() == 3:
             sizes[ending(name)] += parameter.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     large = sorted(name for name, size in sizes.items() if size >= NEGLIGIBLE * total)

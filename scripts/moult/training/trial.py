@@ -81,8 +81,8 @@ def without(groups: Groups, faults: dict[str, str]) -> Groups:
 
 
 def check_loss(small) -> None:
-    """Raises MoultError if the loss that TRL computes from hidden states and head (TRL 1.16) is not that of the logits: what the
-    model does between the two would not be trained, and be there when it is used (BERT's head has layers of its own)."""
+    """Raises MoultError if the loss that TRL computes from hidden states and head (TRL 1.16) is not that of the logits: what
+    the model does besides (BERT's head has layers of its own, RecurrentGemma caps its logits) would not be there in training."""
     import torch
     from trl.trainer.utils import add_fused_lm_head
 
@@ -99,8 +99,8 @@ def check_loss(small) -> None:
     plain = scores.gather(-1, inputs["input_ids"][:, 1:, None]).sum()
     if not abs(fused - plain) < ROUNDING * abs(plain):
         raise MoultError(
-            f"TRL's loss of this architecture is {fused:.1f}, and that of its logits {plain:.1f}: what comes between the last "
-            "layer and the head would not be trained",
+            f"TRL's loss of this architecture is {fused:.1f}, and that of its own logits {plain:.1f}: another model would be "
+            "trained than the one that answers",
             "tune another model",
         )
 
