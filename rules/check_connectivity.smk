@@ -5,15 +5,6 @@ Writes: only its log
 """
 
 
-def hub_names():
-    """The models and datasets of the config that come from the hub."""
-    models = [config["runs"][run]["model"] for run in hub_models.values()]
-    return {
-        "models": [{key: model[key] for key in ("name", "revision")} for model in models],
-        "datasets": [{"name": dataset["id"], "revision": dataset["revision"]} for dataset in hub_datasets.values()],
-    }
-
-
 rule check_connectivity:
     """Test the connection to the hub, step by step. A target for people: `snakemake check_connectivity --cores 1`."""
     log:

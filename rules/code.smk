@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from functools import lru_cache
+from os import environ
 from pathlib import Path
 
 
@@ -41,7 +42,7 @@ for module in ("data/readers", "measuring/table"):  # which files a dataset's so
 importlib.invalidate_caches()  # the folders have been filled since Python looked into them
 
 # The stages run with the Python that runs Snakemake; inside a container `python` is the image's.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
 
 
 def untracked(value):

@@ -8,26 +8,6 @@ A download is kept: name and revision are part of its path, and params and code 
 tracked. A changed network.tls or a new version of Moult does not download a model again.
 """
 
-hub_datasets = {
-    dataset_slug(dataset, entry["path"]): {
-        "id": entry["path"],
-        **{key: dataset[key] for key in ("subset", "split", "revision")},
-    }
-    for dataset in config["datasets"].values()
-    for entry in all_entries(dataset)
-    if not is_local(entry["path"])
-}
-
-
-def model_of(wildcards, runs):
-    """The model section of the config for a slug. `runs` is {slug: run}."""
-    return config["runs"][runs[wildcards.model]]["model"]
-
-
-def model_settings(stage, runs):
-    """Param: the settings that the stage reads, for a slug."""
-    return lambda wildcards: canonical(stage_settings(config, stage, runs[wildcards.model]))
-
 
 rule fetch_model:
     """Hub model at a revision -> snapshot and manifest (commit, hash of each file)."""

@@ -93,3 +93,34 @@ def chat_template_file(wildcards):
     """Input: the chat template that the config names, if it is a file."""
     template = config["runs"][wildcards.run]["model"]["chat_template"]
     return [template] if template and Path(template).is_file() else []
+
+
+# What comes from the hub, by its slug.
+hub_datasets = {
+    dataset_slug(dataset, entry["path"]): {
+        "id": entry["path"],
+        **{key: dataset[key] for key in ("subset", "split", "revision")},
+    }
+    for dataset in config["datasets"].values()
+    for entry in all_entries(dataset)
+    if not is_local(entry["path"])
+}
+
+
+def model_of(wildcards, runs):
+    """The model section of the config for a slug. `runs` is {slug: run}."""
+    return config["runs"][runs[wildcards.model]]["model"]
+
+
+def model_settings(stage, runs):
+    """Param: the settings that the stage reads, for a slug."""
+    return lambda wildcards: canonical(stage_settings(config, stage, runs[wildcards.model]))
+
+
+def hub_names():
+    """The models and datasets of the config that come from the hub."""
+    models = [config["runs"][run]["model"] for run in hub_models.values()]
+    return {
+        "models": [{key: model[key] for key in ("name", "revision")} for model in models],
+        "datasets": [{"name": dataset["id"], "revision": dataset["revision"]} for dataset in hub_datasets.values()],
+    }
