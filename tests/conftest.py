@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before anything imports torch: tests run side by side, and a second thread would only take turns with another test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import examples  # noqa: F401 (hypothesis asks for its profiles before a test is imported)
 import pytest
 from filelock import FileLock

@@ -18,8 +18,8 @@ PRELOADED = [
     *("snakemake.cli", "snakemake.workflow", "snakemake.report", "smart_open", "yte", "jsonschema"),
     *("peft", "trl.trainer.sft_trainer", "pyarrow.parquet"),
 ]
-# What the libraries read when they are imported. One thread, because tests run side by side.
-IMPORTED_WITH = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# What the libraries read when they are imported.
+IMPORTED_WITH = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @functools.cache

@@ -67,8 +67,13 @@ def plain_loop(model, rows) -> list[tuple[float, int, int]]:
     return result
 
 
-def test_perplexity_is_that_of_a_plain_loop(model, rows):
-    found, expected = likelihood(model, rows, 0), plain_loop(model, rows)
+@pytest.fixture(scope="module")
+def expected(model, rows):
+    return plain_loop(model, rows)
+
+
+def test_perplexity_is_that_of_a_plain_loop(model, rows, expected):
+    found = likelihood(model, rows, 0)
     for result, (nll, count, correct) in zip(found, expected, strict=True):
         assert (result.tokens, result.correct) == (count, correct)
         assert result.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
@@ -79,10 +84,10 @@ def test_perplexity_is_that_of_a_plain_loop(model, rows):
 
 
 @pytest.mark.parametrize("budget", [1, 300, 100_000])
-def test_batching_does_not_change_it(budget, model, rows, monkeypatch):
+def test_batching_does_not_change_it(budget, model, rows, expected, monkeypatch):
     monkeypatch.setitem(module.MAX_TOKENS, "cpu", budget)
     found = likelihood(model, rows, 0)
-    assert [r.nll for r in found] == pytest.approx([nll for nll, _, _ in plain_loop(model, rows)], rel=1e-5, abs=1e-5)
+    assert [r.nll for r in found] == pytest.approx([nll for nll, _, _ in expected], rel=1e-5, abs=1e-5)
 
 
 def test_batches_hold_every_sequence_once_within_the_budget():
