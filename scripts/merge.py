@@ -209,9 +209,8 @@ def delta_of(parts, target: dict):
     if len(target["shape"]) == 3:
         experts = target["experts"]
         order = "ore,eri->eoi" if target["swapped"] else "ore,eri->eio"
-        return (
-            torch.einsum(order, b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[-1])) * target["scaling"]
-        )
+        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts)
+        return torch.einsum(order, b, a) * target["scaling"]
     delta = b @ a
     if target["transposed"]:
         delta = delta.T

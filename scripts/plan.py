@@ -20,7 +20,7 @@ from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
 from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
 from moult.model.layout import stored_as
-from moult.model.lora import needs_peft, vllm_refuses
+from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
 from moult.model.safetensors import read_tensors
 from moult.model.shrunken import BROKEN, shrink
@@ -81,8 +81,9 @@ def plan(settings: dict, args, log) -> None:
     ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
     as_peft_has_it = {**lora, "target_parameters": sorted(targets.parameters)}
-    merge_reasons = needs_peft(as_peft_has_it)
-    serve_reasons = vllm_refuses(as_peft_has_it, ranks) + other_class(base, model)
+    not_matrices = not_linear(targets.model)
+    merge_reasons = needs_peft(as_peft_has_it) + not_matrices
+    serve_reasons = vllm_refuses(as_peft_has_it, ranks) + not_matrices + other_class(base, model)
     result = {
         "schema_version": 1,
         "parameters": {

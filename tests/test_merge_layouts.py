@@ -209,6 +209,21 @@ def norms_in_float32(tensors):
     return {name: t.float() + 1e-4 if "norm" in name else t for name, t in tensors.items()} | extra
 
 
+def test_lora_on_an_embedding_is_computed_by_peft(tmp_path):
+    from tiny import make_model
+
+    base = make_model(tmp_path / "base")
+    adapter, plan = prepared(base, tmp_path, {**LORA, "target_modules": ["q_proj", "embed_tokens"]})
+    assert plan["merge"] == {"how": "peft", "reasons": ["LoRA on Embedding"]}
+    from peft import PeftModel
+
+    before = logits(PeftModel.from_pretrained(load(base), adapter))
+    merged, _ = run_merge(base, adapter, tmp_path)
+    assert divergence(before, logits(load(merged))) < 1e-9
+    assert divergence(before, logits(load(base))) > 1e-4
+    assert read_json(merged / "metadata.json")["merged_tensors"] == 3
+
+
 def test_a_tied_head_that_is_stored_as_well_stays_the_embedding(tmp_path):
     from tiny import make_model
 

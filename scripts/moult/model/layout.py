@@ -112,14 +112,13 @@ def in_files(source: Source, values: Mapping[str, Any], model) -> dict[str, Any]
     made = back.convert(key, model=model, config=model.config)
     # The files may lack the prefix of the base model, which is put on behind the conversion.
     prefix = f"{model.base_model_prefix}."
-    names = {renamed.removeprefix(prefix): name for name, renamed in source.tensors.items()}
-    result: dict[str | None, Any] = {names.get(name.removeprefix(prefix)): value for name, value in made.items()}
-    if set(result) != set(source.tensors):
+    made = {name.removeprefix(prefix): value[0] if isinstance(value, list) else value for name, value in made.items()}
+    if set(made) != {renamed.removeprefix(prefix) for renamed in source.tensors.values()}:
         raise MoultError(
             f"{some(list(source.parameters))}: transformers does not turn them back into {some(list(source.tensors))}",
             "leave these weights out: lora.exclude_modules, lora.target_parameters",
         )
-    return {name: value[0] if isinstance(value, list) else value for name, value in result.items() if name}
+    return {name: made[renamed.removeprefix(prefix)] for name, renamed in source.tensors.items()}
 
 
 def check_way_back(source: Source, tensors: Mapping[str, Tensor], model) -> None:

@@ -43,6 +43,18 @@ def lora_layers(model):
             yield name, module
 
 
+def not_linear(model) -> list[str]:
+    """Kinds of the layers that a PeftModel has LoRA on and that are not matrices: peft has its own sums for them."""
+    from peft.tuners.lora import Linear, ParamWrapper
+
+    kinds = {
+        type(layer.get_base_layer()).__name__
+        for _, layer in lora_layers(model)
+        if not isinstance(layer, Linear | ParamWrapper)
+    }
+    return [f"LoRA on {kind}" for kind in sorted(kinds)]
+
+
 def needs_peft(settings: dict) -> list[str]:
     """Why an adapter of these settings cannot be merged tensor by tensor, and peft must do it with the whole model."""
     reasons = {
