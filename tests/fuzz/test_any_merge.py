@@ -119,15 +119,15 @@ def test_merged_is_base_plus_adapter_or_refused(tmp_path, layers, how, seed):
     base, parts, targets = make(tmp_path, layers, seed)
     named = damage(how, base, parts, targets)
     save(tmp_path, base, parts, layers)
+    plan = {"targets": targets}
     if named:
         with pytest.raises(MoultError) as error:
-            merge.plan_jobs(tmp_path / "base", tmp_path / "adapter", targets)
+            merge.lora_jobs(tmp_path / "base", tmp_path / "adapter", plan, False)
         assert named in error.value.what and error.value.fix
         return
-    jobs = merge.plan_jobs(tmp_path / "base", tmp_path / "adapter", targets)
-    assert sorted(name for job in jobs.values() for name in (job["A"], job["B"])) == sorted(parts)
+    jobs = merge.lora_jobs(tmp_path / "base", tmp_path / "adapter", plan, False)
     assert sorted(jobs) == sorted(target["tensor"] for target in targets.values())
-    merge.stream(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", jobs, logging.getLogger("test"))
+    merge.stream(tmp_path / "base", tmp_path / "merged", jobs, logging.getLogger("test"))
     after = {
         name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
     }
