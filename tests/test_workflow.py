@@ -176,6 +176,7 @@ def test_graphs_are_clean_on_standard_output(demo):
         assert done.stdout.startswith("digraph") and done.stdout.rstrip().endswith("}")
 
 
+@pytest.mark.slow
 def test_a_thousand_datasets_are_planned_in_seconds_and_import_nothing_heavy(tmp_path):
     folder = checkout(tmp_path)
     many = {f"d{index}": {"source": "config/demo/data/house_format.jsonl"} for index in range(1000)}
