@@ -296,7 +296,7 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
     if step < total:
         raise MoultError(
             f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {total:,}; checkpoint saved",
-            "run the same command again to continue",
+            "run the same command again to go on",
             UNFINISHED,
         )
     log.debug("trained %s steps", f"{step:,}")
