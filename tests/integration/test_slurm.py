@@ -81,7 +81,9 @@ def adapter(folder: Path) -> str:
 
 def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     folder = checkout(tmp_path)
-    output = snakemake(folder, *QUICK, TARGET, cores=None)
+    # Sums differ in their last digits with the number of threads, and the demo here has one.
+    one_thread = [f"{stage}=1" for stage in ("finetune", "merge", "evaluate_base", "evaluate_tuned")]
+    output = snakemake(folder, TARGET, *QUICK, "--set-threads", *one_thread, cores=None)
     assert adapter(folder) == adapter(demo)
     here, there = (json.loads((place / TARGET).read_text()) for place in (demo, folder))
     assert {**here, "provenance": None} == {**there, "provenance": None}
