@@ -258,8 +258,12 @@ def test_an_architecture_of_each_kind_of_trouble(kind, tmp_path):
     check(kind, try_out(kind, tmp_path))
 
 
+# What stands between their last layer and their logits is no part of TRL's fused loss: layers of the head, a cap of the logits.
+REFUSED = ("bert", "recurrent_gemma")
+
+
 def check(kind: str, row: Row) -> None:
-    if kind == "bert":
+    if kind in REFUSED:
         assert "TRL's loss" in row.refused
         return
     assert not row.refused
