@@ -222,7 +222,8 @@ def make_trainer(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moult.training.trainer import Finetuner, try_longest_batch, try_packing
+    from moult.training.first_batch import try_longest_batch, try_packing
+    from moult.training.trainer import Finetuner
 
     transformers_logging.set_verbosity_info()
     transformers_logging.disable_progress_bar()

@@ -136,7 +136,7 @@ def test_dora_resumes_to_the_same_bytes(run, whole):
 
 
 def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
-    fault = ("moult.training.trainer:Watch.on_step_end", number, step)
+    fault = ("moult.training.watch:Watch.on_step_end", number, step)
     attempt(stopped, fault, code=75 if number == TERM else -number)
     assert "continuing from" in attempt(stopped)
     check_same(stopped, whole(stopped.config))
@@ -144,7 +144,7 @@ def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
 
 def test_a_training_log_that_was_cut_off_is_that_of_the_checkpoint_again(run, whole):
     killed = run()
-    attempt(killed, ("moult.training.trainer:Watch.on_step_end", KILL, 8), code=-KILL)
+    attempt(killed, ("moult.training.watch:Watch.on_step_end", KILL, 8), code=-KILL)
     log = killed.folder / "state" / "training_log.jsonl"
     log.write_text(log.read_text()[:-20])
     attempt(killed)

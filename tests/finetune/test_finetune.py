@@ -180,7 +180,7 @@ def test_a_base_that_is_not_finite_is_found_before_the_first_step(run, tmp_path)
 
 def test_exactly_zero_is_no_loss():
     from moult.errors import MoultError
-    from moult.training.trainer import check_finite
+    from moult.training.watch import check_finite
 
     check_finite({"loss": 1e-9, "grad_norm": 0.0}, 3)
     with pytest.raises(MoultError, match="step 3: the loss is exactly 0"):
@@ -234,7 +234,7 @@ def try_batch(trainer, batch):
 
 def test_checkpointing_is_switched_on_only_where_the_longest_batch_needs_it(monkeypatch):
     from moult.errors import MoultError
-    from moult.training import trainer as module
+    from moult.training import first_batch as module
 
     monkeypatch.setattr(module, "_try_batch", try_batch)
     fits = OutOfMemory(fits_with=True)

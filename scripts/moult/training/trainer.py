@@ -4,7 +4,6 @@ Importing this imports trl, which takes seven seconds.
 """
 
 import json
-import math
 import shutil
 import time
 from pathlib import Path
@@ -14,18 +13,13 @@ import torch
 import torch.distributed
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
-from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from moult.errors import MoultError, some
+from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
-from moult.model.shrunken import generic
-from moult.run.console import log, progress
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
-from moult.training.packing import NOISE, leak
-from moult.training.trial import layers_without_gradient
+from moult.training.watch import Watch
 
 
 class Finetuner(SFTTrainer):
@@ -177,174 +171,3 @@ class SeededByEpoch(Sampler):
         epoch = int(self.trainer.state.epoch or 0)
         self.sampler.generator = torch.Generator().manual_seed(self.trainer.args.data_seed + epoch)
         return iter(self.sampler)
-
-
-class Watch(TrainerCallback):
-    """Training log, progress bar, signals, and the checks that are possible only during training."""
-
-    def __init__(self, trainer: Finetuner):
-        self.trainer = trainer
-        self.path = trainer.state_folder / TRAINING_LOG
-        self.bar: progress | None = None
-        self.note = self.validated = ""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.resume:
-            self.trainer.restore_averages(self.trainer.resume)
-        if state.is_world_process_zero:
-            self.bar = progress(state.max_steps, "steps", initial=state.global_step)
-        self._start_clock()
-
-    def _start_clock(self) -> None:
-        self.clock = time.monotonic() - self.trainer.other_seconds
-        self.tokens = self.trainer._total_train_tokens
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.update(note=self.note)
-        if state.epoch.is_integer():
-            DefaultFlowCallback().on_epoch_end(args, state, control)
-        last = state.global_step >= state.max_steps
-        if last and args.eval_strategy != "no":
-            control.should_evaluate = True
-        if last or self._asked_to_stop():
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        # on_step_end has done this work in the last step of the epoch. Otherwise the checkpoint of that step would miss the
-        # validation. Also, transformers calls this in the middle of an epoch if training stops there.
-        control.should_log = control.should_evaluate = control.should_save = False
-
-    def _asked_to_stop(self) -> bool:
-        received = self.trainer.stop.received is not None
-        if self.trainer.args.world_size == 1:
-            return received
-        # All processes must stop at the same step, but not all of them get the signal.
-        flag = torch.tensor(float(received), device=self.trainer.args.device)
-        torch.distributed.all_reduce(flag)
-        return flag.item() > 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        check_finite(logs, state.global_step)
-        if not state.is_world_process_zero or "train_runtime" in logs:
-            return
-        entry = {"step": state.global_step, "epoch": state.epoch, **logs}
-        if "loss" in logs:
-            seconds = time.monotonic() - self.trainer.other_seconds - self.clock
-            entry["tokens_per_second"] = (self.trainer._total_train_tokens - self.tokens) / seconds
-            self.note = f"loss {logs['loss']:.3f}{self.validated}, {entry['tokens_per_second']:,.0f} tokens/s"
-            self._start_clock()
-        if "eval_loss" in logs:
-            self.validated = f", val {logs['eval_loss']:.4f}"
-            log.debug("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
-        self._write(entry)
-
-    def _write(self, entry: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.close()
-            if args.device.type == "cuda":
-                self._write({"step": state.global_step, "peak_gpu_bytes": torch.cuda.max_memory_allocated()})
-
-
-def check_finite(logs: dict, step: int) -> None:
-    """Stop if a loss is not finite or exactly 0. transformers would continue (trl#6668, transformers#34494)."""
-    for name in ("loss", "grad_norm", "eval_loss"):
-        if name in logs and not math.isfinite(logs[name]):
-            raise MoultError(
-                f"step {step:,}: {name} is {logs[name]}",
-                "lower train.learning_rate or train.max_grad_norm; with float16, set model.dtype: bfloat16",
-            )
-    if logs.get("loss") == 0.0:
-        raise MoultError(
-            f"step {step:,}: the loss is exactly 0: the model does not learn",
-            "check in tokens/preview.html that tokens are marked",
-        )
-
-
-def try_longest_batch(trainer: Finetuner, checkpointing: bool | str) -> None:
-    """Run one forward and backward pass of the longest batch before the first step, to find out in the first minute whether it
-    fits. With `auto`, turn gradient checkpointing on if it does not fit."""
-    rows = trainer.train_dataset
-    longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))[
-        : trainer.args.per_device_train_batch_size
-    ]
-    batch = trainer.data_collator([rows[index] for index in longest])
-    shape = f"{len(longest)} sequences of up to {len(rows[longest[0]]['input_ids']):,} tokens"
-    for attempt in ("plain", "checkpointed"):
-        if attempt == "checkpointed":
-            log.info("the longest batch does not fit into memory: turning gradient checkpointing on")
-            trainer.args.gradient_checkpointing = True
-            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-            trainer.model.enable_input_require_grads()
-        fits, loss, idle = _try_batch(trainer, batch)
-        if fits:
-            if not math.isfinite(loss):
-                raise MoultError(
-                    f"the loss of the longest batch ({shape}) is {loss} before the first step",
-                    "the base's weights are damaged, or too large for float16: download them again, or set model.dtype: bfloat16",
-                )
-            check_finite({"loss": loss}, 0)
-            if idle:
-                names = sorted({generic(name) for name in idle})
-                raise MoultError(
-                    f"LoRA gets no gradient on {some(names)}: this model, as it runs here, reads their weights past it",
-                    "name them in lora.exclude_modules (the last part of a name is enough)",
-                )
-            log.debug("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
-            return
-        if checkpointing != "auto":
-            break
-    even = "" if checkpointing is False else ", even with gradient checkpointing"
-    raise MoultError(
-        f"the longest batch ({shape}) does not fit into the GPU's memory{even}",
-        "lower train.per_device_train_batch_size (raise gradient_accumulation_steps by as much) or datasets.<name>.max_length",
-    )
-
-
-def try_packing(trainer: Finetuner) -> None:
-    """Rows that are packed do not see each other, with this model's weights and attention on this device."""
-    if not trainer.padding_free:
-        return
-    first = trainer.train_dataset[0]["input_ids"][:64]
-    seen = leak(trainer.model, [first, trainer.train_dataset[-1]["input_ids"][:64]], trainer.args.device)
-    if not seen < NOISE:
-        raise MoultError(
-            f"train.packing: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
-            "the row before it)",
-            "set train.packing: false, or another model.attn_implementation",
-        )
-
-
-def _try_batch(trainer: Finetuner, batch: dict) -> tuple[bool, float, list[str]]:
-    """Whether the batch fits, its loss, and the layers whose LoRA got no gradient. Restores the gradients,
-    the random state, and TRL's averages."""
-    device = trainer.args.device
-    trainer.model.train()
-    idle: list[str] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            inputs = trainer._prepare_inputs(dict(batch))
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model, inputs)
-            loss.backward()
-            fits, value = True, loss.item()
-            if trainer.args.world_size == 1:
-                idle = layers_without_gradient(trainer.model)
-        except torch.OutOfMemoryError:
-            fits, value = False, math.nan
-    trainer.model.zero_grad(set_to_none=True)
-    trainer._metrics["train"].clear()
-    trainer._total_train_tokens = 0
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if trainer.args.world_size > 1:
-        # Gradient checkpointing must be the same in all processes.
-        flag = torch.tensor(float(fits), device=device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-        fits = flag.item() > 0
-    return fits, value, idle
