@@ -298,7 +298,8 @@ def tell(result: dict, args, log) -> None:
         log.warning("LoRA is not on %s: %s", some(names), why)
     if result["out_of_reach"]:
         log.warning(
-            "%.0f %% of the parameters are in no layer, and all-linear leaves them out; to tune them too, set "
+            "all-linear leaves out %.0f %% of the parameters: weights of experts, or layers with a name of theirs; to tune "
+            "them too, set "
             "lora.target_parameters: [%s]",
             100 * result["out_of_reach"]["share"],
             ", ".join(result["out_of_reach"]["target_parameters"]),

@@ -174,6 +174,21 @@ def test_experts_out_of_reach_are_told_and_what_to_write_reaches_them(kind, tmp_
     assert {".".join(name.split(".")[-2:]) for name in reached["target_parameters"]} == set(names)
 
 
+def test_layers_with_the_name_of_an_expert_are_told_and_what_to_write_reaches_them(tmp_path):
+    base = make_base("deepseek_v3", tmp_path / "base")
+    result, log = make(base, tmp_path)
+    names = [
+        f"{place}.{layer}.weight"
+        for place in ("mlp", "shared_experts")
+        for layer in ("down_proj", "gate_proj", "up_proj")
+    ]
+    assert result["out_of_reach"]["target_parameters"] == names
+    assert any(f"lora.target_parameters: [{', '.join(names)}]" in line for line in log.lines)
+    reached, _ = make(base, tmp_path, {"target_parameters": names})
+    assert reached["out_of_reach"] is None
+    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in reached["target_parameters"]
+
+
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 

@@ -265,8 +265,9 @@ def ends_with(place: str, name: str) -> bool:
 
 
 def out_of_reach(model, targets: Targets, lora: dict) -> dict | None:
-    """Which weights all-linear leaves out because they are not layers, and what to write to tune them too. None where
-    that is next to nothing."""
+    """Which weights all-linear leaves out, and what to write to tune them too: weights of experts that are not layers, and
+    layers that have the name of an expert's (DeepSeek's dense and shared ones: peft 0.21 takes the name for the experts
+    alone). None where that is next to nothing."""
     if not takes_all(lora):
         return None
     sizes: Counter[str] = Counter()
@@ -274,6 +275,10 @@ def out_of_reach(model, targets: Targets, lora: dict) -> dict | None:
         # Of two dimensions are routers, and what is no weight of a sum (Mamba's A_log).
         if name not in targets.parameters and parameter.dim() == 3:
             sizes[ending(name)] += parameter.numel()
+    for name, module in model.named_modules() if not lora.get("exclude_modules") else []:
+        reached = name in targets.layers or f"{name}.weight" in targets.parameters or generic(name) in targets.left_out
+        if is_linear(module) and module is not model.get_output_embeddings() and not reached:
+            sizes[f"{ending(name)}.weight"] += module.weight.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     large = sorted(name for name, size in sizes.items() if size >= NEGLIGIBLE * total)
     return {"share": sum(sizes[name] for name in large) / total, "target_parameters": large} if large else None
