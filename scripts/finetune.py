@@ -233,8 +233,7 @@ def make_trainer(
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    # With several processes, Trainer moves the model of each process to its GPU.
-    model = load_model(base, device if settings["train"]["gpu"] == 1 else "cpu", settings)
+    model = load_model(base, device, settings)
     show_backbone(model)
     try:
         trainer = Finetuner(

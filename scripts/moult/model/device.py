@@ -25,27 +25,46 @@ def pick() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_dtype(device: str, configured: str):
+def own_device(kind: str) -> str:
+    """This process's own device of a kind that `pick` returns: `cuda:<its number on this machine>`, or `cpu`.
+
+    Always with a number: Trainer takes a model on `cuda` for one that is spread over several GPUs (transformers 5.23).
+    """
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
+
+
+def load_dtype(kind: str, configured: str):
     """The dtype that weights are loaded in: the configured one on a GPU, float32 on a CPU (slow and inexact otherwise)."""
     import torch
 
-    return getattr(torch, configured) if device == "cuda" else torch.float32
+    return getattr(torch, configured) if kind == "cuda" else torch.float32
 
 
-def load_model(folder: str, device: str, settings: dict):
-    """The base or merged model of a folder, whole, on one device.
+def load_model(folder: str, kind: str, settings: dict):
+    """The base or merged model of a folder, whole, on this process's own device.
 
     Args:
+        kind: what `pick` returns, `cuda` or `cpu`.
         settings: dtype, attn_implementation, trust_remote_code of the config's model section.
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
-    dtype = load_dtype(device, settings["dtype"])
-    return read_model(folder, dtype, settings["trust_remote_code"], settings["attn_implementation"]).to(device)
+    return read_model(
+        folder,
+        load_dtype(kind, settings["dtype"]),
+        settings["trust_remote_code"],
+        settings["attn_implementation"],
+        own_device(kind),
+    )
 
 
-def read_model(folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None):
-    """The model of a folder in memory, in `dtype`. Raises MoultError where weights are missing."""
+def read_model(
+    folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None, device: str = "cpu"
+):
+    """The model of a folder on `device`, in `dtype`. Raises MoultError where weights are missing.
+
+    On a GPU, each tensor goes there as soon as it is read: the machine's memory holds a few of them at a time.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -53,6 +72,8 @@ def read_model(folder: str | Path, dtype, trust_remote_code: bool, attn_implemen
         folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        # None on a CPU: peft would put hooks on a model with a device map there.
+        device_map=None if device == "cpu" else {"": device},
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
