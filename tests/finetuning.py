@@ -17,6 +17,7 @@ SETTINGS = {
     "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
     "train": {
         "gpu": 1,
+        "shard": False,
         "learning_rate": 1e-2,
         "num_train_epochs": 3,
         "per_device_train_batch_size": 2,
@@ -37,6 +38,7 @@ SETTINGS = {
         "report_to": "none",
     },
     "dtype": "bfloat16",
+    "quantization": None,
     "attn_implementation": None,
     "trust_remote_code": False,
 }

@@ -9,7 +9,7 @@ def trainer_config(settings: dict, state: str | Path, device: str, max_length: i
     """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it."""
     from trl import SFTConfig
 
-    not_theirs = ("gpu", "nodes", "gpu_memory", "gradient_checkpointing")
+    not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     half = device == "cuda" and settings["dtype"] != "float32"
     own = {

@@ -235,7 +235,10 @@ def _describe(error, schema: dict) -> list[str]:
             hint = " (an empty section; leave it out)"
         return [f"{where}: expected {wanted}, got {value!r}{hint}"]
     if error.validator == "enum":
-        choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in error.schema["enum"]]
+        as_yaml = {True: "true", False: "false", None: "null"}
+        choices = [
+            as_yaml[choice] if choice is None or isinstance(choice, bool) else choice for choice in error.schema["enum"]
+        ]
         close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return [f"{where}: {value!r} is none of {some(choices, 12)}{hint}"]
@@ -395,6 +398,27 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
     ]
     if train["packing"] and dataset is not None and train.get("padding_free"):
         problems.append("train.padding_free: packing has it already; leave it out")
+    return problems + (_sharding_problems(run) if train["shard"] else [])
+
+
+def _sharding_problems(run: dict) -> list[str]:
+    """What train.shard cannot go with. The base is then in pieces, which only LoRA's own tensors are not."""
+    lora, problems = run["lora"], []
+    if run["train"]["gpu"] == 1:
+        problems.append(
+            "train.shard: train.gpu is 1, so there is nothing to split the base over; raise it, or leave shard out"
+        )
+    if run["model"]["quantization"]:
+        # transformers 5.23 fails with every bnb_4bit_quant_storage; accelerate 1.15 leaves the weights whole (accelerate#3987).
+        problems.append(
+            "train.shard: a quantized base cannot be split; set model.quantization: null, or leave shard out"
+        )
+    trained = [key for key in ("modules_to_save", "trainable_token_indices") if lora.get(key)]
+    trained += ["bias"] if lora.get("bias", "none") != "none" else []
+    problems += [
+        f"train.shard: lora.{key} trains weights of the base, which is in pieces; leave one of the two out"
+        for key in trained
+    ]
     return problems
 
 
