@@ -148,14 +148,15 @@ def test_how_it_is_merged_and_whether_vllm_serves_the_adapter(lora, merge, refus
 
 def test_memory_grows_with_what_it_is_made_of(tmp_path):
     base = make_model(tmp_path / "base")
-    small = make(base, tmp_path)[0]["memory"]
+    small, log = make(base, tmp_path)
+    small = small["memory"]
     wide = make(base, tmp_path, train={"per_device_train_batch_size": 4})[0]["memory"]
     full = make(base, tmp_path, dtype="float32")[0]["memory"]
-    assert wide["activations"] == 2 * small["activations"] and wide["weights"] == small["weights"]
+    assert wide["activations"] > small["activations"] and wide["weights"] == small["weights"]
     assert full["weights"] > 1.9 * small["weights"] - 4 * 10_000
-    assert small["total_with_gradient_checkpointing"] < small["total"]
-    parts = ("weights", "optimizer", "logits", "activations")
-    assert small["total"] == sum(small[part] for part in parts)
+    assert small["activations_with_gradient_checkpointing"] < small["activations"]
+    assert small["total_with_gradient_checkpointing"] <= small["total"]
+    assert any("GPU memory about 1.5 GB, 1.5 if checkpointed" in line for line in log.lines)
 
 
 def test_what_finetune_asks_of_a_cluster(tmp_path, monkeypatch):

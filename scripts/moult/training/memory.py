@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from moult.errors import MoultError
 from moult.measuring.likelihood import token_budget
-from moult.model.estimates import BYTES, estimate_activations
+from moult.model.estimates import BYTES, estimate_activations, largest
 from moult.model.shrunken import BROKEN
 from moult.training.simulation import Step, quantized_bytes, simulate
 from moult.training.targets import Targets, is_linear
@@ -61,12 +61,14 @@ class Run:
     """What the memory of a run depends on.
 
     model: the base on the meta device. targets: LoRA on it. report: of encode, with the lengths of the rows.
+    exact: what plan has found of how rows may be put together (moult.training.packing.try_batches).
     """
 
     model: object
     targets: Targets
     settings: dict
     report: dict
+    exact: dict[str, str | None] = field(default_factory=dict)
 
     def changed(self, train: dict | None = None, **settings) -> "Run":
         return dataclasses.replace(
@@ -85,6 +87,12 @@ class Run:
         return self.settings["train"]
 
     @property
+    def rows(self) -> int:
+        """Of a batch on each GPU; the least where finetune looks for the most that fit."""
+        size = self.train["per_device_train_batch_size"]
+        return 1 if size == "auto" else size
+
+    @property
     def longest(self) -> int:
         return self.report["max_length"] if self.train["packing"] else self.report["train"]["length"]["longest_kept"]
 
@@ -99,48 +107,70 @@ class Run:
 
 def memory_of(run: Run, gpu: int | None = None) -> Memory | None:
     """What `run` needs on each GPU; None if config.json does not say how large the model is, and its code cannot be run."""
-    train, config = run.train, run.model.config.get_text_config()
-    step = Step(
-        rows=train["per_device_train_batch_size"],
-        length=run.longest,
-        attention=attention_of(run),
-        dtype=run.settings["dtype"],
-        quantization=run.settings.get("quantization"),
-    )
-    validation = dataclasses.replace(step, training=False, **validation_batch(run))
-    steps = [step, dataclasses.replace(step, checkpointing=True), validation]
-    try:
-        activations, how = simulate(run.model, with_exclusions(run), steps), "simulated"
-    except BROKEN:
-        stacked = sum(math.prod(target["shape"]) for target in run.targets.parameters.values())
-        estimate = estimate_activations(config, stacked, step.rows * step.length, step.dtype)
-        if estimate is None:
-            return None
-        activations, how = [*estimate, estimate[1]], "formula"
-    plain, checkpointed, validated = activations
-    validated += logits_of_validation(config.vocab_size, validation)
+    step, validation = steps_of(run)
+    found = activations_of(run, [step, dataclasses.replace(step, checkpointing=True), validation])
+    if found is None:
+        return None
+    (plain, checkpointed, validated), how = found
     weights, gathered = weights_of(run)
-    trained = sum(parameter.numel() for parameter in run.targets.model.parameters() if parameter.requires_grad)
-    copies = 2 if train["gpu"] > 1 and not train.get("shard") else 1
-    optimizer = trained * (4 * copies + moments_of(train.get("optim", "")))
-    held = weights + optimizer + gathered
-    # The gradients are not there during the validation.
-    least = held + validated - trained * 4
     return Memory(
         how=how,
         device="each GPU; on a CPU all is float32",
         attention=step.attention,
         tokens_per_batch=step.rows * step.length,
         weights=weights,
-        optimizer=optimizer,
+        optimizer=optimizer_of(run),
         gathered=gathered,
         activations=plain,
         activations_with_gradient_checkpointing=checkpointed,
         validation=validated,
-        total=with_margin(max(held + plain, least)),
-        total_with_gradient_checkpointing=with_margin(max(held + checkpointed, least)),
+        total=with_margin(peak_of(run, plain, validated)),
+        total_with_gradient_checkpointing=with_margin(peak_of(run, checkpointed, validated)),
         gpu=gpu,
     )
+
+
+def steps_of(run: Run) -> tuple[Step, Step]:
+    """The longest batch of the training, and of the validation."""
+    step = Step(
+        rows=run.rows,
+        length=run.longest,
+        attention=attention_of(run),
+        dtype=run.settings["dtype"],
+        quantization=run.settings.get("quantization"),
+    )
+    return step, dataclasses.replace(step, training=False, **validation_batch(run))
+
+
+def activations_of(run: Run, steps: list[Step]) -> tuple[list[int], str] | None:
+    """Bytes of each step besides weights and optimizer, and how they were found."""
+    config = run.model.config.get_text_config()
+    try:
+        found, how = simulate(run.model, with_exclusions(run), steps), "simulated"
+    except BROKEN:
+        stacked = sum(math.prod(target["shape"]) for target in run.targets.parameters.values())
+        found, how = [], "formula"
+        for step in steps:
+            estimate = estimate_activations(config, stacked, step.rows * step.length, step.dtype)
+            if estimate is None:
+                return None
+            found.append(estimate[step.checkpointing or not step.training])
+    heads = [0 if step.training else logits_of_validation(config.vocab_size, step) for step in steps]
+    return [activations + head for activations, head in zip(found, heads, strict=True)], how
+
+
+def peak_of(run: Run, activations: int, validation: int) -> int:
+    held = sum(weights_of(run)) + optimizer_of(run)
+    return max(held + activations, held + validation - 4 * trained_of(run))  # the validation has no gradients
+
+
+def trained_of(run: Run) -> int:
+    return sum(parameter.numel() for parameter in run.targets.model.parameters() if parameter.requires_grad)
+
+
+def optimizer_of(run: Run) -> int:
+    copies = 2 if run.train["gpu"] > 1 and not run.train.get("shard") else 1
+    return trained_of(run) * (4 * copies + moments_of(run.train.get("optim", "")))
 
 
 def with_margin(peak: int) -> int:
@@ -156,14 +186,19 @@ def with_exclusions(run: Run) -> dict:
 
 
 def attention_of(run: Run) -> str:
-    """What the attention kernel gets: see Step. A mask is needed where rows are padded, or packed into one."""
+    """What the attention kernel gets: see Step. A mask is needed for rows that are padded or lie behind each other, where the
+    model allows no other way (moult.training.packing)."""
     wanted, train = run.settings["attn_implementation"], run.train
     if wanted == "eager":
         return "eager"
     if wanted not in (None, "sdpa"):
         return "flash"
-    packed = train["packing"] or train.get("padding_free")
-    return "dense" if packed or train["per_device_train_batch_size"] > 1 else "flash"
+    behind = train["packing"] or train.get("padding_free")
+    if wanted is None and behind and run.exact.get("varlen", "not tried") is None:
+        return "flash"
+    if behind is True:
+        return "dense"
+    return "flash" if run.rows == 1 or run.exact.get("unmasked", "not tried") is None else "dense"
 
 
 def validation_batch(run: Run) -> dict[str, int]:
@@ -222,7 +257,7 @@ def check_fits(run: Run, memory: Memory | None, log) -> None:
     if total <= gpu:
         return
     how = " with gradient checkpointing" if run.checkpointing else ""
-    batch = f"{run.train['per_device_train_batch_size']} x {run.longest:,} tokens"
+    batch = f"{run.rows} x {run.longest:,} tokens"
     if without_margin(total) <= gpu:
         log.warning(
             "this run needs about %.1f GB on each GPU of %.1f GB%s, for a batch of %s: it may run out of memory. The first "
@@ -243,22 +278,32 @@ def check_fits(run: Run, memory: Memory | None, log) -> None:
 
 def what_fits(run: Run, gpu: int) -> Iterator[str]:
     """Settings with which the run fits into GPUs of this size, as they are written in the config."""
-
-    def fits(other: Run) -> bool:
-        if weights_of(other)[0] > gpu:  # no need to run it
-            return False
-        memory = memory_of(other, gpu)
-        return memory is not None and needed(memory, other.checkpointing) <= gpu
-
     found = False
     for options in (single_changes(run), combined_changes(run)):
         for kind in options:
-            text = next((text for text, other in kind if fits(other)), None)
+            text = next((text for text, other in kind if fits(other, gpu)), None)
             if text:
                 found = True
                 yield text
         if found:
             return
+
+
+def fits(run: Run, gpu: int) -> bool:
+    """Whether a changed run fits. What is far from it is seen without running it."""
+    step, validation = steps_of(run)
+    step = dataclasses.replace(step, checkpointing=run.checkpointing)
+    if with_margin(peak_of(run, inputs_of(run, step), 0)) > gpu:
+        return False
+    found = activations_of(run, [step, validation])
+    return found is not None and with_margin(peak_of(run, *found[0])) <= gpu
+
+
+def inputs_of(run: Run, step: Step) -> int:
+    """Bytes of what each layer gets, which is kept whatever is done; without checkpointing ten times as much is."""
+    config = run.model.config.get_text_config()
+    sizes = [largest(config, name) or 0 for name in ("num_hidden_layers", "hidden_size")]
+    return math.prod(sizes) * step.rows * step.length * BYTES[step.dtype] * (1 if step.checkpointing else 10)
 
 
 def single_changes(run: Run) -> list[list[tuple[str, Run]]]:
@@ -300,7 +345,7 @@ def combined_changes(run: Run) -> list[list[tuple[str, Run]]]:
 
 def smaller_batches(run: Run) -> list[tuple[str, Run]]:
     """The same batch for each step in smaller parts."""
-    rows, parts = (run.train[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    rows, parts = run.rows, run.train["gradient_accumulation_steps"]
     found = []
     while rows > 1:
         rows, parts = math.ceil(rows / 2), parts * 2

@@ -9,6 +9,7 @@ What is not seen: the context of CUDA and NCCL, and what the allocator loses bet
 
 import contextlib
 import gc
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -69,13 +70,16 @@ def simulate(model, lora: dict, steps: list[Step]) -> list[int]:
 
     Raises one of moult.model.shrunken.BROKEN where the model's code needs the values of its tensors, or cannot run so.
     """
-    try:
-        return run_few_layers(model, lora, steps)
-    except BROKEN:
-        if steps[0].attention == "eager":
-            raise
-        # Models with an attention of their own (GPT-J, Falcon, MPT).
-        return run_few_layers(model, lora, [replace(step, attention="eager") for step in steps])
+    # torch logs each operation that it cannot do without values, with its stack.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with patch.object(log, "disabled", True):
+        try:
+            return run_few_layers(model, lora, steps)
+        except BROKEN:
+            if steps[0].attention == "eager":
+                raise
+            # Models with an attention of their own (GPT-J, Falcon, MPT).
+            return run_few_layers(model, lora, [replace(step, attention="eager") for step in steps])
 
 
 def run_few_layers(model, lora: dict, steps: list[Step]) -> list[int]:
@@ -289,6 +293,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     import torch
 
     mask = MASK[0]
+    kept = value.shape[-1]
+    if kept < query.shape[-1]:  # DeepSeek's heads; the kernels take one size
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - kept))
     if mask is None:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         result = kernel(query, key, value, 0.0, True, False, scale=scaling)[0]
@@ -300,7 +307,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
         bias = torch.empty(mask.shape, dtype=query.dtype).expand(*query.shape[:2], -1, -1)
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         result = kernel(query, key, value, bias, True, 0.0, False, scale=scaling)[0]
-    return result.transpose(1, 2).contiguous(), None
+    return result[..., :kept].transpose(1, 2).contiguous(), None
 
 
 class NoKernel:
