@@ -63,11 +63,12 @@ def paired_difference(base: list[bool], tuned: list[bool], confidence: float) ->
     """The interval of (rate of tuned - rate of base), question by question."""
     pairs = list(zip(base, tuned, strict=True))
     counts = [pairs.count(pair) for pair in ((True, True), (False, True), (True, False), (False, False))]
-    return interval_of_counts(*counts, confidence)
+    return interval_of_counts(counts, confidence)
 
 
-def interval_of_counts(both: int, only_tuned: int, only_base: int, neither: int, confidence: float) -> list[float]:
+def interval_of_counts(counts: list[int], confidence: float) -> list[float]:
     """The same, from how many questions both pass, only the tuned model, only the base, and neither."""
+    both, only_tuned, only_base, neither = counts
     n = both + only_tuned + only_base + neither
     p_tuned, p_base = (both + only_tuned) / n, (both + only_base) / n
     low_tuned, high_tuned = wilson(both + only_tuned, n, confidence)

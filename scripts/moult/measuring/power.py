@@ -28,7 +28,7 @@ def power(n: int, base: float, effect: float, confidence: float) -> float:
     shares.append(max(0.0, 1 - sum(shares)))
     counts = np.random.default_rng(0).multinomial(n, np.array(shares) / sum(shares), size=TRIALS)
     kinds, times = np.unique(counts, axis=0, return_counts=True)
-    shown = [interval_of_counts(*kind, confidence=confidence)[0] > 0 for kind in kinds.tolist()]
+    shown = [interval_of_counts(kind, confidence)[0] > 0 for kind in kinds.tolist()]
     return float(times[shown].sum() / TRIALS)
 
 
