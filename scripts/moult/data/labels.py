@@ -105,7 +105,7 @@ class _Conversation:
                 "no_prompt", "it begins with an assistant turn, which nothing asks for (give that turn weight 0)"
             )
         chat, message = self.chat, self.messages[index]
-        prompt, through, blocks = self.rendered.pop(index, None) or self._texts(index)
+        prompt, through, blocks = self.rendered.pop(index) if index in self.rendered else self._texts(index)
         answer = _continuation(prompt, through)
         self._check_nothing_left_out(index, prompt, answer)
         self.prompt, self.through, self.blocks = prompt, through, blocks
