@@ -233,7 +233,7 @@ def make_trainer(
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    model = load_model(base, device, settings)
+    model = load_model(base, device, settings, settings["quantization"])
     show_backbone(model)
     try:
         trainer = Finetuner(
@@ -268,7 +268,7 @@ def make_trainer(
     log.info(
         "training on %s; base in %s, adapter in float32",
         device,
-        str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        settings["quantization"] or str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
     )
     try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
     try_packing(trainer)

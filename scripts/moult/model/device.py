@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.model.architecture import auto_class
+from moult.model.quantization import bitsandbytes_config, settle
 
 
 def limit_threads(threads: int) -> None:
@@ -40,12 +41,13 @@ def load_dtype(kind: str, configured: str):
     return getattr(torch, configured) if kind == "cuda" else torch.float32
 
 
-def load_model(folder: str, kind: str, settings: dict):
+def load_model(folder: str, kind: str, settings: dict, quantization: str | None = None):
     """The base or merged model of a folder, whole, on this process's own device.
 
     Args:
         kind: what `pick` returns, `cuda` or `cpu`.
         settings: dtype, attn_implementation, trust_remote_code of the config's model section.
+        quantization: that of the config, where the quantized base is wanted.
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
@@ -55,11 +57,17 @@ def load_model(folder: str, kind: str, settings: dict):
         settings["trust_remote_code"],
         settings["attn_implementation"],
         own_device(kind),
+        quantization,
     )
 
 
 def read_model(
-    folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None, device: str = "cpu"
+    folder: str | Path,
+    dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    quantization: str | None = None,
 ):
     """The model of a folder on `device`, in `dtype`. Raises MoultError where weights are missing.
 
@@ -68,6 +76,7 @@ def read_model(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    more = {"quantization_config": bitsandbytes_config(quantization, dtype)} if quantization else {}
     model, info = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
@@ -78,7 +87,10 @@ def read_model(
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        **more,
     )
+    if quantization:
+        settle(model)
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
         raise MoultError(
@@ -94,6 +106,7 @@ def versions() -> dict[str, str]:
     from moult import __version__
 
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+    packages += ("bitsandbytes",)
     return {
         "moult": __version__,
         "python": platform.python_version(),

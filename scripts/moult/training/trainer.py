@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
+from moult.model.quantization import quantized_layers
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 from moult.training.watch import Watch
 
@@ -52,6 +53,11 @@ class Finetuner(SFTTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if quantized_layers(self.model):
+            # TRL (1.16, sft_trainer.py:908) has cast the adapter to bfloat16, in which small updates are lost.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         self.state_folder, self.fingerprint = state, fingerprint
         self.val_rows, self.pad_id = val_rows, pad_id
         self.keep_best, self.keep = keep_best, keep
