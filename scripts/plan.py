@@ -86,6 +86,7 @@ def plan(settings: dict, args, log) -> None:
     serve_reasons = vllm_refuses(as_peft_has_it, ranks) + not_matrices + other_class(base, model)
     result = {
         "schema_version": 1,
+        "auto_class": auto_class(model.config).__name__,
         "parameters": {
             "base": base_parameters,
             "trainable": trainable,
