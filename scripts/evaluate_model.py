@@ -18,6 +18,7 @@ from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_l
 from moult.model.chat import Chat, prompt_of
 from moult.model.device import limit_threads, load_model, pick
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
@@ -42,6 +43,7 @@ def main() -> None:
 
     rule = "evaluate_tuned" if args.merge_check else "evaluate_base"
     with stage(rule, args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         evaluate(args.settings, args, log)
 
 

@@ -34,6 +34,7 @@ from moult.model.device import hardware, limit_threads, load_model, pick, versio
 from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
 from moult.model.lora import lora_config
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -67,6 +68,7 @@ def main() -> None:
 
     settings = args.settings
     with stage("finetune", args.log_file, settings, rank=rank()) as log:
+        bitsandbytes_for(settings)
         stop = StopSignal()
         # What plan has found that cannot be trained is left out.
         for section in ("lora", "train"):

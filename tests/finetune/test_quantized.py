@@ -1,11 +1,15 @@
 """QLoRA: the base quantized, the adapter not; the same bytes however often it is interrupted, on one process and on two."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from finetuning import TORCHRUN, kill_at, settings
 from safetensors.torch import load_file
+from workflow import ROOT
 
 from moult.files import read_jsonl
 
@@ -52,10 +56,31 @@ def test_a_killed_run_ends_with_the_same_bytes(config, run):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(run):
-    one, two = quantized(gradient_accumulation_steps=2), quantized(gpu=2, gradient_accumulation_steps=1)
+    # Four of them before the first batch that is not full: several processes fill it up.
+    few = {"max_steps": 4, "logging_steps": 1, "eval_steps": 4}
+    one = quantized(gradient_accumulation_steps=2, **few)
+    two = quantized(gpu=2, gradient_accumulation_steps=1, **few)
     for config in (one, two):  # the processes draw other zeros for dropout
         config["lora"] = {**config["lora"], "lora_dropout": 0.0}
     one, two = run(one, "one"), run(two, "two")
     one.go()
     two.go(launcher=TORCHRUN)
     assert training_losses(two) == pytest.approx(training_losses(one), rel=1e-5)
+
+
+def test_what_needs_no_bitsandbytes_does_not_import_it():
+    """It takes a second, in every stage that imports peft."""
+    code = (
+        "import sys; from moult.model.quantization import bitsandbytes_for\nbitsandbytes_for({settings})\nimport peft\n"
+    )
+    code += "print(sys.modules.get('bitsandbytes') is not None)"
+    for config, imported in (
+        ({}, False),
+        ({"train": {"optim": "adamw_torch_8bit"}}, False),
+        ({"quantization": "nf4"}, True),
+    ):
+        command = [sys.executable, "-c", code.replace("{settings}", repr(config))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+        )
+        assert (done.stdout.strip(), done.stderr) == (str(imported), ""), config

@@ -6,9 +6,24 @@ stacked weights of experts, and layers of a class of their own (Falcon's) stay i
 
 import copy
 import logging
+import re
+import sys
 
 # Bits of a quantized weight, without its scales (nf4: 0.127 bits more, with double quantization; int8: a float32 for each row).
 BITS = {"nf4": 4, "int8": 8}
+
+# The names of bitsandbytes' optimizers (transformers 5.23, trainer_optimizer.py).
+OPTIMIZERS = re.compile(r"bnb|paged|lion|ademamix|(?<!torch_)8bit")
+
+
+def bitsandbytes_for(settings: dict) -> None:
+    """Before peft is imported, which imports bitsandbytes wherever it is installed: that takes a second and says a line on
+    stderr. For a stage whose settings do not need it, it is as if it were not installed; for the others it is silent."""
+    # int8 also warns at every product of every layer that it computes in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    needed = settings.get("quantization") or OPTIMIZERS.search(settings.get("train", {}).get("optim", ""))
+    if not needed and "peft" not in sys.modules:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # what Python's import system takes for missing
 
 
 def bitsandbytes_config(kind: str, compute_dtype):
@@ -34,7 +49,7 @@ def quantized_layers(model) -> dict:
 
 
 def settle(model) -> None:
-    """Make a quantized model fit for training, in place, after loading: silent, and the same however it is used.
+    """Keep a quantized model from changing while it is used; in place, after loading.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50) packs a 4-bit weight anew at its first use in eval mode, and rounds its scales
     to bfloat16: after its first validation, another model would be trained, and a resumed run would differ.
@@ -44,8 +59,6 @@ def settle(model) -> None:
     if set(getattr(model, "hf_device_map", {}).values()) == {"cpu"}:
         # For peft (0.21) it is a model that is offloaded, and gets hooks.
         del model.hf_device_map
-    # int8 warns at every product of every layer that it computes in float16.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def on_meta(model, kind: str):
