@@ -27,7 +27,7 @@ from moult.model.safetensors import read_tensors
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.training.arguments import check_trainer, trainer_config
+from moult.training.arguments import batch_sizes, check_trainer, trainer_config
 from moult.training.packing import ROUNDING, mixing
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
@@ -276,7 +276,8 @@ def check_packing(small, settings: dict) -> None:
 def count_steps(tokens: str, report: dict, train: dict) -> dict:
     """How many batches and optimizer steps the run takes, as transformers counts them."""
     sequences = packed_count(tokens, report, train) if train["packing"] else report["train"]["sequences"]
-    per_batch = train["per_device_train_batch_size"] * train["gpu"]
+    # With `auto`, finetune finds how large a batch is. A step has the same sequences with each, so the smallest does.
+    per_batch = batch_sizes(train, "cuda")[-1] * train["gpu"]
     whole = train.get("dataloader_drop_last", False)
     batches = sequences // per_batch if whole else math.ceil(sequences / per_batch)
     per_epoch = math.ceil(batches / train["gradient_accumulation_steps"])

@@ -396,6 +396,11 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
         for key in ("eval_strategy", "save_strategy")
         if train["load_best_model_at_end"] and train[key] == "no"
     ]
+    if train["per_device_train_batch_size"] == "auto" and train.get("dataloader_drop_last"):
+        problems.append(
+            "train.dataloader_drop_last: with per_device_train_batch_size: auto the number of steps would depend on the GPU; "
+            "leave it out, or give a number"
+        )
     if train["packing"] and dataset is not None and train.get("padding_free"):
         problems.append("train.padding_free: packing has it already; leave it out")
     problems += _quantization_problems(run["lora"]) if run["model"]["quantization"] else []
