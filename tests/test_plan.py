@@ -242,6 +242,11 @@ def test_settings_that_trl_refuses(tmp_path):
     assert error.what.startswith("train: ") and "no_such_optimizer" in error.what
 
 
+def test_a_kernel_that_is_not_installed(tmp_path):
+    error = refused(make_model(tmp_path / "base"), tmp_path, train={"use_liger_kernel": True})
+    assert error.what == "train.use_liger_kernel: the package liger-kernel is not installed"
+
+
 def test_a_package_that_wants_a_gpu_to_say_more_is_left_to_it(tmp_path, monkeypatch):
     """flash-attn is there, and this machine has no GPU: the job that trains may have one."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -5,12 +5,32 @@ from pathlib import Path
 from moult.errors import MoultError
 
 
-def trainer_config(settings: dict, state: str | Path, device: str, max_length: int):
-    """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it."""
+def batch_sizes(train: dict, device: str, found: int | None = None) -> list[int]:
+    """The sizes of a batch on each GPU that finetune may train with, the largest first.
+
+    With `auto` a step has gradient_accumulation_steps sequences on each GPU, in the largest batches that fit. `found` is what
+    an earlier attempt has found.
+    """
+    size, per_step = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+    if size != "auto":
+        return [size]
+    most = found or (per_step if device == "cuda" else 4)  # a CPU says nothing when its memory is full
+    return [number for number in range(most, 0, -1) if per_step % number == 0]
+
+
+def trainer_config(settings: dict, state: str | Path, device: str, max_length: int, found: int | None = None):
+    """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it.
+
+    found: the batch size that an earlier attempt has found, for `auto`.
+    """
     from trl import SFTConfig
 
     not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
+    if train["per_device_train_batch_size"] == "auto":
+        size = batch_sizes(train, device, found)[0]
+        train["gradient_accumulation_steps"] //= size
+        train["per_device_train_batch_size"] = size
     half = device == "cuda" and settings["dtype"] != "float32"
     own = {
         "output_dir": str(state),
@@ -45,6 +65,7 @@ def check_trainer(config, model) -> None:
     from transformers.optimization import get_scheduler
 
     checks = {
+        "use_liger_kernel": lambda: check_liger(config.use_liger_kernel),
         "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(config.report_to)],
         "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config, model),
         "lr_scheduler_type": lambda: get_scheduler(
@@ -63,6 +84,13 @@ def check_trainer(config, model) -> None:
             problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise MoultError("\n    ".join(problems), "fix the train section of the config, or install the missing package")
+
+
+def check_liger(wanted: bool) -> None:
+    from transformers.utils import is_liger_kernel_available
+
+    if wanted and not is_liger_kernel_available():
+        raise ImportError("the package liger-kernel is not installed")
 
 
 def show_backbone(model) -> None:

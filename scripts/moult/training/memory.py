@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from moult.errors import MoultError
 from moult.measuring.likelihood import token_budget
@@ -64,7 +64,7 @@ class Run:
     exact: what plan has found of how rows may be put together (moult.training.packing.try_batches).
     """
 
-    model: object
+    model: Any
     targets: Targets
     settings: dict
     report: dict
@@ -139,7 +139,8 @@ def steps_of(run: Run) -> tuple[Step, Step]:
         dtype=run.settings["dtype"],
         quantization=run.settings.get("quantization"),
     )
-    return step, dataclasses.replace(step, training=False, **validation_batch(run))
+    rows, length = validation_batch(run)
+    return step, dataclasses.replace(step, training=False, rows=rows, length=length)
 
 
 def activations_of(run: Run, steps: list[Step]) -> tuple[list[int], str] | None:
@@ -201,11 +202,11 @@ def attention_of(run: Run) -> str:
     return "flash" if run.rows == 1 or run.exact.get("unmasked", "not tried") is None else "dense"
 
 
-def validation_batch(run: Run) -> dict[str, int]:
+def validation_batch(run: Run) -> tuple[int, int]:
     """Rows and length of the largest validation batch (moult.measuring.likelihood)."""
     longest = run.report["val"]["length"]["longest_kept"]
     budget = token_budget("cuda", run.model.config.get_text_config().vocab_size)
-    return {"rows": max(1, budget // max(1, longest)), "length": longest}
+    return max(1, budget // max(1, longest)), longest
 
 
 def logits_of_validation(vocabulary: int, batch: Step) -> int:

@@ -130,7 +130,7 @@ def build(model, lora: dict, layers: int, step: Step):
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if step.float32_adapter else getattr(torch, step.dtype))
     if step.quantization:
-        quantize(peft_model, step)
+        quantize(peft_model, step.quantization, step.dtype)
     return peft_model
 
 
@@ -342,13 +342,13 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def quantize(model, step: Step) -> None:
+def quantize(model, how: str, dtype: str) -> None:
     """Put what bitsandbytes would in the place of the linear layers of a PeftModel, in place; not of the head."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if is_linear(child) and child is not head and not child.weight.requires_grad:
-                setattr(module, name, quantized_linear(child, step))
+                setattr(module, name, quantized_linear(child, how, dtype))
 
 
 def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
@@ -358,12 +358,12 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
     return count // 2 + count // 64 + count // (64 * 256) * 4 if quantization == "nf4" else count + 4 * shape[0]
 
 
-def quantized_linear(linear, step: Step):
+def quantized_linear(linear, how: str, dtype_name: str):
     """A layer that needs the memory of bitsandbytes' (0.50): in both directions the weight is restored for the product, and
     not kept."""
     import torch
 
-    dtype = getattr(torch, step.dtype)
+    dtype = getattr(torch, dtype_name)
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -379,7 +379,7 @@ def quantized_linear(linear, step: Step):
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
             with torch.device("meta"):
-                packed = torch.empty((quantized_bytes(shape, step.quantization),), dtype=torch.uint8)
+                packed = torch.empty((quantized_bytes(shape, how),), dtype=torch.uint8)
             self.weight, self.bias = torch.nn.Parameter(packed, requires_grad=False), linear.bias
 
         def forward(self, inputs):
