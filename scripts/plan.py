@@ -27,7 +27,7 @@ from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import check_trainer, trainer_config
-from moult.training.packing import ROUNDING, mixing
+from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
@@ -58,6 +58,7 @@ def plan(settings: dict, args, log) -> None:
     no_router_loss = small and without_router_loss(small, settings["train"])
     if no_router_loss:
         log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
+    exact = try_batches(small)
     steps = count_steps(args.tokens, report, settings["train"])
     lora = settings["lora"]
     *_, targets = all_of(
@@ -67,7 +68,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_steps(steps, settings["train"]),
         lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
-        lambda: check_packing(small, settings),
+        lambda: check_packing(small, exact, settings, log),
         lambda: place_lora(model, lora, small),
     )
     stored = stored_as(model, tensors)
@@ -99,6 +100,8 @@ def plan(settings: dict, args, log) -> None:
         # What finetune sets besides the config.
         "lora": targets.added_settings(lora),
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
+        # How rows may be put together (packing.try_batches): what finetune chooses from.
+        "batches": exact,
         "steps": steps,
         "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),
@@ -231,19 +234,27 @@ def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}
-    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])
+    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", None, report["max_length"])
     check_trainer(config, model)
 
 
-def check_packing(small, settings: dict) -> None:
+def check_packing(small, exact: dict, settings: dict, log) -> None:
     """Rows that are packed into one sequence do not see each other, tried on a small model of the same architecture."""
     train, attention = settings["train"], settings["attn_implementation"]
     key = "packing" if train["packing"] else "padding_free"
     # Other attention needs a GPU: finetune tries it there.
-    if not train.get(key) or small is None or attention not in (None, "eager", "sdpa"):
+    if train[key] is not True or small is None or attention not in (None, "eager", "sdpa"):
         return
     if attention:
         small.set_attn_implementation(attention)
+    elif exact["varlen"] is None:
+        return
+    else:
+        log.warning(
+            "train.%s: the fast attention for it cannot be used with this model (%s): a sequence costs the square of its length",
+            key,
+            exact["varlen"],
+        )
     try:
         difference = mixing(small, [[token + 3 for token in range(start, start + 12)] for start in (0, 30, 80)])
     except BROKEN as error:

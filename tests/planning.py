@@ -15,6 +15,8 @@ TRAIN = {
     "gpu": 1,
     "nodes": 1,
     "packing": False,
+    "padding_free": "auto",
+    "train_sampling_strategy": "auto",
     "packing_strategy": "bfd",
     "save_total_limit": 2,
     "warmup_steps": 0,

@@ -396,7 +396,7 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
         for key in ("eval_strategy", "save_strategy")
         if train["load_best_model_at_end"] and train[key] == "no"
     ]
-    if train["packing"] and dataset is not None and train.get("padding_free"):
+    if train["packing"] and dataset is not None and train["padding_free"] is True:
         problems.append("train.padding_free: packing has it already; leave it out")
     return problems + (_sharding_problems(run) if train["shard"] else [])
 
