@@ -5,9 +5,11 @@
 
 The rules evaluate_base and evaluate_tuned run it; runs with the same model and data share the result of evaluate_base. score
 compares the two. Both models get the same token ids, from encode. Decoding is greedy. With --adapter, --base and
---merge-check, the merged model is also compared with base plus adapter on a few rows.
+--merge-check, the merged model is also compared with base plus adapter on a few rows; if the base was quantized for training
+(model.quantization), also with that.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
@@ -16,6 +18,7 @@ from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_l
 from moult.model.chat import Chat, prompt_of
 from moult.model.device import limit_threads, load_model, pick
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
@@ -40,6 +43,7 @@ def main() -> None:
 
     rule = "evaluate_tuned" if args.merge_check else "evaluate_base"
     with stage(rule, args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         evaluate(args.settings, args, log)
 
 
@@ -213,42 +217,72 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
 
 
 def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, settings: dict, args) -> dict:
-    """Mean KL divergence in nats per token, KL(base + adapter || merged), and how often the two have the same first choice."""
-    import torch
+    """KL(base + adapter || merged) in nats per token, and how often the two have the same first choice. With
+    model.quantization, also what the quantization has cost: two divergences with the base that was trained."""
     from peft import PeftModel
 
-    vocabulary = merged.config.get_text_config().vocab_size
-    kept, positions = [], 0
-    logits = []
+    def adapted(quantization: str | None = None):
+        base = load_model(str(open_model(args.base)[0]), device, settings, quantization)
+        return PeftModel.from_pretrained(base, args.adapter).eval()
+
+    kept, of_merged = kept_logits(merged, chosen(rows, settings["eval"]["merge_check_rows"]), pad_id)
+    lengths = [len(logits) for logits in of_merged]
+
+    def logits(model) -> Iterator:
+        return (one_logits(model, row, pad_id)[:length] for row, length in zip(kept, lengths, strict=True))
+
+    result = {"rows": len(kept), "positions": sum(lengths), "dtype": str(merged.dtype).removeprefix("torch.")}
+    merged.to("meta")  # the models need not fit into memory together
+    model = adapted()
+    result |= divergence(logits(model), of_merged)
+    quantization = settings.get("quantization")
+    if quantization is None:
+        return result
+    with model.disable_adapter():
+        of_base = list(logits(model))
+    model.to("meta")
+    model = adapted(quantization)
+    result["quantization"] = {"kind": quantization, "trained_vs_merged": divergence(logits(model), of_merged)}
+    with model.disable_adapter():
+        result["quantization"]["base_vs_quantized"] = divergence(of_base, logits(model))
+    return result
+
+
+def one_logits(model, row: dict, pad_id: int):
+    """float32 (trained positions, vocabulary), on the CPU."""
+    import torch
+
     with torch.inference_mode():
-        for row in chosen(rows, settings["eval"]["merge_check_rows"]):
-            mine = scored_logits(merged, [row], pad_id)[0][: max(1, KEPT_LOGITS // vocabulary - positions)].cpu()
-            kept.append(row)
-            logits.append(mine)
-            positions += len(mine)
-            if positions * vocabulary >= KEPT_LOGITS:
-                break
-    merged.to("meta")  # the two models need not fit into memory together
-    adapted = PeftModel.from_pretrained(
-        load_model(str(open_model(args.base)[0]), device, settings), args.adapter
-    ).eval()
-    divergence, agreed, worst = 0.0, 0, 0.0
-    with torch.inference_mode():
-        for row, theirs in zip(kept, logits, strict=True):
-            ours = scored_logits(adapted, [row], pad_id)[0][: len(theirs)].cpu()
-            p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-            each = (p.exp() * (p - q)).sum(-1)
-            divergence += each.sum().item()
-            worst = max(worst, each.max().item())
-            agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-    return {
-        "rows": len(kept),
-        "positions": positions,
-        "mean_kl": max(0.0, divergence / positions),
-        "max_kl": worst,
-        "top1_agreement": agreed / positions,
-        "dtype": str(merged.dtype).removeprefix("torch."),
-    }
+        return scored_logits(model, [row], pad_id)[0].cpu()
+
+
+def kept_logits(model, rows: list[dict], pad_id: int) -> tuple[list[dict], list]:
+    """As many of the rows as KEPT_LOGITS has room for, and the logits of each, the last perhaps cut off."""
+    room = max(1, KEPT_LOGITS // model.config.get_text_config().vocab_size)
+    kept: list = []
+    for row in rows:
+        kept.append(one_logits(model, row, pad_id)[:room])
+        room -= len(kept[-1])
+        if room == 0:
+            break
+    return rows[: len(kept)], kept
+
+
+def divergence(ours: Iterable, theirs: Iterable) -> dict[str, float]:
+    """KL(ours || theirs) in nats per token, mean and largest, and how often the two have the same first choice.
+
+    Args:
+        ours, theirs: logits of each row, float32 (positions, vocabulary), the same shapes.
+    """
+    total, worst, agreed, positions = 0.0, 0.0, 0, 0
+    for a, b in zip(ours, theirs, strict=True):
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        each = (p.exp() * (p - q)).sum(-1)
+        total += each.sum().item()
+        worst = max(worst, each.max().item())
+        agreed += (a.argmax(-1) == b.argmax(-1)).sum().item()
+        positions += len(each)
+    return {"mean_kl": max(0.0, total / positions), "max_kl": worst, "top1_agreement": agreed / positions}
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
 from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import read_tensors
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.training.arguments import check_trainer, trainer_config
+from moult.training.arguments import batch_sizes, check_trainer, trainer_config
 from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
@@ -43,6 +44,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with stage("plan", args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         plan(args.settings, args, log)
 
 
@@ -71,6 +73,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_packing(small, exact, settings, log),
         lambda: place_lora(model, lora, small),
     )
+    quantization = settings["quantization"] and plan_quantization(settings["quantization"], model, small, targets, lora)
     stored = stored_as(model, tensors)
     for name, target in targets.layers.items():
         target["tensor"] = stored.get(f"{name}.weight")
@@ -102,6 +105,7 @@ def plan(settings: dict, args, log) -> None:
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
         # How rows may be put together (packing.try_batches): what finetune chooses from.
         "batches": exact,
+        "quantization": quantization,
         "steps": steps,
         "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
         "disk": estimate_disk(tensors, trainable, settings["train"]),
@@ -115,6 +119,16 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+
+
+def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
+    """What of the base is quantized for training. Raises MoultError if that is nothing, or if it does not work."""
+    from moult.training.quantized import check_quantized, count_quantized
+
+    counted = count_quantized(model, kind)
+    if small is not None:
+        check_quantized(small, kind, targets, lora)
+    return counted
 
 
 def all_of(*checks: Callable) -> list:
@@ -273,7 +287,8 @@ def check_packing(small, exact: dict, settings: dict, log) -> None:
 def count_steps(tokens: str, report: dict, train: dict) -> dict:
     """How many batches and optimizer steps the run takes, as transformers counts them."""
     sequences = packed_count(tokens, report, train) if train["packing"] else report["train"]["sequences"]
-    per_batch = train["per_device_train_batch_size"] * train["gpu"]
+    # With `auto`, finetune finds how large a batch is. A step has the same sequences with each, so the smallest does.
+    per_batch = batch_sizes(train, "cuda")[-1] * train["gpu"]
     whole = train.get("dataloader_drop_last", False)
     batches = sequences // per_batch if whole else math.ceil(sequences / per_batch)
     per_epoch = math.ceil(batches / train["gradient_accumulation_steps"])
@@ -315,6 +330,14 @@ def tell(result: dict, args, log) -> None:
             "lora.target_parameters: [%s]",
             100 * result["out_of_reach"]["share"],
             ", ".join(result["out_of_reach"]["target_parameters"]),
+        )
+    quantization = result["quantization"]
+    if quantization and quantization["share"] < 0.5:
+        log.warning(
+            "%s: only %.0f %% of the parameters are quantized; the others (stacked weights of experts, embeddings, the head) "
+            "stay in 16 bits",
+            quantization["kind"],
+            100 * quantization["share"],
         )
     needed = "unknown: config.json does not say how large the layers are"
     if memory:

@@ -34,11 +34,12 @@ class Log:
     debug = warning = info
 
 
-def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
+def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=(), quantization=None):
     settings = {
         "lora": {**LORA, **(lora or {})},
         "train": {**TRAIN, **(train or {})},
         "dtype": dtype,
+        "quantization": quantization,
         "attn_implementation": attention,
         "chat_template_kwargs": {},
         "trust_remote_code": False,

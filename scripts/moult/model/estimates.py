@@ -29,7 +29,8 @@ def estimate_memory(
         return None
     intermediate = largest(config, "intermediate_size") or largest(config, "n_inner") or 4 * hidden
     length = report["max_length"] if train["packing"] else report["train"]["length"]["longest_kept"]
-    tokens = train["per_device_train_batch_size"] * length
+    batch = train["per_device_train_batch_size"]
+    tokens = (1 if batch == "auto" else batch) * length
     per_layer = tokens * (width * (10 * hidden + 4 * intermediate) + 8 * hidden)
     weights = base * width + trainable * 4
     optimizer = trainable * 12

@@ -6,13 +6,32 @@ from moult.errors import MoultError
 from moult.training.batches import Batches
 
 
+def batch_sizes(train: dict, device: str | None, found: int | None = None) -> list[int]:
+    """The sizes of a batch on each GPU that finetune may train with, the largest first.
+
+    With `auto` a step has gradient_accumulation_steps sequences on each GPU, in the largest batches that fit. `found` is what
+    an earlier attempt has found.
+    """
+    size, per_step = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+    if size != "auto":
+        return [size]
+    most = found or (per_step if device == "cuda" else 4)  # a CPU says nothing when its memory is full
+    return [number for number in range(most, 0, -1) if per_step % number == 0]
+
+
 def trainer_config(
-    settings: dict, state: str | Path, device: str | None, max_length: int, batches: Batches | None = None
+    settings: dict,
+    state: str | Path,
+    device: str | None,
+    max_length: int,
+    batches: Batches | None = None,
+    found: int | None = None,
 ):
     """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it.
 
     device: `cuda`, `cpu`, or None to check the section for whichever it will be.
     batches: what the config leaves open about them.
+    found: the batch size that an earlier attempt has found, for `auto`.
     """
     from trl import SFTConfig
 
@@ -24,9 +43,14 @@ def trainer_config(
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
     train.setdefault("pad_to_multiple_of", batches.multiple)
-    half = (
-        settings["dtype"] != "float32" if device == "cuda" else computes_bfloat16() and settings["dtype"] == "bfloat16"
-    )
+    if train["per_device_train_batch_size"] == "auto":
+        size = batch_sizes(train, device, found)[0]
+        train["gradient_accumulation_steps"] //= size
+        train["per_device_train_batch_size"] = size
+    if device == "cuda":
+        half = settings["dtype"] != "float32"
+    else:
+        half = settings["dtype"] == "bfloat16" and not settings["quantization"] and computes_bfloat16()
     own = {
         "output_dir": str(state),
         "seed": settings["seed"],

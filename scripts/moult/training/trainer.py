@@ -20,8 +20,11 @@ from trl import SFTTrainer
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
+from moult.model.device import enough_memory
+from moult.model.quantization import quantized_layers
 from moult.training.batches import Collator
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
+from moult.training.first_batch import FirstBatch, OtherBatch
 from moult.training.throughput import Work, cost_of, line
 from moult.training.watch import Watch
 
@@ -38,6 +41,8 @@ class Finetuner(SFTTrainer):
         keep: number of newest checkpoints to keep.
         stop: finetune.StopSignal.
         resume: the checkpoint from which train() will continue, or None.
+        checkpointing: train.gradient_checkpointing of the config.
+        sizes: batch sizes to try, the largest first (arguments.batch_sizes).
         unmasked: padded rows need no attention mask (packing.try_batches).
     """
 
@@ -54,10 +59,17 @@ class Finetuner(SFTTrainer):
         keep: int,
         stop,
         resume: Path | None,
+        checkpointing: bool | str,
+        sizes: list[int],
         unmasked: bool,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if quantized_layers(self.model):
+            # TRL (1.16, sft_trainer.py:908) has cast the adapter to bfloat16, in which small updates are lost.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         self.state_folder, self.fingerprint = state, fingerprint
         self.val_rows, self.pad_id = val_rows, pad_id
         self.keep_best, self.keep = keep_best, keep
@@ -79,7 +91,27 @@ class Finetuner(SFTTrainer):
                     module.cast_input_dtype_enabled = False
         # A checkpoint does not need the tokenizer, which can be ten times as large as the adapter.
         self.processing_class = None
+        self.add_callback(FirstBatch(self, checkpointing, sizes))
         self.add_callback(Watch(self))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except OtherBatch:
+            # Trainer can be called again: it keeps the prepared model, and makes the loader and the schedule anew.
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        def doing() -> str:
+            rows, length = inputs["input_ids"].shape
+            return f"training step {self.state.global_step + 1:,} (a batch of {rows} x {length:,} tokens)"
+
+        with enough_memory(
+            doing,
+            "lower train.per_device_train_batch_size (raise gradient_accumulation_steps by as much), or set "
+            "train.gradient_checkpointing: true",
+        ):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     # --- order of rows ---
 
@@ -169,7 +201,14 @@ class Finetuner(SFTTrainer):
         started = time.monotonic()
         self.model.eval()
         rows = self.val_rows[self.args.process_index :: self.args.world_size]
-        with self.compute_loss_context_manager():
+        longest = max((len(row["input_ids"]) for row in rows), default=0)
+        with (
+            self.compute_loss_context_manager(),
+            enough_memory(
+                f"measuring the validation loss at step {self.state.global_step:,} (rows of up to {longest:,} tokens)",
+                "lower datasets.<name>.max_length, or use a GPU with more memory",
+            ),
+        ):
             results = likelihood(self.model, rows, self.pad_id, "validation")
         sums = torch.tensor(
             [sum(result.nll for result in results), sum(result.tokens for result in results)],
