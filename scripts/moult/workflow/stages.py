@@ -231,8 +231,8 @@ def evaluation_gpus(run: dict) -> int:
 
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples")
-    keys += ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
+    limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
