@@ -16,6 +16,8 @@ TRAIN = {
     "nodes": 1,
     "gpu_memory": None,
     "packing": False,
+    "padding_free": "auto",
+    "train_sampling_strategy": "auto",
     "packing_strategy": "bfd",
     "save_total_limit": 2,
     "warmup_steps": 0,
