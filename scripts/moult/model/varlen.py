@@ -74,8 +74,11 @@ def varlen_attention(
         cu_seq_lens_q = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=query.device)
         max_length_q = tokens
     kernel = flash if query.is_cuda else row_by_row
+    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     out = kernel(
-        *(part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)),
+        query,
+        key,
+        value,
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
