@@ -14,6 +14,7 @@ TRAIN = {
     "gradient_accumulation_steps": 1,
     "gpu": 1,
     "nodes": 1,
+    "shard": False,
     "packing": False,
     "packing_strategy": "bfd",
     "save_total_limit": 2,

@@ -82,15 +82,26 @@ def _unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences") -> list[Likelihood]:
-    """The likelihood of each sequence (dicts with input_ids and labels), in their order. The model must be in eval mode."""
+def likelihood(
+    model, sequences: list[dict], pad_id: int, what: str = "sequences", rank: int = 0, processes: int = 1
+) -> list[Likelihood]:
+    """The likelihood of each sequence (dicts with input_ids and labels), in their order. The model must be in eval mode.
+
+    Of several processes, each takes every so many of the batches and returns only theirs. All make the same number of passes: a
+    model that is split over them computes together. Where a process has no batch left, it repeats one, for nothing.
+    """
     import torch
 
     results: dict[int, Likelihood] = {}
     vocabulary = model.config.get_text_config().vocab_size
     plan = batches([len(sequence["input_ids"]) for sequence in sequences], token_budget(model.device.type, vocabulary))
-    with progress(len(sequences), what) as bar, torch.inference_mode():
-        for indices in plan:
+    turns = [plan[turn + rank] if turn + rank < len(plan) else None for turn in range(0, len(plan), processes)]
+    # Not inference_mode: a split model changes its parameters in place.
+    with progress(len(sequences), what) as bar, torch.no_grad():
+        for indices in turns:
+            if indices is None:
+                scored_logits(model, [sequences[index] for index in plan[-1]], pad_id)
+                continue
             logits, targets, rows = scored_logits(model, [sequences[index] for index in indices], pad_id)
             nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
             correct = logits.argmax(dim=-1) == targets
@@ -98,4 +109,4 @@ def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences
                 mine = rows == position
                 results[index] = Likelihood(nll[mine].sum().item(), int(mine.sum()), int(correct[mine].sum()))
             bar.update(len(indices))
-    return [results[index] for index in range(len(sequences))]
+    return [results[index] for index in sorted(results)]
