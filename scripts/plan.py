@@ -10,6 +10,7 @@ tried out as well, with their own libraries, and all that is wrong is said at on
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from moult.errors import MoultError, some
 from moult.files import read_json, write_json
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
-from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.estimates import estimate_disk, estimate_job
 from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
@@ -29,6 +30,7 @@ from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
+from moult.training.memory import GB, Run, check_fits, memory_of, needed
 from moult.training.packing import ROUNDING, mixing
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
@@ -81,7 +83,9 @@ def plan(settings: dict, args, log) -> None:
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
+    run = Run(model, targets, settings, report)
+    memory = memory_of(run, gpu_memory(settings["train"]))
+    check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
     ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
@@ -106,7 +110,7 @@ def plan(settings: dict, args, log) -> None:
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
         "quantization": quantization,
         "steps": steps,
-        "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
+        "memory": memory,
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
@@ -282,6 +286,23 @@ def check_shard(model, train: dict) -> None:
         )
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(train: dict) -> int | None:
+    """Bytes of memory of each GPU that will train, or None if that is not known.
+
+    The config says it, or the GPU of this machine. In a job of Slurm that is not the one that trains: this stage asks for none.
+    """
+    import torch
+
+    if train.get("gpu_memory"):
+        return round(train["gpu_memory"] * GB)
+    if "SLURM_JOB_ID" in os.environ or not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -340,10 +361,10 @@ def tell(result: dict, args, log) -> None:
             quantization["kind"],
             100 * quantization["share"],
         )
-    needed = "unknown: config.json does not say how large the layers are"
+    text = "unknown: config.json does not say how large the layers are"
     if memory:
-        total, checkpointed = memory["total"] / GIB, memory["total_with_gradient_checkpointing"] / GIB
-        needed = f"about {total:.1f} GiB, {checkpointed:.1f} if checkpointed"
+        plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
+        text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
         "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
         f"{steps['total']:,}",
@@ -351,7 +372,7 @@ def tell(result: dict, args, log) -> None:
         f"{parameters['trainable']:,}",
         f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        needed,
+        text,
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:

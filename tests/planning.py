@@ -15,6 +15,7 @@ TRAIN = {
     "gpu": 1,
     "nodes": 1,
     "shard": False,
+    "gpu_memory": None,
     "packing": False,
     "packing_strategy": "bfd",
     "save_total_limit": 2,

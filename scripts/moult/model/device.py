@@ -269,8 +269,8 @@ def versions() -> dict[str, str]:
 
     from moult import __version__
 
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-    packages += ("bitsandbytes",)
+    training = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    packages = (*training, "datasets", "tokenizers", "safetensors")
     return {
         "moult": __version__,
         "python": platform.python_version(),

@@ -31,7 +31,7 @@ def trainer_config(settings: dict, state: str | Path, device: str, max_length: i
     """
     from trl import SFTConfig
 
-    not_theirs = ("gpu", "nodes", "shard", "gradient_checkpointing")
+    not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     if train["per_device_train_batch_size"] == "auto":
         size = batch_sizes(train, device, found)[0]
@@ -71,6 +71,7 @@ def check_trainer(config, model) -> None:
     from transformers.optimization import get_scheduler
 
     checks = {
+        "use_liger_kernel": lambda: check_liger(config.use_liger_kernel),
         "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(config.report_to)],
         "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config, model),
         "lr_scheduler_type": lambda: get_scheduler(
@@ -89,6 +90,13 @@ def check_trainer(config, model) -> None:
             problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise MoultError("\n    ".join(problems), "fix the train section of the config, or install the missing package")
+
+
+def check_liger(wanted: bool) -> None:
+    from transformers.utils import is_liger_kernel_available
+
+    if wanted and not is_liger_kernel_available():
+        raise ImportError("the package liger-kernel is not installed")
 
 
 def show_backbone(model) -> None:
