@@ -38,6 +38,7 @@ from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, show_backbone, trainer_config
+from moult.training.batches import choose_batches
 from moult.training.checkpoints import (
     FORMAT,
     adopt,
@@ -50,6 +51,7 @@ from moult.training.checkpoints import (
     step_of,
 )
 from moult.training.ranks import StopSignal, rank, together, world_size
+from moult.training.throughput import summary
 from moult.workflow.code import hash_of_script
 
 
@@ -201,7 +203,6 @@ def make_trainer(
     transformers_logging.disable_progress_bar()
     report = read_json(Path(args.tokens) / "report.json")
     found = read_json(resume / "trainer_state.json")["train_batch_size"] if resume else None
-    config = trainer_config(settings, state, device, report["max_length"], found)
     base = str(open_model(args.model)[0])
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
@@ -209,6 +210,10 @@ def make_trainer(
     shards = world_size() if settings["train"]["shard"] else 1
     model = load_model(base, device, settings, settings["quantization"], shards)
     show_backbone(model)
+    batches = choose_batches(settings, read_json(args.plan)["batches"], device, model.config)
+    if batches.attention:
+        model.set_attn_implementation(batches.attention)
+    config = trainer_config(settings, state, device, report["max_length"], batches, found)
     try:
         with enough_memory("adding the adapter to the base", "use a GPU with more memory, or a lower lora.r"):
             trainer = Finetuner(
@@ -228,6 +233,7 @@ def make_trainer(
                 resume=resume,
                 checkpointing=settings["train"]["gradient_checkpointing"],
                 sizes=batch_sizes(settings["train"], device, found),
+                unmasked=batches.unmasked,
             )
     except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
         raise MoultError(
@@ -250,11 +256,14 @@ def make_trainer(
 
 
 def read_sequences(path: Path):
-    """The token ids and labels of one part, as a datasets.Dataset."""
+    """The token ids, labels and lengths of one part, as a datasets.Dataset."""
+    import pyarrow.compute
     import pyarrow.parquet
     from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels"]))
+    table = pyarrow.parquet.read_table(path, columns=["input_ids", "labels"])
+    # For group_by_length. transformers would make a Python list of each row to count its tokens.
+    return Dataset(table.append_column("length", pyarrow.compute.list_value_length(table["input_ids"])))
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
@@ -319,6 +328,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "chosen": "lowest validation loss" if keep_best else "last step",
             "settings": settings,
             "fingerprint": sha256_text(canonical(fingerprint)),
+            "throughput": summary(history),
             "versions": versions(),
             "hardware": hardware(device),
         },

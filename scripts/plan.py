@@ -31,7 +31,7 @@ from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
 from moult.training.memory import GB, Run, check_fits, memory_of, needed
-from moult.training.packing import ROUNDING, mixing
+from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
@@ -63,6 +63,7 @@ def plan(settings: dict, args, log) -> None:
     no_router_loss = small and without_router_loss(small, settings["train"])
     if no_router_loss:
         log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
+    exact = try_batches(small)
     steps = count_steps(args.tokens, report, settings["train"])
     lora = settings["lora"]
     *_, targets = all_of(
@@ -72,7 +73,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_steps(steps, settings["train"]),
         lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
-        lambda: check_packing(small, settings),
+        lambda: check_packing(small, exact, settings, log),
         lambda: check_shard(model, settings["train"]),
         lambda: place_lora(model, lora, small),
     )
@@ -83,7 +84,7 @@ def plan(settings: dict, args, log) -> None:
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    run = Run(model, targets, settings, report)
+    run = Run(model, targets, settings, report, exact=exact)
     memory = memory_of(run, gpu_memory(settings["train"]))
     check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
@@ -108,6 +109,8 @@ def plan(settings: dict, args, log) -> None:
         # What finetune sets besides the config.
         "lora": targets.added_settings(lora),
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
+        # How rows may be put together (packing.try_batches): what finetune chooses from.
+        "batches": exact,
         "quantization": quantization,
         "steps": steps,
         "memory": memory,
@@ -251,19 +254,27 @@ def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}
-    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])
+    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", None, report["max_length"])
     check_trainer(config, model)
 
 
-def check_packing(small, settings: dict) -> None:
+def check_packing(small, exact: dict, settings: dict, log) -> None:
     """Rows that are packed into one sequence do not see each other, tried on a small model of the same architecture."""
     train, attention = settings["train"], settings["attn_implementation"]
     key = "packing" if train["packing"] else "padding_free"
     # Other attention needs a GPU: finetune tries it there.
-    if not train.get(key) or small is None or attention not in (None, "eager", "sdpa"):
+    if train[key] is not True or small is None or attention not in (None, "eager", "sdpa"):
         return
     if attention:
         small.set_attn_implementation(attention)
+    elif exact["varlen"] is None:
+        return
+    else:
+        log.warning(
+            "train.%s: the fast attention for it cannot be used with this model (%s): a sequence costs the square of its length",
+            key,
+            exact["varlen"],
+        )
     try:
         difference = mixing(small, [[token + 3 for token in range(start, start + 12)] for start in (0, 30, 80)])
     except BROKEN as error:

@@ -17,6 +17,8 @@ TRAIN = {
     "shard": False,
     "gpu_memory": None,
     "packing": False,
+    "padding_free": "auto",
+    "train_sampling_strategy": "auto",
     "packing_strategy": "bfd",
     "save_total_limit": 2,
     "warmup_steps": 0,

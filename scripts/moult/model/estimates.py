@@ -39,6 +39,26 @@ def largest(config, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def cache_bytes(config, length: int, width: int) -> float:
+    """Keys and values of one sequence while it is generated. Layers with a window keep no more than that.
+
+    Args:
+        config: the model's; for what it does not say, the most that it could be (as many heads for keys as for queries, which
+            are as wide as the hidden size together, and no window).
+        width: bytes of a number.
+    """
+    config = config.get_text_config()
+    layers, hidden = largest(config, "num_hidden_layers") or 1, largest(config, "hidden_size") or 0
+    heads = largest(config, "num_attention_heads")
+    per_token = 2.0 * width * hidden
+    if heads:
+        per_head = largest(config, "head_dim") or hidden // heads
+        per_token = 2.0 * width * (largest(config, "num_key_value_heads") or heads) * per_head
+    window, kinds = largest(config, "sliding_window"), getattr(config, "layer_types", None)
+    short = sum(kind == "sliding_attention" for kind in kinds) if kinds and window else 0
+    return per_token * ((layers - short) * length + short * min(length, window or length))
+
+
 def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
     """Bytes that the run writes: checkpoints (adapter and two moments, float32; the kept, the best, the one being written),
     the adapter, the merged model."""

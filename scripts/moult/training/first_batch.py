@@ -132,10 +132,11 @@ def try_packing(trainer) -> None:
     first = trainer.train_dataset[0]["input_ids"][:64]
     seen = leak(trainer.model, [first, trainer.train_dataset[-1]["input_ids"][:64]], trainer.args.device)
     if not seen < NOISE:
+        key = "packing" if trainer.args.packing else "padding_free"
         raise MoultError(
-            f"train.packing: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
+            f"train.{key}: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
             "the row before it)",
-            "set train.packing: false, or another model.attn_implementation",
+            f"set train.{key}: false, or another model.attn_implementation",
         )
 
 
