@@ -25,6 +25,7 @@ from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import read_tensors
+from moult.model.sharding import OUTSIDE, share_split
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -73,6 +74,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
         lambda: check_packing(small, exact, settings, log),
+        lambda: check_shard(model, settings["train"]),
         lambda: place_lora(model, lora, small),
     )
     quantization = settings["quantization"] and plan_quantization(settings["quantization"], model, small, targets, lora)
@@ -282,6 +284,16 @@ def check_packing(small, exact: dict, settings: dict, log) -> None:
             f"train.{key}: rows that are packed into one sequence see each other in this model (its logits differ by "
             f"{difference:.1%} of the largest from those of each row alone)",
             f"set train.{key}: false",
+        )
+
+
+def check_shard(model, train: dict) -> None:
+    """transformers has a plan by which it can split this model over GPUs."""
+    if train["shard"] and (share := share_split(model)) < 1 - OUTSIDE:
+        raise MoultError(
+            f"train.shard: transformers splits only {share:.0%} of this model over the GPUs: its plan has other names for the "
+            "layers",
+            "leave shard out: use GPUs that hold the whole base, or model.quantization",
         )
 
 

@@ -14,6 +14,7 @@ TRAIN = {
     "gradient_accumulation_steps": 1,
     "gpu": 1,
     "nodes": 1,
+    "shard": False,
     "gpu_memory": None,
     "packing": False,
     "padding_free": "auto",
