@@ -9,7 +9,7 @@ compares the two. Both models get the same token ids, from encode. Decoding is g
 (model.quantization), also with that.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
@@ -17,6 +17,7 @@ from moult.files import read_json, sha256_text, write_json, write_jsonl
 from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, prompt_of
 from moult.model.device import limit_threads, load_model, pick
+from moult.model.estimates import cache_bytes
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import stage_parser
@@ -25,6 +26,9 @@ from moult.run.stage import stage
 
 # Most tokens, prompts and answers together, that are generated side by side.
 GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
+
+# Most bytes of their keys and values: on a CPU a number, on a GPU a share of what the weights leave free.
+CPU_CACHE, GPU_CACHE_SHARE = 4 * 2**30, 0.5
 
 # Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
 KEPT_LOGITS = 2**27
@@ -147,8 +151,8 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
     """The greedy answers of the model, in the order of the questions, with figures by which smoke_test recognises the weights."""
     stop = report["stop"]["generation_stop_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    budget = GENERATION_TOKENS[model.device.type]
-    plan = batches([len(question["ids"]) + max_new_tokens for question in questions], budget)
+    lengths = [len(question["ids"]) + max_new_tokens for question in questions]
+    plan = batches(lengths, 1.0, generation_cost(model))
     results: dict[int, dict] = {}
     with progress(len(questions), "answers") as bar:
         for indices in plan:
@@ -173,6 +177,20 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
     ]
 
 
+def generation_cost(model) -> Callable[[int], float]:
+    """What a sequence of a length takes up of what there is room for, at most 1: of the tokens, and of the memory for keys and
+    values. The memory is the device's, not what happens to be free, so base and tuned model get the same batches."""
+    import torch
+
+    device, config, width = model.device, model.config, model.dtype.itemsize
+    room = CPU_CACHE
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = max(1, int(GPU_CACHE_SHARE * (total - model.get_memory_footprint())))
+    most = GENERATION_TOKENS[device.type]
+    return lambda length: max(length / most, cache_bytes(config, length, width) / room)
+
+
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     """The negative log-likelihood of each prompt. It was not trained on, so no two models agree on it."""
     prompts = [row["prompt_ids"] for row in answers]
@@ -191,7 +209,7 @@ def margins(model, answer: dict, pad_id: int) -> list[float]:
         return []
     sequence = {"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}
     with torch.inference_mode():
-        best = scored_logits(model, [sequence], pad_id)[0].topk(2).values
+        best = torch.cat([logits.topk(2).values for logits, _, _ in scored_logits(model, [sequence], pad_id)])
     return [round(margin, 4) for margin in (best[:, 0] - best[:, 1]).tolist()]
 
 
@@ -229,7 +247,7 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     lengths = [len(logits) for logits in of_merged]
 
     def logits(model) -> Iterator:
-        return (one_logits(model, row, pad_id)[:length] for row, length in zip(kept, lengths, strict=True))
+        return (one_logits(model, row, pad_id, length) for row, length in zip(kept, lengths, strict=True))
 
     result = {"rows": len(kept), "positions": sum(lengths), "dtype": str(merged.dtype).removeprefix("torch.")}
     merged.to("meta")  # the models need not fit into memory together
@@ -248,12 +266,17 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     return result
 
 
-def one_logits(model, row: dict, pad_id: int):
-    """float32 (trained positions, vocabulary), on the CPU."""
+def one_logits(model, row: dict, pad_id: int, most: int):
+    """Of the first trained positions, at most `most`: float32 (positions, vocabulary), on the CPU."""
     import torch
 
+    parts: list = []
     with torch.inference_mode():
-        return scored_logits(model, [row], pad_id)[0].cpu()
+        for logits, _, _ in scored_logits(model, [row], pad_id):
+            parts.append(logits[: most - sum(map(len, parts))].cpu())
+            if sum(map(len, parts)) == most:
+                break
+    return torch.cat(parts)
 
 
 def kept_logits(model, rows: list[dict], pad_id: int) -> tuple[list[dict], list]:
@@ -261,7 +284,7 @@ def kept_logits(model, rows: list[dict], pad_id: int) -> tuple[list[dict], list]
     room = max(1, KEPT_LOGITS // model.config.get_text_config().vocab_size)
     kept: list = []
     for row in rows:
-        kept.append(one_logits(model, row, pad_id)[:room])
+        kept.append(one_logits(model, row, pad_id, room))
         room -= len(kept[-1])
         if room == 0:
             break

@@ -43,6 +43,8 @@ def bitsandbytes_config(kind: str, compute_dtype):
 
 def quantized_layers(model) -> dict:
     """{name: layer} of what bitsandbytes has replaced in `model`."""
+    if sys.modules.get("bitsandbytes") is None:  # nobody has imported it (bitsandbytes_for), so nothing is replaced
+        return {}
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit | Linear8bitLt)}

@@ -401,7 +401,7 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
             "train.dataloader_drop_last: with per_device_train_batch_size: auto the number of steps would depend on the GPU; "
             "leave it out, or give a number"
         )
-    if train["packing"] and dataset is not None and train.get("padding_free"):
+    if train["packing"] and dataset is not None and train["padding_free"] is True:
         problems.append("train.padding_free: packing has it already; leave it out")
     problems += _quantization_problems(run["lora"]) if run["model"]["quantization"] else []
     return problems + (_sharding_problems(run) if train["shard"] else [])
