@@ -84,7 +84,7 @@ def plan(settings: dict, args, log) -> None:
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    run = Run(model, targets, settings, report, exact=exact)
+    run = Run(model, targets, settings, report, exact)
     memory = memory_of(run, gpu_memory(settings["train"]))
     check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}

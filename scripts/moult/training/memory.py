@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from moult.errors import MoultError
-from moult.measuring.likelihood import token_budget
+from moult.measuring.likelihood import MAX_LOGITS, MAX_TOKENS
 from moult.model.estimates import BYTES, estimate_activations, largest
 from moult.model.shrunken import BROKEN
 from moult.training.simulation import Step, quantized_bytes, simulate
@@ -205,13 +205,14 @@ def attention_of(run: Run) -> str:
 def validation_batch(run: Run) -> tuple[int, int]:
     """Rows and length of the largest validation batch (moult.measuring.likelihood)."""
     longest = run.report["val"]["length"]["longest_kept"]
-    budget = token_budget("cuda", run.model.config.get_text_config().vocab_size)
-    return max(1, budget // max(1, longest)), longest
+    return max(1, MAX_TOKENS["cuda"] // max(1, longest)), longest
 
 
 def logits_of_validation(vocabulary: int, batch: Step) -> int:
-    """In the dtype of the model, in float32, and their logarithms: of all tokens of the batch, as if all were trained."""
-    return batch.rows * batch.length * vocabulary * (BYTES[batch.dtype] + 8)
+    """In the dtype of the model, in float32, and their logarithms: of all tokens of the batch, as if all were trained, or as
+    many as go through the head at once."""
+    at_once = min(batch.rows * batch.length, max(batch.rows, MAX_LOGITS // vocabulary))
+    return at_once * vocabulary * (BYTES[batch.dtype] + 8)
 
 
 def moments_of(optimizer: str) -> int:

@@ -47,6 +47,7 @@ class Finetuner(SFTTrainer):
     """
 
     control: Any  # Trainer's own
+    data_collator: Any
 
     def __init__(
         self,
