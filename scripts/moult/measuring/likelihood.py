@@ -67,7 +67,8 @@ def scored_logits(model, sequences: list[dict], pad_id: int) -> Iterator[tuple]:
 
     ids, mask, labels = padded(sequences, pad_id, model.device)
     targets = labels[:, 1:]
-    wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1)
+    # On the CPU, because the head of a model that is spread over several GPUs is on another one than the ids.
+    wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1).cpu()
     rows = torch.arange(len(sequences), device=targets.device).unsqueeze(1)
     at_once = max(1, MAX_LOGITS // (len(sequences) * model.config.get_text_config().vocab_size))
     done = 0
