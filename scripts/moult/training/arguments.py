@@ -19,6 +19,12 @@ def batch_sizes(train: dict, device: str | None, found: int | None = None) -> li
     return [number for number in range(most, 0, -1) if per_step % number == 0]
 
 
+def checkpointed_at_once(train: dict) -> bool:
+    """Whether gradient checkpointing is on from the start. `auto` with a split base too: it is there to save memory, and a pass
+    that has run out of it in the middle leaves the parts in a state from which nothing can be tried again."""
+    return train["gradient_checkpointing"] is True or (train["gradient_checkpointing"] == "auto" and train["shard"])
+
+
 def trainer_config(
     settings: dict,
     state: str | Path,
@@ -58,7 +64,7 @@ def trainer_config(
         "use_cpu": device != "cuda",
         "bf16": half and settings["dtype"] == "bfloat16",
         "fp16": half and settings["dtype"] == "float16",
-        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
+        "gradient_checkpointing": checkpointed_at_once(settings["train"]),
         "max_length": max_length if train["packing"] else None,
         "eval_packing": False,
         "metric_for_best_model": "eval_loss",
