@@ -74,8 +74,11 @@ def varlen_attention(
         cu_seq_lens_q = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=query.device)
         max_length_q = tokens
     kernel = flash if query.is_cuda else row_by_row
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
     out = kernel(
-        *(part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)),
+        flat[0],
+        flat[1],
+        flat[2],
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
@@ -106,7 +109,7 @@ def row_by_row(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_siz
     bounds, left = cu_q.tolist(), window_size[0]
     outs = []
     for begin, end in pairwise(bounds):
-        row = (part[begin:end].transpose(0, 1) for part in (query, key, value))
+        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))
         mask = None
         if 0 <= left < end - begin - 1:
             at = torch.arange(end - begin, device=query.device)
@@ -114,7 +117,7 @@ def row_by_row(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_siz
             mask = (distance >= 0) & (distance <= left)
         outs.append(
             scaled_dot_product_attention(
-                *row, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
             ).transpose(0, 1)
         )
     return torch.cat(outs)
