@@ -30,8 +30,11 @@ def test_operations_are_those_of_the_real_step(tied, checkpointed):
     with FlopCounterMode(display=False) as counter:
         tuned(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     expected = cost.operations(ids.numel(), 16 * 8**2, checkpointed)
-    # The head is not computed again, and nothing goes back through what is before the first adapter.
-    assert expected == pytest.approx(counter.get_total_flops(), rel=0.12 if checkpointed else 0.05)
+    if checkpointed:
+        # torch stops recomputing a layer before its last product, and the head is no layer.
+        expected -= 2 * ids.numel() * (4 * 128 * 384 + 128 * 512)
+    # Nothing goes back through what is before the first adapter.
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_attention_is_that_of_a_causal_row():
