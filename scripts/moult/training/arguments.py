@@ -47,10 +47,7 @@ def trainer_config(
         size = batch_sizes(train, device, found)[0]
         train["gradient_accumulation_steps"] //= size
         train["per_device_train_batch_size"] = size
-    if device == "cuda":
-        half = settings["dtype"] != "float32"
-    else:
-        half = settings["dtype"] == "bfloat16" and not settings["quantization"] and computes_bfloat16()
+    half = settings["dtype"] != "float32" if device == "cuda" else batches.bfloat16
     own = {
         "output_dir": str(state),
         "seed": settings["seed"],
@@ -83,13 +80,6 @@ def refuse_on_cpu(train: dict) -> None:
         )
     if train.get("use_liger_kernel"):
         raise MoultError("train.use_liger_kernel: its kernels run only on a GPU", "leave it out, or use a GPU")
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself. Elsewhere autocast makes training slower."""
-    import torch
-
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def check_trainer(config, model) -> None:
