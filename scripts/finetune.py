@@ -33,6 +33,7 @@ from moult.model.export import adapter_config, copy_tokenizer, write_generation_
 from moult.model.lora import lora_config
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
+from moult.model.sharding import share_held
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -206,7 +207,8 @@ def make_trainer(
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    model = load_model(base, device, settings, settings["quantization"])
+    shards = world_size() if settings["train"]["shard"] else 1
+    model = load_model(base, device, settings, settings["quantization"], shards)
     show_backbone(model)
     batches = choose_batches(settings, read_json(args.plan)["batches"], device, model.config)
     if batches.attention:
@@ -245,9 +247,10 @@ def make_trainer(
             "free GPU memory, or use a larger GPU",
         )
     log.info(
-        "training on %s; base in %s, adapter in float32",
+        "training on %s; base in %s%s, adapter in float32",
         device,
         settings["quantization"] or str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        f", split over {shards} processes ({share_held(model):.0%} of it in this one)" if shards > 1 else "",
     )
     return trainer
 

@@ -10,36 +10,43 @@ tried out as well, with their own libraries, and all that is wrong is said at on
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
+from moult.measuring.power import rows_needed, smallest_effect
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
-from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.estimates import estimate_disk, estimate_job
 from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import read_tensors
+from moult.model.sharding import OUTSIDE, share_split
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
+from moult.training.memory import GB, Run, check_fits, memory_of, needed
 from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
 GIB = 1024**3
 
+# A change of the pass rate that people want to see.
+WISHED_EFFECT = 0.1
+
 
 def main() -> None:
     parser = stage_parser(__doc__, "plan")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
-    parser.add_argument("--prompts", type=json.loads, default="[]", help="JSON of eval.prompts, to be tried out")
+    parser.add_argument("--eval", type=json.loads, default="{}", help="JSON of the section eval: what will be asked")
     parser.add_argument("--out", required=True, help="plan.json to write")
     args = parser.parse_args()
 
@@ -68,9 +75,10 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_attention(model.config, settings),
         lambda: check_lengths(report, model.config),
         lambda: check_steps(steps, settings["train"]),
-        lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
+        lambda: check_prompts(args.eval.get("prompts", []), base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
         lambda: check_packing(small, exact, settings, log),
+        lambda: check_shard(model, settings["train"]),
         lambda: place_lora(model, lora, small),
     )
     quantization = settings["quantization"] and plan_quantization(settings["quantization"], model, small, targets, lora)
@@ -80,7 +88,9 @@ def plan(settings: dict, args, log) -> None:
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
+    run = Run(model, targets, settings, report, exact)
+    memory = memory_of(run, gpu_memory(settings["train"]))
+    check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
     ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
@@ -107,7 +117,7 @@ def plan(settings: dict, args, log) -> None:
         "batches": exact,
         "quantization": quantization,
         "steps": steps,
-        "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
+        "memory": memory,
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
@@ -119,6 +129,7 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+    tell_power(args.eval, report["val"]["sequences"], log)
 
 
 def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
@@ -281,6 +292,33 @@ def check_packing(small, exact: dict, settings: dict, log) -> None:
         )
 
 
+def check_shard(model, train: dict) -> None:
+    """transformers has a plan by which it can split this model over GPUs."""
+    if train["shard"] and (share := share_split(model)) < 1 - OUTSIDE:
+        raise MoultError(
+            f"train.shard: transformers splits only {share:.0%} of this model over the GPUs: its plan has other names for the "
+            "layers",
+            "leave shard out: use GPUs that hold the whole base, or model.quantization",
+        )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(train: dict) -> int | None:
+    """Bytes of memory of each GPU that will train, or None if that is not known.
+
+    The config says it, or the GPU of this machine. In a job of Slurm that is not the one that trains: this stage asks for none.
+    """
+    import torch
+
+    if train.get("gpu_memory"):
+        return round(train["gpu_memory"] * GB)
+    if "SLURM_JOB_ID" in os.environ or not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,10 +377,10 @@ def tell(result: dict, args, log) -> None:
             quantization["kind"],
             100 * quantization["share"],
         )
-    needed = "unknown: config.json does not say how large the layers are"
+    text = "unknown: config.json does not say how large the layers are"
     if memory:
-        total, checkpointed = memory["total"] / GIB, memory["total_with_gradient_checkpointing"] / GIB
-        needed = f"about {total:.1f} GiB, {checkpointed:.1f} if checkpointed"
+        plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
+        text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
         "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
         f"{steps['total']:,}",
@@ -350,7 +388,7 @@ def tell(result: dict, args, log) -> None:
         f"{parameters['trainable']:,}",
         f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        needed,
+        text,
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:
@@ -360,6 +398,30 @@ def tell(result: dict, args, log) -> None:
             free / GIB,
             result["disk"]["total"] / GIB,
         )
+
+
+def tell_power(questions: dict, val_rows: int, log) -> None:
+    """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
+    change nothing of the training."""
+    confidence = questions.get("confidence")
+    checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
+    counts = {"prompts": checked, "rows": min(questions["answer_rows"], val_rows) if questions.get("row_expect") else 0}
+    shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
+    if not shown:
+        return
+    found = "; ".join(
+        f"{asked} show a change of {100 * effect:.0f} points or more" if effect else f"{asked} are too few to show any"
+        for asked, effect in shown.items()
+    )
+    if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
+        log.warning(
+            "of the pass rates, %s; to see %.0f points, ask %s questions (eval.answer_rows, val_size)",
+            found,
+            100 * WISHED_EFFECT,
+            f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
+        )
+    else:
+        log.info("of the pass rates, %s", found)
 
 
 if __name__ == "__main__":

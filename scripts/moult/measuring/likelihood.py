@@ -83,7 +83,8 @@ def _logits(model, arguments: dict, wanted, at_once: int) -> Iterator:
         yield model(**arguments).logits[:, wanted]
         return
     # Only what is scored goes through the head: with a large vocabulary that is most of the memory.
-    if len(wanted) <= at_once or backbone is whole:
+    # Not with a split model, whose processes must all gather the same layers in the same order.
+    if len(wanted) <= at_once or backbone is whole or _is_split(whole):
         yield model(**arguments, logits_to_keep=wanted).logits
         return
     # One long row of a model with a large vocabulary has more logits than there is memory. Its layers run once; the head runs
@@ -113,18 +114,41 @@ def answering(module, outputs) -> Iterator[None]:
             module.forward = own
 
 
+def _is_split(whole) -> bool:
+    """Whether it is split over processes (moult/model/sharding.py)."""
+    return getattr(whole, "is_distributed_loading_by_transformers", False)
+
+
 def _unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences") -> list[Likelihood]:
-    """The likelihood of each sequence (dicts with input_ids and labels), in their order. The model must be in eval mode."""
+def likelihood(
+    model, sequences: list[dict], pad_id: int, what: str = "sequences", rank: int = 0, processes: int = 1
+) -> list[Likelihood]:
+    """The likelihood of each sequence (dicts with input_ids and labels), in their order. The model must be in eval mode.
+
+    Of several processes, each takes every so many of the batches and returns only theirs. All make the same number of passes: a
+    model that is split over them computes together. Where a process has no batch left, it repeats one, for nothing.
+    """
     import torch
 
     results: dict[int, Likelihood] = {}
-    plan = batches([len(sequence["input_ids"]) for sequence in sequences], MAX_TOKENS[model.device.type])
-    with progress(len(sequences), what) as bar, torch.inference_mode():
-        for indices in plan:
+    whole = _unwrapped(model)
+    lengths = [len(sequence["input_ids"]) for sequence in sequences]
+    # The logits of a split model are not taken in parts (`_logits`): fewer sequences at once.
+    most = (
+        MAX_LOGITS // whole.config.get_text_config().vocab_size if _is_split(whole) else MAX_TOKENS[model.device.type]
+    )
+    plan = batches(lengths, min(most, MAX_TOKENS[model.device.type]))
+    turns = [plan[turn + rank] if turn + rank < len(plan) else None for turn in range(0, len(plan), processes)]
+    # Not inference_mode: a split model changes its parameters in place.
+    with progress(len(sequences), what) as bar, torch.no_grad():
+        for indices in turns:
+            if indices is None:
+                for _ in scored_logits(model, [sequences[index] for index in plan[-1]], pad_id):
+                    pass
+                continue
             results |= {index: Likelihood(0.0, 0, 0) for index in indices}
             for logits, targets, rows in scored_logits(model, [sequences[index] for index in indices], pad_id):
                 nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
@@ -135,4 +159,4 @@ def likelihood(model, sequences: list[dict], pad_id: int, what: str = "sequences
                     found.tokens += int(mine.sum())
                     found.correct += int(correct[mine].sum())
             bar.update(len(indices))
-    return [results[index] for index in range(len(sequences))]
+    return [results[index] for index in sorted(results)]

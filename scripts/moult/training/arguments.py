@@ -19,6 +19,12 @@ def batch_sizes(train: dict, device: str | None, found: int | None = None) -> li
     return [number for number in range(most, 0, -1) if per_step % number == 0]
 
 
+def checkpointed_at_once(train: dict) -> bool:
+    """Whether gradient checkpointing is on from the start. `auto` with a split base too: it is there to save memory, and a pass
+    that has run out of it in the middle leaves the parts in a state from which nothing can be tried again."""
+    return train["gradient_checkpointing"] is True or (train["gradient_checkpointing"] == "auto" and train["shard"])
+
+
 def trainer_config(
     settings: dict,
     state: str | Path,
@@ -39,10 +45,13 @@ def trainer_config(
     if device == "cpu":
         refuse_on_cpu(settings["train"])
 
-    not_theirs = ("gpu", "nodes", "shard", "gradient_checkpointing")
+    not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
     train.setdefault("pad_to_multiple_of", batches.multiple)
+    # All of the adapter gets a gradient (the first batch shows it), and a frozen base has no buffers that change.
+    train.setdefault("ddp_find_unused_parameters", False)
+    train.setdefault("ddp_broadcast_buffers", False)
     if train["per_device_train_batch_size"] == "auto":
         size = batch_sizes(train, device, found)[0]
         train["gradient_accumulation_steps"] //= size
@@ -55,7 +64,7 @@ def trainer_config(
         "use_cpu": device != "cuda",
         "bf16": half and settings["dtype"] == "bfloat16",
         "fp16": half and settings["dtype"] == "float16",
-        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
+        "gradient_checkpointing": checkpointed_at_once(settings["train"]),
         "max_length": max_length if train["packing"] else None,
         "eval_packing": False,
         "metric_for_best_model": "eval_loss",

@@ -15,13 +15,13 @@ import torch.distributed
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
 from moult.model.device import enough_memory
-from moult.model.quantization import quantized_layers
 from moult.training.batches import Collator
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 from moult.training.first_batch import FirstBatch, OtherBatch
@@ -65,8 +65,12 @@ class Finetuner(SFTTrainer):
         unmasked: bool,
         **kwargs,
     ):
+        # transformers (5.23, trainer.py:632) refuses to save what it has loaded in parts, because the optimizer's state would be
+        # in parts too. Here it is not: only the adapter is trained, and that is whole.
+        strategy, kwargs["args"].save_strategy = kwargs["args"].save_strategy, SaveStrategy.NO
         super().__init__(*args, **kwargs)
-        if quantized_layers(self.model):
+        self.args.save_strategy = strategy
+        if getattr(self.model.get_base_model(), "is_quantized", False):
             # TRL (1.16, sft_trainer.py:908) has cast the adapter to bfloat16, in which small updates are lost.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -201,8 +205,7 @@ class Finetuner(SFTTrainer):
         """`eval_loss` in nats per trained token, over all validation rows. (Trainer computes a mean of batch means.)"""
         started = time.monotonic()
         self.model.eval()
-        rows = self.val_rows[self.args.process_index :: self.args.world_size]
-        longest = max((len(row["input_ids"]) for row in rows), default=0)
+        longest = max((len(row["input_ids"]) for row in self.val_rows), default=0)
         with (
             self.compute_loss_context_manager(),
             enough_memory(
@@ -210,7 +213,8 @@ class Finetuner(SFTTrainer):
                 "lower datasets.<name>.max_length, or use a GPU with more memory",
             ),
         ):
-            results = likelihood(self.model, rows, self.pad_id, "validation")
+            place = self.args.process_index, self.args.world_size
+            results = likelihood(self.model, self.val_rows, self.pad_id, "validation", *place)
         sums = torch.tensor(
             [sum(result.nll for result in results), sum(result.tokens for result in results)],
             dtype=torch.float64,
@@ -232,6 +236,12 @@ class Finetuner(SFTTrainer):
     def _get_output_dir(self, trial) -> str:
         # _save_checkpoint writes here. A complete checkpoint is then moved to its place.
         return str(self.staging)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if self.is_distributed_loading_by_transformers:
+            # Otherwise every process would gather the whole base (peft 0.21, save_and_load.py:224), to save the adapter.
+            state_dict = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
         started = time.monotonic()
