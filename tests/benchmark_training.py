@@ -126,7 +126,11 @@ def steps_only(trainer) -> float:
 
 
 def moult(model, rows: list[dict], folder: Path) -> float:
-    """finetune with the defaults of the config, but for the size of a step."""
+    return steps_only(moult_trainer(model, rows, folder))
+
+
+def moult_trainer(model, rows: list[dict], folder: Path, **changes):
+    """finetune's trainer with the defaults of the config, but for the size of a step and `changes` of the train section."""
     from datasets import Dataset
 
     from moult.model.shrunken import shrink
@@ -142,6 +146,7 @@ def moult(model, rows: list[dict], folder: Path) -> float:
         "eval_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
+        **changes,
     }
     config = {"model": {"name": str(ROOT)}, "datasets": {"rows": {"source": "rows.jsonl"}}, "train": train}
     settings = stage_settings(resolve(config, load_schema(str(ROOT / "config"))), "finetune", "rows")
@@ -150,7 +155,7 @@ def moult(model, rows: list[dict], folder: Path) -> float:
         model.set_attn_implementation(batches.attention)
     folder.mkdir(parents=True)
     (folder / "training_log.jsonl").touch()
-    trainer = Finetuner(
+    return Finetuner(
         model=model,
         args=trainer_config(settings, folder, "cpu", 1024, batches),
         processing_class=tokenizer(),
@@ -168,7 +173,6 @@ def moult(model, rows: list[dict], folder: Path) -> float:
         sizes=[BATCH],
         unmasked=batches.unmasked,
     )
-    return steps_only(trainer)
 
 
 def trl(model, rows: list[dict], folder: Path) -> float:
