@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from planning import LORA, make
+from planning import LORA, Log, make
 from tiny import make_model, make_tokens
 
 import plan
@@ -171,9 +171,9 @@ def test_what_finetune_asks_of_a_cluster(tmp_path, monkeypatch):
         return estimate_job(base, steps, {"train": {"gpu": 1, "nodes": 1, **train}, "dtype": "bfloat16"}, report)
 
     # 7.5 operations x 7e9 parameters x 8.192 M tokens / 25e12 = 4 h 47 min
-    assert job(7e9) == {"mem_mb": 20_000, "runtime": 317}
-    assert job(7e9, gpu=4) == {"mem_mb": 62_000, "runtime": 102}
-    assert job(7e9, gpu=4, nodes=2)["mem_mb"] == 34_000  # of each
+    assert job(7e9) == {"mem_mb": 14_000, "runtime": 317}
+    assert job(7e9, gpu=4) == {"mem_mb": 38_000, "runtime": 102}
+    assert job(7e9, gpu=4, nodes=2)["mem_mb"] == 22_000  # of each
     assert job(7e10)["runtime"] == 24 * 60
 
 
@@ -280,3 +280,30 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
     make(make_model(tmp_path / "base"), tmp_path, train=shard)
     with pytest.raises(MoultError, match=r"train\.shard: transformers splits only 0% of this model over the GPUs"):
         make(make_model(tmp_path / "other", kind="gpt2"), tmp_path, train=shard)
+
+
+# --- what the evaluation will show ---
+
+
+@pytest.mark.parametrize(
+    ("questions", "told"),
+    [
+        ({"answer_rows": 32}, None),
+        (
+            {"answer_rows": 4, "row_expect": {"exact": True}},
+            "of the pass rates, 4 rows are too few to show any; to see 10 points, ask 160 questions "
+            "(eval.answer_rows, val_size)",
+        ),
+        (
+            {
+                "answer_rows": 0,
+                "prompts": [{"id": f"p{index}", "prompt": "a", "expect": {"json": True}} for index in range(300)],
+            },
+            "of the pass rates, 300 prompts show a change of 7 points or more",
+        ),
+    ],
+)
+def test_what_the_questions_can_show_is_told_before(questions, told):
+    log = Log()
+    plan.tell_power({"prompts": [], "confidence": 0.95, **questions}, 8, log)
+    assert log.lines == ([told] if told else [])
