@@ -79,9 +79,14 @@ def run_out(target: str, call: int = 1, rank: int | None = None) -> None:
     _at(target, call, rank, run_out_now)
 
 
-def die(target: str, call: int = 1, rank: int | None = None) -> None:
-    """Let the process be killed before the `call`-th call of `target`."""
-    _at(target, call, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def die(target: str, mark: str, call: int = 1, rank: int | None = None) -> None:
+    """Let the process be killed before the `call`-th call of `target`. The file `mark` says when."""
+
+    def die_now():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _at(target, call, rank, die_now)
 
 
 def _at(target: str, call: int, rank: int | None, act: Callable[[], None]) -> None:
