@@ -25,7 +25,7 @@ rule evaluate_base:
         "<benchmarks>/{run}/evaluate_base.jsonl"
     threads: 4
     resources:
-        gpu=1,
+        gpu=of_run(evaluation_gpus),
         mem_mb=sized,
         runtime=growing(240),
     params:
@@ -60,7 +60,7 @@ rule evaluate_tuned:
         "<benchmarks>/{run}/evaluate_tuned.jsonl"
     threads: 4
     resources:
-        gpu=1,
+        gpu=of_run(evaluation_gpus),
         mem_mb=sized,
         runtime=growing(240),
     params:

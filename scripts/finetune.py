@@ -32,10 +32,13 @@ from moult.model.device import enough_memory, hardware, limit_threads, load_mode
 from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
 from moult.model.lora import lora_config
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
+from moult.model.sharding import share_held
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, show_backbone, trainer_config
+from moult.training.batches import choose_batches
 from moult.training.checkpoints import (
     FORMAT,
     adopt,
@@ -48,6 +51,7 @@ from moult.training.checkpoints import (
     step_of,
 )
 from moult.training.ranks import StopSignal, rank, together, world_size
+from moult.training.throughput import summary
 from moult.workflow.code import hash_of_script
 
 
@@ -66,6 +70,7 @@ def main() -> None:
 
     settings = args.settings
     with stage("finetune", args.log_file, settings, rank=rank()) as log:
+        bitsandbytes_for(settings)
         stop = StopSignal()
         # What plan has found that cannot be trained is left out.
         for section in ("lora", "train"):
@@ -198,13 +203,17 @@ def make_trainer(
     transformers_logging.disable_progress_bar()
     report = read_json(Path(args.tokens) / "report.json")
     found = read_json(resume / "trainer_state.json")["train_batch_size"] if resume else None
-    config = trainer_config(settings, state, device, report["max_length"], found)
     base = str(open_model(args.model)[0])
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    model = load_model(base, device, settings)
+    shards = world_size() if settings["train"]["shard"] else 1
+    model = load_model(base, device, settings, settings["quantization"], shards)
     show_backbone(model)
+    batches = choose_batches(settings, read_json(args.plan)["batches"], device, model.config)
+    if batches.attention:
+        model.set_attn_implementation(batches.attention)
+    config = trainer_config(settings, state, device, report["max_length"], batches, found)
     try:
         with enough_memory("adding the adapter to the base", "use a GPU with more memory, or a lower lora.r"):
             trainer = Finetuner(
@@ -224,6 +233,7 @@ def make_trainer(
                 resume=resume,
                 checkpointing=settings["train"]["gradient_checkpointing"],
                 sizes=batch_sizes(settings["train"], device, found),
+                unmasked=batches.unmasked,
             )
     except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
         raise MoultError(
@@ -237,19 +247,23 @@ def make_trainer(
             "free GPU memory, or use a larger GPU",
         )
     log.info(
-        "training on %s; base in %s, adapter in float32",
+        "training on %s; base in %s%s, adapter in float32",
         device,
-        str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        settings["quantization"] or str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        f", split over {shards} processes ({share_held(model):.0%} of it in this one)" if shards > 1 else "",
     )
     return trainer
 
 
 def read_sequences(path: Path):
-    """The token ids and labels of one part, as a datasets.Dataset."""
+    """The token ids, labels and lengths of one part, as a datasets.Dataset."""
+    import pyarrow.compute
     import pyarrow.parquet
     from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels"]))
+    table = pyarrow.parquet.read_table(path, columns=["input_ids", "labels"])
+    # For group_by_length. transformers would make a Python list of each row to count its tokens.
+    return Dataset(table.append_column("length", pyarrow.compute.list_value_length(table["input_ids"])))
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
@@ -314,6 +328,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "chosen": "lowest validation loss" if keep_best else "last step",
             "settings": settings,
             "fingerprint": sha256_text(canonical(fingerprint)),
+            "throughput": summary(history),
             "versions": versions(),
             "hardware": hardware(device),
         },

@@ -86,7 +86,7 @@ def card(kind: str, run: str, folder: str, metrics: dict, plan: dict, base_card:
 Verdict: **{metrics["verdict"]["verdict"]}**. {figures(metrics)}
 ## Use
 
-{USE[kind].format(place=PLACE)}
+{(LOAD[kind] + ASK).format(place=PLACE, base=base["name"], auto=plan["auto_class"])}
 {with_vllm(kind, run, folder, base["name"], plan["serve"], settings)}
 {template_note(text_of(folder, "chat_template.jinja"), settings)}## How it was made
 
@@ -135,30 +135,30 @@ def figures(metrics: dict) -> str:
     )
 
 
-USE = {
+# How the model is loaded; `{auto}` is the auto class that plan found.
+LOAD = {
     "merged": """With transformers:
 
 ```python
-from transformers import pipeline
+from transformers import AutoTokenizer, {auto}
 
-chat = pipeline("text-generation", model="{place}")
-print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
-```
+model = {auto}.from_pretrained("{place}")
 """,
     "adapter": """With peft:
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto}
 
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{place}")
+""",
+}
+ASK = """tokenizer = AutoTokenizer.from_pretrained("{place}")
 messages = [{{"role": "user", "content": "Hello"}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]))
 ```
-""",
-}
+"""
 
 
 def with_vllm(kind: str, run: str, folder: str, base: str, serve: dict, settings: dict) -> str:

@@ -10,6 +10,7 @@ tried out as well, with their own libraries, and all that is wrong is said at on
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,19 @@ from moult.errors import MoultError, some
 from moult.files import read_json, write_json
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
-from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.estimates import estimate_disk, estimate_job
 from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import read_tensors
+from moult.model.sharding import OUTSIDE, share_split
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
-from moult.training.packing import ROUNDING, mixing
+from moult.training.memory import GB, Run, check_fits, memory_of, needed
+from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
@@ -43,6 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with stage("plan", args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         plan(args.settings, args, log)
 
 
@@ -58,6 +63,7 @@ def plan(settings: dict, args, log) -> None:
     no_router_loss = small and without_router_loss(small, settings["train"])
     if no_router_loss:
         log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
+    exact = try_batches(small)
     steps = count_steps(args.tokens, report, settings["train"])
     lora = settings["lora"]
     *_, targets = all_of(
@@ -67,16 +73,20 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_steps(steps, settings["train"]),
         lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
-        lambda: check_packing(small, settings),
+        lambda: check_packing(small, exact, settings, log),
+        lambda: check_shard(model, settings["train"]),
         lambda: place_lora(model, lora, small),
     )
+    quantization = settings["quantization"] and plan_quantization(settings["quantization"], model, small, targets, lora)
     stored = stored_as(model, tensors)
     for name, target in targets.layers.items():
         target["tensor"] = stored.get(f"{name}.weight")
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
+    run = Run(model, targets, settings, report, exact)
+    memory = memory_of(run, gpu_memory(settings["train"]))
+    check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
     ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
@@ -86,6 +96,7 @@ def plan(settings: dict, args, log) -> None:
     serve_reasons = vllm_refuses(as_peft_has_it, ranks) + not_matrices + other_class(base, model)
     result = {
         "schema_version": 1,
+        "auto_class": auto_class(model.config).__name__,
         "parameters": {
             "base": base_parameters,
             "trainable": trainable,
@@ -98,8 +109,11 @@ def plan(settings: dict, args, log) -> None:
         # What finetune sets besides the config.
         "lora": targets.added_settings(lora),
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
+        # How rows may be put together (packing.try_batches): what finetune chooses from.
+        "batches": exact,
+        "quantization": quantization,
         "steps": steps,
-        "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
+        "memory": memory,
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
@@ -111,6 +125,16 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+
+
+def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
+    """What of the base is quantized for training. Raises MoultError if that is nothing, or if it does not work."""
+    from moult.training.quantized import check_quantized, count_quantized
+
+    counted = count_quantized(model, kind)
+    if small is not None:
+        check_quantized(small, kind, targets, lora)
+    return counted
 
 
 def all_of(*checks: Callable) -> list:
@@ -230,19 +254,27 @@ def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}
-    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])
+    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", None, report["max_length"])
     check_trainer(config, model)
 
 
-def check_packing(small, settings: dict) -> None:
+def check_packing(small, exact: dict, settings: dict, log) -> None:
     """Rows that are packed into one sequence do not see each other, tried on a small model of the same architecture."""
     train, attention = settings["train"], settings["attn_implementation"]
     key = "packing" if train["packing"] else "padding_free"
     # Other attention needs a GPU: finetune tries it there.
-    if not train.get(key) or small is None or attention not in (None, "eager", "sdpa"):
+    if train[key] is not True or small is None or attention not in (None, "eager", "sdpa"):
         return
     if attention:
         small.set_attn_implementation(attention)
+    elif exact["varlen"] is None:
+        return
+    else:
+        log.warning(
+            "train.%s: the fast attention for it cannot be used with this model (%s): a sequence costs the square of its length",
+            key,
+            exact["varlen"],
+        )
     try:
         difference = mixing(small, [[token + 3 for token in range(start, start + 12)] for start in (0, 30, 80)])
     except BROKEN as error:
@@ -253,6 +285,33 @@ def check_packing(small, settings: dict) -> None:
             f"{difference:.1%} of the largest from those of each row alone)",
             f"set train.{key}: false",
         )
+
+
+def check_shard(model, train: dict) -> None:
+    """transformers has a plan by which it can split this model over GPUs."""
+    if train["shard"] and (share := share_split(model)) < 1 - OUTSIDE:
+        raise MoultError(
+            f"train.shard: transformers splits only {share:.0%} of this model over the GPUs: its plan has other names for the "
+            "layers",
+            "leave shard out: use GPUs that hold the whole base, or model.quantization",
+        )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(train: dict) -> int | None:
+    """Bytes of memory of each GPU that will train, or None if that is not known.
+
+    The config says it, or the GPU of this machine. In a job of Slurm that is not the one that trains: this stage asks for none.
+    """
+    import torch
+
+    if train.get("gpu_memory"):
+        return round(train["gpu_memory"] * GB)
+    if "SLURM_JOB_ID" in os.environ or not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -305,10 +364,18 @@ def tell(result: dict, args, log) -> None:
             100 * result["out_of_reach"]["share"],
             ", ".join(result["out_of_reach"]["target_parameters"]),
         )
-    needed = "unknown: config.json does not say how large the layers are"
+    quantization = result["quantization"]
+    if quantization and quantization["share"] < 0.5:
+        log.warning(
+            "%s: only %.0f %% of the parameters are quantized; the others (stacked weights of experts, embeddings, the head) "
+            "stay in 16 bits",
+            quantization["kind"],
+            100 * quantization["share"],
+        )
+    text = "unknown: config.json does not say how large the layers are"
     if memory:
-        total, checkpointed = memory["total"] / GIB, memory["total_with_gradient_checkpointing"] / GIB
-        needed = f"about {total:.1f} GiB, {checkpointed:.1f} if checkpointed"
+        plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
+        text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
         "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
         f"{steps['total']:,}",
@@ -316,7 +383,7 @@ def tell(result: dict, args, log) -> None:
         f"{parameters['trainable']:,}",
         f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        needed,
+        text,
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:

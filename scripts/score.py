@@ -17,6 +17,7 @@ from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
 from moult.measuring.intervals import bootstrap, paired_difference, wilson
+from moult.measuring.power import smallest_effect, smallest_shift
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -59,6 +60,9 @@ def score(settings: dict, args, log) -> None:
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
+    same_rows = len(rows) == report["val"]["sequences"]
+    cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
+    tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
     metrics = {
         "schema_version": 1,
@@ -81,6 +85,7 @@ def score(settings: dict, args, log) -> None:
         ],
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
+        "quantization": cost,
         "provenance": {
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [
@@ -88,7 +93,7 @@ def score(settings: dict, args, log) -> None:
                 for file in prepared["sources"] + prepared["val_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
-            "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype")},
+            "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype", "quantization")},
             "adapter_sha256": adapter["adapter_sha256"],
             "merged_files": merge["files"],
             "versions": adapter["versions"],
@@ -144,6 +149,29 @@ def check_merge(check: dict, settings: dict) -> None:
         raise MoultError(
             f"the merged model differs from base plus adapter: {reason}",
             "delete merged/ and run again; if its dtype has few bits (float16, fp8), check samples.jsonl and relax the limit",
+        )
+
+
+def quantization_cost(found: dict | None, adapter: dict, likelihood: dict | None, same_rows: bool) -> dict | None:
+    """What evaluate_tuned has found of the quantized base, and the nats per token of the validation rows: of base plus
+    adapter, as finetune has measured them in training, and of the merged model. None without model.quantization."""
+    if found is None:
+        return None
+    trained, nll = adapter["validation_loss"]["published"], None
+    if likelihood is not None and trained is not None and same_rows:
+        nll = {"trained": trained, "merged": likelihood["tuned"]["nll_per_token"]["value"]}
+    return {**found, "nll_per_token": nll}
+
+
+def tell_quantization(cost: dict | None, limit: float, log) -> None:
+    """Warn if the merged model, which is measured and served, is not the one that was trained."""
+    if cost and cost["trained_vs_merged"]["mean_kl"] > limit:
+        log.warning(
+            "the merged model is not quite the one that was trained, on the quantized base: mean KL %.3g nats per token, above "
+            "eval.quantization_kl_limit %g (between the two bases: %.3g); model.quantization: int8 or null is closer",
+            cost["trained_vs_merged"]["mean_kl"],
+            limit,
+            cost["base_vs_quantized"]["mean_kl"],
         )
 
 
@@ -283,21 +311,23 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
 
     A bootstrap of very few groups gives intervals that are too narrow. Therefore the likelihood counts only if there are so
     many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %)."""
-    evidence = {}  # what: (difference, whether more is better, unit)
+    evidence = {}  # what: (difference, whether more is better, unit, the smallest difference that would show)
     enough = math.ceil(1 - math.log2(1 - confidence))
     if likelihood:
-        evidence["validation loss"] = (likelihood["difference"]["nll_per_token"], -1, "nats per token")
+        shift = likelihood["difference"]["nll_per_token"]
+        evidence["validation loss"] = (shift, -1, "nats per token", smallest_shift(shift["interval"], confidence))
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
-        if "passed" in answers.get(part, {}):
-            evidence[name] = (answers[part]["passed"]["difference"], 1, "of the questions")
+        if rates := answers.get(part, {}).get("passed"):
+            shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
+            evidence[name] = (rates["difference"], 1, "of the questions", shows)
     if not evidence:
         raise MoultError(
             "nothing was measured",
             "set eval.perplexity: true, or add checks to eval.prompts (expect) or eval.row_expect",
         )
     found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    reasons = []
-    for name, (difference, sign, unit) in evidence.items():
+    reasons, smallest = [], {}
+    for name, (difference, sign, unit, shows) in evidence.items():
         low, high = sorted(sign * limit for limit in difference["interval"])
         too_few = name == "validation loss" and groups < enough
         kind = "unclear" if too_few or low <= 0 <= high else "better" if low > 0 else "worse"
@@ -306,6 +336,11 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
         if too_few:
             reasons[-1] += f" (only {groups} groups of validation rows; {enough} are needed)"
+        elif kind == "unclear":
+            smallest[name] = shows
+            reasons[-1] += (
+                f" (what they show is {shows:.2g} or more)" if shows else " (they are too few to show anything)"
+            )
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
@@ -317,6 +352,7 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
     return {
         "verdict": word,
         **found,
+        "smallest_effect": smallest,
         "reasons": reasons,
     }
 

@@ -128,6 +128,30 @@ REFUSED = [
     ("eval: {row_expect: {exact: 'true'}}", "eval.row_expect.exact: 'true' is text here, and no check of all rows; …"),
     ("eval: {row_expect: {}}", "eval.row_expect: {} should be non-empty …"),
     ("train: {gpu: 3, nodes: 2}", "train.gpu is 3 and train.nodes 2: each node takes as many, so make it a multiple"),
+    ("train: {shard: true}", "train.shard: train.gpu is 1, so there is nothing to split the base over; raise it, or …"),
+    (
+        "{train: {shard: true, gpu: 2}, model: {quantization: nf4}}",
+        "train.shard: a quantized base cannot be split; set model.quantization: null, or leave shard out",
+    ),
+    (
+        "{train: {shard: true, gpu: 2}, lora: {modules_to_save: [lm_head]}}",
+        "train.shard: lora.modules_to_save trains weights of the base, which is in pieces; leave one of the two out",
+    ),
+    (
+        "{train: {shard: true, gpu: 2}, lora: {bias: all}}",
+        "train.shard: lora.bias trains weights of the base, which is in pieces; leave one of the two out",
+    ),
+    (
+        "{model: {quantization: nf4}, lora: {init_lora_weights: olora}}",
+        "lora.init_lora_weights: olora needs a base that is not quantized; set true or gaussian",
+    ),
+    (
+        "{model: {quantization: int8}, lora: {bias: all}}",
+        "lora.bias: the biases of a quantized base cannot be trained; leave it out",
+    ),
+    ("train: {fsdp: full_shard}", "train.fsdp: not yours to set: it is train.shard"),
+    ("model: {quantization: fp4}", "model.quantization: 'fp4' is none of nf4, int8, null; did you mean nf4?"),
+    ("model: {load_in_4bit: true}", "model.load_in_4bit: unknown key; did you mean quantization?"),
     ("train: {eval_strategy: no}", "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_…"),
     ("train: {save_strategy: no}", "train.save_strategy: 'no' leaves no best by validation loss; set load_best_…"),
     ("train: {packing: true, padding_free: true}", "train.padding_free: packing has it already; leave it out"),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
+from moult.data.language import EAST_ASIAN, UNKNOWN, _words_by_script, detector, languages_of, spoken_texts
 from moult.files import read_jsonl
 
 DETECTORS = ["langdetect", "py3langid"]
@@ -41,6 +41,20 @@ each_detector = pytest.mark.parametrize("name", DETECTORS)
 )
 def test_languages_of_a_conversation(name, texts, languages):
     assert languages_of(texts, detector(name)) == languages
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("one two2three", {"LATIN": ["one", "two", "three"]}),
+        ("東京タワー", {EAST_ASIAN: list("東京タワー")}),
+        ("Moskau Москва Москва", {"LATIN": ["Moskau"], "CYRILLIC": ["Москва", "Москва"]}),
+        ("abвг 한국tv", {"LATIN": ["ab", "tv"], "CYRILLIC": ["вг"], "HANGUL": ["한국"]}),
+        ("42 _ 🎉", {}),
+    ],
+)
+def test_words_by_script(text, words):
+    assert _words_by_script(text) == words
 
 
 @each_detector

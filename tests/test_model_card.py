@@ -49,9 +49,10 @@ def test_a_card_has_what_the_hub_and_a_reader_need(carded, kind, library):
 
 
 @pytest.mark.slow
-def test_the_merged_card_s_example_runs(carded):
-    _, text = read_card(carded / "results/demo/merged/README.md")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/this/folder", "results/demo/merged")
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_card_s_example_runs(carded, kind):
+    _, text = read_card(carded / f"results/demo/{kind}/README.md")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/this/folder", f"results/demo/{kind}")
     code = code.replace("Hello", "What is the capital of Japan?")
     done = subprocess.run([sys.executable, "-c", code], cwd=carded, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and '"answer"' in done.stdout, done.stderr[-2000:]
@@ -99,7 +100,7 @@ def test_of_the_hub_is_named_what_came_from_it(carded):
     metrics["provenance"]["base"] |= {"name": "Qwen/Qwen3-0.6B", "commit": "c" * 40}
     metrics["provenance"]["data"][0] |= {"name": "openai/gsm8k", "commit": "d" * 40}
     settings = {"languages": [], "chat_template_kwargs": {"enable_thinking": False}}
-    plan = {"serve": {"reasons": [], "max_lora_rank": 16}}
+    plan = {"serve": {"reasons": [], "max_lora_rank": 16}, "auto_class": "AutoModelForCausalLM"}
     text = card("merged", "gsm8k", "merged", metrics, plan, {}, settings)
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["base_model"] == "Qwen/Qwen3-0.6B" and header["base_model_relation"] == "finetune"

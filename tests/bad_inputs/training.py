@@ -93,11 +93,11 @@ CASES = [
     Case(
         "an optimizer that is not installed",
         (
-            "plan failed: train.optim: You need to install `bitsandbytes` in order to use bitsandbytes "
-            "optimizers: `pip install -U bitsandbytes`\n"
+            "plan failed: train.optim: You need to install `lomo_optim` in order to use LOMO optimizers. Install it "
+            "with `pip install lomo-optim`\n"
             "what to do: fix the train section of the config, or install the missing package"
         ),
-        {"train": {"optim": "adamw_bnb_8bit"}},
+        {"train": {"optim": "lomo"}},
     ),
     Case(
         "a reporter that is not installed",

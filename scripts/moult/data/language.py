@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from typing import ClassVar
 
 UNKNOWN = "unknown"
 
@@ -86,22 +87,39 @@ _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
 EAST_ASIAN = "EAST ASIAN"  # Chinese and Japanese: written without spaces
 
 
+class _Scripts(dict):
+    """{code point: that of a character which stands for its script}, for str.translate. A script is the first word of a
+    character's Unicode name (LATIN, CYRILLIC, HANGUL); Chinese and Japanese are one. 0 is what is not a letter."""
+
+    names: ClassVar = ["NOT A LETTER", EAST_ASIAN]
+
+    def __missing__(self, code: int) -> int:
+        char = chr(code)
+        name = unicodedata.name(char, "").split(" ")[0].removesuffix("-COMPATIBILITY")
+        if name in ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO"):
+            name = EAST_ASIAN
+        if not _WORD.match(char):
+            name = "NOT A LETTER"
+        elif name not in self.names:
+            self.names.append(name)
+        self[code] = self.names.index(name)
+        return self[code]
+
+
+_WORD = re.compile(r"[^\W\d_]+")
+_SCRIPTS = _Scripts()
+_RUNS = re.compile(r"\x01|([^\0\x01])\1*")
+
+
 def _words_by_script(text: str) -> dict[str, list[str]]:
     """The words of each script; of Han and kana, which put no spaces between words, the characters."""
+    text = _CODE.sub(" ", text)[:MAX_CHARS]
+    scripts = text.translate(_SCRIPTS)
+    there = set(scripts) - {"\0"}
+    if len(there) == 1 and there != {"\x01"}:  # as nearly all texts, and then three times as fast
+        return {_SCRIPTS.names[ord(there.pop())]: _WORD.findall(text)}
     words: dict[str, list[str]] = {}
-    for word in re.findall(r"[^\W\d_]+", _CODE.sub(" ", text)[:MAX_CHARS]):
-        start, script = 0, _script(word[0])
-        for index, char in enumerate(word + "\0"):
-            here = _script(char)
-            if here != script or here == EAST_ASIAN:
-                if index > start:
-                    words.setdefault(script, []).append(word[start:index])
-                start, script = index, here
+    for run in _RUNS.finditer(scripts):
+        script = _SCRIPTS.names[ord(scripts[run.start()])]
+        words.setdefault(script, []).append(text[run.start() : run.end()])
     return words
-
-
-@lru_cache(maxsize=65536)
-def _script(char: str) -> str:
-    """The first word of the character's Unicode name (LATIN, CYRILLIC, HANGUL); Chinese and Japanese are one."""
-    name = unicodedata.name(char, "").split(" ")[0].removesuffix("-COMPATIBILITY")
-    return EAST_ASIAN if name in ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO") else name

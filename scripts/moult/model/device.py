@@ -11,6 +11,8 @@ from pathlib import Path
 
 from moult.errors import HOPELESS, MoultError, some
 from moult.model.architecture import auto_class
+from moult.model.quantization import bitsandbytes_config, settle
+from moult.model.sharding import split_over
 from moult.run.console import log
 
 
@@ -196,12 +198,14 @@ def load_dtype(kind: str, configured: str):
     return getattr(torch, configured) if kind == "cuda" else torch.float32
 
 
-def load_model(folder: str, kind: str, settings: dict):
-    """The base or merged model of a folder, whole, on this process's own device.
+def load_model(folder: str, kind: str, settings: dict, quantization: str | None = None, processes: int = 1):
+    """The base or merged model of a folder, on this process's own device.
 
     Args:
         kind: what `pick` returns, `cuda` or `cpu`.
         settings: dtype, attn_implementation, trust_remote_code of the config's model section.
+        quantization: that of the config, where the quantized base is wanted.
+        processes: over how many processes it is split (model/sharding.py); with 1 it is whole.
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
@@ -213,11 +217,19 @@ def load_model(folder: str, kind: str, settings: dict):
             settings["trust_remote_code"],
             settings["attn_implementation"],
             device,
+            quantization,
+            processes,
         )
 
 
 def read_model(
-    folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None, device: str = "cpu"
+    folder: str | Path,
+    dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    quantization: str | None = None,
+    processes: int = 1,
 ):
     """The model of a folder on `device`, in `dtype`. Raises MoultError where weights are missing.
 
@@ -226,17 +238,23 @@ def read_model(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    more = split_over(processes) if processes > 1 else {}
+    if quantization:
+        more["quantization_config"] = bitsandbytes_config(quantization, dtype)
     model, info = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
-        # None on a CPU: peft would put hooks on a model with a device map there.
-        device_map=None if device == "cpu" else {"": device},
+        # None on a CPU: peft would put hooks on a model with a device map there. Split, it has a place of its own.
+        device_map=None if device == "cpu" or processes > 1 else {"": device},
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        **more,
     )
+    if quantization:
+        settle(model)
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
         raise MoultError(
@@ -251,7 +269,8 @@ def versions() -> dict[str, str]:
 
     from moult import __version__
 
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+    training = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    packages = (*training, "datasets", "tokenizers", "safetensors")
     return {
         "moult": __version__,
         "python": platform.python_version(),

@@ -79,9 +79,9 @@ def try_longest_batch(trainer, checkpointing: bool | str, sizes: list[int]) -> i
                 check_layers(idle)
                 log.debug("the longest batch (%s) fits into memory; loss %.3f", shape, loss)
                 return size
-        if checkpointing != "auto":
+        if checkpointing != "auto" or trainer.args.gradient_checkpointing:
             break
-    even = "" if checkpointing is False else ", even with gradient checkpointing"
+    even = "" if not trainer.args.gradient_checkpointing else ", even with gradient checkpointing"
     lower = "train.per_device_train_batch_size (raise gradient_accumulation_steps by as much) or "
     raise MoultError(
         f"the longest batch ({shape}) does not fit into the memory of {trainer.args.device}{even}: {said}",
@@ -132,10 +132,11 @@ def try_packing(trainer) -> None:
     first = trainer.train_dataset[0]["input_ids"][:64]
     seen = leak(trainer.model, [first, trainer.train_dataset[-1]["input_ids"][:64]], trainer.args.device)
     if not seen < NOISE:
+        key = "packing" if trainer.args.packing else "padding_free"
         raise MoultError(
-            f"train.packing: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
+            f"train.{key}: rows that are packed into one sequence see each other (a row's logits change by {seen:.1%} with "
             "the row before it)",
-            "set train.packing: false, or another model.attn_implementation",
+            f"set train.{key}: false, or another model.attn_implementation",
         )
 
 
@@ -159,7 +160,9 @@ def try_batch(trainer, batch: dict) -> tuple[bool, float, list[str], str]:
                 raise
             # Not the error itself: its frames hold the tensors of the pass.
             fits, said = False, str(error).splitlines()[0].split(" Of the allocated memory")[0]
-    if trainer.args.world_size > 1:
+    # A process that has no room for a split base has left the others in the middle of a layer. They end with it.
+    stuck = trainer.is_distributed_loading_by_transformers and not fits
+    if trainer.args.world_size > 1 and not stuck:
         # All processes must decide the same.
         flag = torch.tensor(float(fits), device=trainer.args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)

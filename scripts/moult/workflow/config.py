@@ -235,7 +235,10 @@ def _describe(error, schema: dict) -> list[str]:
             hint = " (an empty section; leave it out)"
         return [f"{where}: expected {wanted}, got {value!r}{hint}"]
     if error.validator == "enum":
-        choices = [str(choice).lower() if isinstance(choice, bool) else choice for choice in error.schema["enum"]]
+        as_yaml = {True: "true", False: "false", None: "null"}
+        choices = [
+            as_yaml[choice] if choice is None or isinstance(choice, bool) else choice for choice in error.schema["enum"]
+        ]
         close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return [f"{where}: {value!r} is none of {some(choices, 12)}{hint}"]
@@ -398,8 +401,43 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
             "train.dataloader_drop_last: with per_device_train_batch_size: auto the number of steps would depend on the GPU; "
             "leave it out, or give a number"
         )
-    if train["packing"] and dataset is not None and train.get("padding_free"):
+    if train["packing"] and dataset is not None and train["padding_free"] is True:
         problems.append("train.padding_free: packing has it already; leave it out")
+    problems += _quantization_problems(run["lora"]) if run["model"]["quantization"] else []
+    return problems + (_sharding_problems(run) if train["shard"] else [])
+
+
+def _quantization_problems(lora: dict) -> list[str]:
+    """What model.quantization cannot go with, and would not stop at."""
+    problems = []
+    start = lora.get("init_lora_weights", True)
+    if isinstance(start, str) and start != "gaussian":
+        # olora would take a part out of the quantized weights, and the merge another one out of the base's own.
+        problems.append(f"lora.init_lora_weights: {start} needs a base that is not quantized; set true or gaussian")
+    if lora.get("bias", "none") != "none":
+        # bitsandbytes (0.50, nn/modules.py) casts the biases of its layers to the dtype of each batch.
+        problems.append("lora.bias: the biases of a quantized base cannot be trained; leave it out")
+    return problems
+
+
+def _sharding_problems(run: dict) -> list[str]:
+    """What train.shard cannot go with. The base is then in pieces, which only LoRA's own tensors are not."""
+    lora, problems = run["lora"], []
+    if run["train"]["gpu"] == 1:
+        problems.append(
+            "train.shard: train.gpu is 1, so there is nothing to split the base over; raise it, or leave shard out"
+        )
+    if run["model"]["quantization"]:
+        # transformers 5.23 fails with every bnb_4bit_quant_storage; accelerate 1.15 leaves the weights whole (accelerate#3987).
+        problems.append(
+            "train.shard: a quantized base cannot be split; set model.quantization: null, or leave shard out"
+        )
+    trained = [key for key in ("modules_to_save", "trainable_token_indices") if lora.get(key)]
+    trained += ["bias"] if lora.get("bias", "none") != "none" else []
+    problems += [
+        f"train.shard: lora.{key} trains weights of the base, which is in pieces; leave one of the two out"
+        for key in trained
+    ]
     return problems
 
 

@@ -14,6 +14,8 @@ ALIASES = {
     "model.attn_implementation": "attention flash_attention flash_attention_2 flash_attn use_flash_attention"
     " use_flash_attention_2",
     "model.chat_template": "template prompt_template",
+    "model.quantization": "bits bnb_4bit_quant_type load_in_4bit load_in_8bit qlora quant_method quantization_bit"
+    " quantization_config quantize",
     "model.revision": "base_model_revision model_revision",
     "datasets.<name>.source": "path file files data data_files data_path dataset_path dataset_name train_file file_name",
     "datasets.<name>.val_source": "eval_dataset test_dataset validation_file val_file eval_file",
@@ -46,6 +48,7 @@ ALIASES = {
     "train.neftune_noise_alpha": "neftune neft_alpha noise_alpha",
     "train.gpu": "gpus num_gpus n_gpus n_gpu num_processes nproc_per_node",
     "train.nodes": "num_nodes nnodes num_machines",
+    "train.shard": "fully_shard sharded sharding zero_stage",
     "train.report_to": "logger log_with",
     "eval.max_new_tokens": "max_tokens max_gen_length",
     "serve.max_model_len": "max_context_len",

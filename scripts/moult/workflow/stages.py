@@ -188,20 +188,23 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "gradient_accumulation_steps",
         "gpu",
         "nodes",
+        "gpu_memory",
         "save_total_limit",
         "router_aux_loss_coef",  # 0 is without that loss
     )
     words = [
         name for name, value in run["train"].items() if isinstance(value, bool) or not isinstance(value, int | float)
     ]
-    own = _pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    own = _pick(
+        run["model"], "dtype", "quantization", "attn_implementation", "chat_template_kwargs", "trust_remote_code"
+    )
     return {"lora": run["lora"], "train": _pick(run["train"], *counts, *words), **own}
 
 
 def _finetune(config: dict, run: dict, dataset: dict) -> dict:
-    # On how many nodes its processes are is the launcher's business (rules/cluster.smk).
-    train = {name: value for name, value in run["train"].items() if name != "nodes"}
-    own = _pick(run["model"], "dtype", "attn_implementation", "trust_remote_code")
+    # On how many nodes its processes are is the launcher's business (rules/cluster.smk); gpu_memory is for plan.
+    train = {name: value for name, value in run["train"].items() if name not in ("nodes", "gpu_memory")}
+    own = _pick(run["model"], "dtype", "quantization", "attn_implementation", "trust_remote_code")
     return {"train": train, **_pick(run, "lora", "seed"), **own}
 
 
@@ -217,11 +220,20 @@ def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
 
 def _evaluate_tuned(config: dict, run: dict, dataset: dict) -> dict:
     settings = _evaluate(config, run, dataset)
-    return {**settings, "eval": {**settings["eval"], "merge_check_rows": run["eval"]["merge_check_rows"]}}
+    own = {"eval": {**settings["eval"], "merge_check_rows": run["eval"]["merge_check_rows"]}}
+    # The models that are measured are not quantized; the comparison with the one that was trained is.
+    return {**settings, **own, **_pick(run["model"], "quantization")}
+
+
+def evaluation_gpus(run: dict) -> int:
+    """How many GPUs the evaluation of a run spreads a model over. No setting of the stage: it changes no result."""
+    train = run["train"]
+    return run["eval"]["gpu"] or (train["gpu"] // train["nodes"] if train["shard"] else 1)
 
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit", "merge_top1_limit")
+    limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
