@@ -41,15 +41,16 @@ def record_loading(monkeypatch) -> list[dict]:
     return calls
 
 
-# --- for a fork or a process of torchrun: `before` of forked.run, or a hook of hooked.py ---------------------------------
+# --- for a fork or a process of torchrun: `before` of forked.run, or run as a script ---------------------------------------
 
 
 def small_memory(tokens: int, rank: int | None = None) -> None:
     """Let training run out of memory with batches of more than `tokens` tokens, or four times as many with checkpointing."""
     import torch
-    from trl import SFTTrainer
 
-    whole = SFTTrainer.compute_loss
+    from moult.training.trainer import Finetuner
+
+    whole = Finetuner.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         limit = tokens * (4 if self.args.gradient_checkpointing else 1)
@@ -59,7 +60,7 @@ def small_memory(tokens: int, rank: int | None = None) -> None:
             )
         return whole(self, model, inputs, *args, **kwargs)
 
-    SFTTrainer.compute_loss = compute_loss
+    Finetuner.compute_loss = compute_loss
 
 
 def without_trial() -> None:

@@ -47,7 +47,7 @@ INSTANTS = {
     "before the group is there": ("moult.training.ranks:together", 1, 1),
     "while loading": ("moult.model.device:read_model", 1, 1),
     "in the trial": ("moult.training.first_batch:try_batch", 1, 1),
-    "in a step": ("trl:SFTTrainer.compute_loss", 4, 1),
+    "in a step": ("moult.training.trainer:Finetuner.compute_loss", 4, 1),
     "in a validation": ("moult.training.trainer:likelihood", 1, 1),
     "while a checkpoint is saved": ("moult.training.trainer:seal", 1, 0),
 }
@@ -76,7 +76,7 @@ def test_the_death_of_one_process_ends_all_within_30_seconds(instant, run, tmp_p
 def test_the_error_of_one_process_is_that_of_all(run):
     stopped = run(settings(**TWO))
     began = time.time()
-    said = go(stopped, "run_out", code=1, target="trl:SFTTrainer.compute_loss", call=4, rank=1).stderr
+    said = go(stopped, "run_out", code=1, target="moult.training.trainer:Finetuner.compute_loss", call=4, rank=1).stderr
     error = "out of memory while training step 3 (a batch of 2 x 24 tokens) (rank 1): CUDA out of memory."
     assert "finetune failed: out of memory while training step" in said and "(rank 1)" in said, said
     (failure,) = failures_since(began, stopped.folder)
