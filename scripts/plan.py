@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
+from moult.measuring.power import rows_needed, smallest_effect
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
 from moult.model.estimates import estimate_disk, estimate_job
@@ -37,12 +38,15 @@ from moult.training.trial import without_router_loss
 
 GIB = 1024**3
 
+# A change of the pass rate that people want to see.
+WISHED_EFFECT = 0.1
+
 
 def main() -> None:
     parser = stage_parser(__doc__, "plan")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
-    parser.add_argument("--prompts", type=json.loads, default="[]", help="JSON of eval.prompts, to be tried out")
+    parser.add_argument("--eval", type=json.loads, default="{}", help="JSON of the section eval: what will be asked")
     parser.add_argument("--out", required=True, help="plan.json to write")
     args = parser.parse_args()
 
@@ -71,7 +75,7 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_attention(model.config, settings),
         lambda: check_lengths(report, model.config),
         lambda: check_steps(steps, settings["train"]),
-        lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
+        lambda: check_prompts(args.eval.get("prompts", []), base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
         lambda: check_packing(small, exact, settings, log),
         lambda: check_shard(model, settings["train"]),
@@ -125,6 +129,7 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+    tell_power(args.eval, report["val"]["sequences"], log)
 
 
 def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
@@ -393,6 +398,30 @@ def tell(result: dict, args, log) -> None:
             free / GIB,
             result["disk"]["total"] / GIB,
         )
+
+
+def tell_power(questions: dict, val_rows: int, log) -> None:
+    """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
+    change nothing of the training."""
+    confidence = questions.get("confidence")
+    checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
+    counts = {"prompts": checked, "rows": min(questions["answer_rows"], val_rows) if questions.get("row_expect") else 0}
+    shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
+    if not shown:
+        return
+    found = "; ".join(
+        f"{asked} show a change of {100 * effect:.0f} points or more" if effect else f"{asked} are too few to show any"
+        for asked, effect in shown.items()
+    )
+    if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
+        log.warning(
+            "of the pass rates, %s; to see %.0f points, ask %s questions (eval.answer_rows, val_size)",
+            found,
+            100 * WISHED_EFFECT,
+            f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
+        )
+    else:
+        log.info("of the pass rates, %s", found)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,17 @@ class Log:
     debug = warning = info
 
 
-def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=(), quantization=None):
+def make(
+    base,
+    tmp_path,
+    lora=None,
+    train=None,
+    dtype="bfloat16",
+    attention=None,
+    prompts=(),
+    quantization=None,
+    questions=None,
+):
     settings = {
         "lora": {**LORA, **(lora or {})},
         "train": {**TRAIN, **(train or {})},
@@ -50,6 +60,11 @@ def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None
     if not tokens.exists():
         make_tokens(tokens)
     log = Log()
-    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=prompts, out=str(tmp_path / "plan.json"))
+    arguments = Namespace(
+        model=str(base),
+        tokens=str(tokens),
+        eval={"prompts": prompts, **(questions or {})},
+        out=str(tmp_path / "plan.json"),
+    )
     plan.plan(settings, arguments, log)
     return read_json(tmp_path / "plan.json"), log

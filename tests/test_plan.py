@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from planning import LORA, make
+from planning import LORA, Log, make
 from tiny import make_model, make_tokens
 
 import plan
@@ -273,3 +273,30 @@ def test_runs_that_fit_alone_and_not_together_are_told():
     assert room(plans, 3 * GIB).startswith(
         "WARNING: disk: 4.0 GiB for all runs, and 3.0 GiB are free: run some at a time"
     )
+
+
+# --- what the evaluation will show ---
+
+
+@pytest.mark.parametrize(
+    ("questions", "told"),
+    [
+        ({"answer_rows": 32}, None),
+        (
+            {"answer_rows": 4, "row_expect": {"exact": True}},
+            "of the pass rates, 4 rows are too few to show any; to see 10 points, ask 160 questions "
+            "(eval.answer_rows, val_size)",
+        ),
+        (
+            {
+                "answer_rows": 0,
+                "prompts": [{"id": f"p{index}", "prompt": "a", "expect": {"json": True}} for index in range(300)],
+            },
+            "of the pass rates, 300 prompts show a change of 7 points or more",
+        ),
+    ],
+)
+def test_what_the_questions_can_show_is_told_before(questions, told):
+    log = Log()
+    plan.tell_power({"prompts": [], "confidence": 0.95, **questions}, 8, log)
+    assert log.lines == ([told] if told else [])

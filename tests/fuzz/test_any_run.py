@@ -52,7 +52,7 @@ def stages(config: dict, threads: int) -> None:
     encode.encode(stage_settings(config, "encode", "odd"), arguments, LOG)
     plan.plan(
         stage_settings(config, "plan", "odd"),
-        SimpleNamespace(model="base", tokens=tokens, prompts=[], out=f"{folder}/plan.json"),
+        SimpleNamespace(model="base", tokens=tokens, eval={}, out=f"{folder}/plan.json"),
         LOG,
     )
 
