@@ -7,12 +7,15 @@ import pyarrow.parquet
 import pytest
 import torch
 from merging import make_plan, run_merge
+from peft import PeftModel
 from planning import LORA
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
+from moult.errors import HOPELESS, MoultError
 from moult.measuring import likelihood as module
 from moult.measuring.likelihood import Likelihood, batches, likelihood
+from moult.model.device import load_model
 from moult.model.estimates import cache_bytes
 
 
@@ -217,15 +220,16 @@ def test_the_same_rows_are_chosen_each_time(rows):
     assert evaluate_model.chosen(rows, None) == evaluate_model.chosen(rows, 1000) == rows
 
 
-def merge_check(tmp_path, base, merged, adapter) -> dict:
+def merge_check(tmp_path, base, merged, adapter, quantization=None) -> dict:
     rows = evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet")
     settings = {
         "eval": {"merge_check_rows": 6},
+        "quantization": quantization,
         "dtype": "float32",
         "attn_implementation": None,
         "trust_remote_code": False,
     }
-    arguments = Namespace(base=str(base), adapter=str(adapter))
+    arguments = Namespace(base=str(base), adapter=str(adapter), gpus=1)
     return evaluate_model.compare_with_adapter(load(merged), rows, 0, "cpu", settings, arguments)
 
 
@@ -239,6 +243,36 @@ def test_merged_and_adapter_agree_and_another_merge_does_not(tmp_path):
     assert good["rows"] == 6 and good["positions"] > 50
     unmerged = merge_check(tmp_path, base, copy(base, tmp_path / "unmerged"), adapter)
     assert unmerged["mean_kl"] > 1e-2 > good["max_kl"] and unmerged["top1_agreement"] < 1.0
+
+
+def test_a_quantized_base_is_compared_with_the_merged_model_and_with_the_base(tmp_path):
+    """Computed again from whole models, in one piece."""
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA, scale=0.3)
+    make_plan(base, tmp_path, LORA)
+    merged, _ = run_merge(base, adapter, tmp_path)
+    plain, mean = merge_check(tmp_path, base, merged, adapter), {}
+    for kind in ("int8", "nf4"):
+        found = merge_check(tmp_path, base, merged, adapter, kind)
+        cost = found.pop("quantization")
+        assert found == plain and cost["kind"] == kind
+        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet"), 6)
+        settings = {"dtype": "float32", "attn_implementation": None, "trust_remote_code": False}
+        trained = PeftModel.from_pretrained(load_model(str(base), "cpu", settings, kind), adapter).eval()
+        with torch.no_grad():
+            ours = [trained(torch.tensor([one["input_ids"]])).logits[0, :-1] for one in row]
+            theirs = [load(merged)(torch.tensor([one["input_ids"]])).logits[0, :-1] for one in row]
+        trainable = [torch.tensor(one["labels"][1:]) != -100 for one in row]
+        p, q = (
+            torch.cat([logits[mask] for logits, mask in zip(side, trainable, strict=True)]).double().log_softmax(-1)
+            for side in (ours, theirs)
+        )
+        assert cost["trained_vs_merged"]["mean_kl"] == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3
+        )
+        assert cost["base_vs_quantized"]["mean_kl"] > 10 * plain["mean_kl"]
+        mean[kind] = cost["trained_vs_merged"]["mean_kl"]
+    assert mean["nf4"] > 10 * mean["int8"]
 
 
 def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
@@ -255,3 +289,51 @@ def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
     assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
     assert [row["group"] for row in measured] == [row["group"] for row in rows]
     assert [row["tokens"] for row in measured] == [sum(label != -100 for label in row["labels"]) for row in rows]
+
+
+PLACES = {
+    "measure": (
+        "out of memory while measuring rows of up to 24 tokens: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+    "answer": (
+        "out of memory while answering questions of up to 9 tokens with up to 32 tokens: CUDA out of memory.",
+        "lower eval.max_new_tokens",
+    ),
+    "compare_with_adapter": (
+        "out of memory while comparing the merged model with base plus adapter: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. Of the allocated memory 1 GiB")
+
+    nothing = {
+        "limit_threads": lambda threads: None,
+        "pick": lambda gpus: "cpu",
+        "open_model": lambda path: (path, {}),
+        "Chat": lambda *_: Chat(),
+        "load_model": lambda *_, **__: Namespace(eval=lambda: None),
+        "measure": lambda *_: [],
+        "prompt_questions": lambda *_: [{"ids": [3] * 9}],
+        "row_questions": lambda *_: [],
+        "answer": lambda *_: [],
+        "compare_with_adapter": lambda *_: {"mean_kl": 0.0},
+    }
+    for name, stub in (nothing | {place: out_of_memory}).items():
+        monkeypatch.setattr(evaluate_model, name, stub)
+    asked = {"perplexity": True, "max_rows": None, "answer_rows": 0, "max_new_tokens": 32, "prompts": []}
+    settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
+    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "merge_check")}
+    arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
+    log = Namespace(info=lambda *_: None)
+    with pytest.raises(MoultError) as raised:
+        evaluate_model.evaluate(settings, arguments, log)
+    what, fix = PLACES[place]
+    assert raised.value.what.startswith(what) and "Of the allocated" not in raised.value.what
+    assert raised.value.fix.startswith(fix) and "eval.gpu" in raised.value.fix
+    assert raised.value.exit_code == HOPELESS
