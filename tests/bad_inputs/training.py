@@ -77,6 +77,16 @@ CASES = [
         {"lora": {"lora_bias": True}},
     ),
     Case(
+        "a quantized layer that is to be trained itself",
+        (
+            "plan failed: model.quantization: these LoRA settings fail on a quantized model: only Tensors of floating "
+            "point dtype can require gradients\n"
+            "what to do: leave out what lora has beyond r, lora_alpha, lora_dropout and target_modules, or set "
+            "model.quantization: null"
+        ),
+        {"model": {"quantization": "nf4"}, "lora": {"target_modules": ["k_proj"], "modules_to_save": ["q_proj"]}},
+    ),
+    Case(
         "attention that is not installed",
         (
             "plan failed: model.attn_implementation: flash_attention_2: FlashAttention2 has been toggled on, but "
