@@ -321,6 +321,8 @@ class SeededByEpoch(Sampler):
 
     def __init__(self, sampler: LengthGroupedSampler, trainer: Finetuner):
         self.sampler, self.trainer = sampler, trainer
+        # A column of a datasets.Dataset reads the row for each of them.
+        self.sampler.lengths = list(sampler.lengths)
 
     def __len__(self) -> int:
         return len(self.sampler)
