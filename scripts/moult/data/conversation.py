@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from moult.data.fields import BadRow, Fields, LeftOut, is_nothing, kind, objects, parsed, plain, text, value_of
-from moult.data.readers import JsonText
+from moult.data.tables import JsonText
 from moult.errors import some
 from moult.files import canonical
 

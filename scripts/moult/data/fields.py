@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from moult.data.readers import JsonText
+from moult.data.tables import JsonText
 
 
 class BadRow(Exception):
