@@ -17,6 +17,7 @@ from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
 from moult.measuring.intervals import bootstrap, paired_difference, wilson
+from moult.measuring.power import smallest_effect, smallest_shift
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -283,21 +284,23 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
 
     A bootstrap of very few groups gives intervals that are too narrow. Therefore the likelihood counts only if there are so
     many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %)."""
-    evidence = {}  # what: (difference, whether more is better, unit)
+    evidence = {}  # what: (difference, whether more is better, unit, the smallest difference that would show)
     enough = math.ceil(1 - math.log2(1 - confidence))
     if likelihood:
-        evidence["validation loss"] = (likelihood["difference"]["nll_per_token"], -1, "nats per token")
+        shift = likelihood["difference"]["nll_per_token"]
+        evidence["validation loss"] = (shift, -1, "nats per token", smallest_shift(shift["interval"], confidence))
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
-        if "passed" in answers.get(part, {}):
-            evidence[name] = (answers[part]["passed"]["difference"], 1, "of the questions")
+        if rates := answers.get(part, {}).get("passed"):
+            shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
+            evidence[name] = (rates["difference"], 1, "of the questions", shows)
     if not evidence:
         raise MoultError(
             "nothing was measured",
             "set eval.perplexity: true, or add checks to eval.prompts (expect) or eval.row_expect",
         )
     found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    reasons = []
-    for name, (difference, sign, unit) in evidence.items():
+    reasons, smallest = [], {}
+    for name, (difference, sign, unit, shows) in evidence.items():
         low, high = sorted(sign * limit for limit in difference["interval"])
         too_few = name == "validation loss" and groups < enough
         kind = "unclear" if too_few or low <= 0 <= high else "better" if low > 0 else "worse"
@@ -306,6 +309,11 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
         if too_few:
             reasons[-1] += f" (only {groups} groups of validation rows; {enough} are needed)"
+        elif kind == "unclear":
+            smallest[name] = shows
+            reasons[-1] += (
+                f" (what they show is {shows:.2g} or more)" if shows else " (they are too few to show anything)"
+            )
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
@@ -317,6 +325,7 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
     return {
         "verdict": word,
         **found,
+        "smallest_effect": smallest,
         "reasons": reasons,
     }
 

@@ -13,6 +13,7 @@ from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
 from moult.measuring.intervals import bootstrap, paired_difference, wilson
+from moult.measuring.power import smallest_effect
 
 SETTINGS = {
     "lora": {"r": 4},
@@ -224,9 +225,20 @@ def test_a_verdict_names_its_evidence(tmp_path):
     make_sides(tmp_path, better=-1.0)
     verdict = run(tmp_path)["verdict"]
     assert verdict["worse"] == ["validation loss"] and verdict["better"] == ["rows passed"]
-    assert verdict["unclear"] == ["prompts passed"]
+    assert verdict["unclear"] == ["prompts passed"] and verdict["smallest_effect"] == {"prompts passed": None}
+    assert verdict["reasons"][1].endswith("(they are too few to show anything)")
     assert verdict["reasons"][0].startswith("validation loss worse: +0.919 nats per token [+")
     assert verdict["reasons"][-1] == "answers that stop: 100% -> 5%"
+
+
+def test_an_unclear_measurement_says_what_it_would_show(tmp_path):
+    make_sides(tmp_path, better=0.0, noise=3.0, right=0.02)
+    verdict = run(tmp_path)["verdict"]
+    assert {"validation loss", "rows passed"} <= set(verdict["unclear"])
+    rows = verdict["smallest_effect"]["rows passed"]
+    assert rows == smallest_effect(40, 0.0, 0.95) and f"(what they show is {rows:.2g} or more)" in verdict["reasons"][2]
+    low, high = read_json(tmp_path / "metrics.json")["likelihood"]["difference"]["nll_per_token"]["interval"]
+    assert verdict["smallest_effect"]["validation loss"] == pytest.approx((high - low) / 2 * 1.4294, rel=1e-3)
 
 
 def test_answers_alone_can_decide(tmp_path):

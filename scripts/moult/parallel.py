@@ -5,9 +5,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from moult.errors import MoultError
 from moult.run.console import progress
@@ -30,28 +32,42 @@ def ordered_map(
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     results: list = []
     with progress(len(items), what) as bar:
-        if workers <= 1 or len(chunks) <= 1:
-            setup(*setup_args)
-            for part in chunks:
-                results += [function(item) for item in part]
-                bar.update(len(part))
-            return results
-        # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        start = (os.getpid(), setup, setup_args)
-        pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, start)
-        try:
-            for part in pool.map(_apply, [function] * len(chunks), chunks):
-                results += part
-                bar.update(len(part))
-        except BrokenProcessPool:
-            raise MoultError(
-                f"{what}: a worker process was killed (usually out of memory)",
-                "give the rule more memory (mem_mb) or fewer threads",
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # `with` would do all the work before a SIGTERM gets through
+        workers = min(workers, len(chunks))
+        for part in ordered_stream(partial(_apply, function), chunks, workers, what, setup, setup_args):
+            results += part
+            bar.update(len(part))
     return results
+
+
+def ordered_stream(
+    function: Callable, items: Iterable, workers: int, what: str, setup: Callable = int, setup_args: tuple = ()
+) -> Iterator:
+    """`function(item)` of each item, in order. Only a few items and results are in memory at a time.
+
+    Otherwise as `ordered_map`, but without a progress bar. Each item goes to a process by itself: make them large.
+    """
+    if workers <= 1:
+        setup(*setup_args)
+        yield from map(function, items)
+        return
+    # fork shares what the parent has loaded; elsewhere than on Linux it is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), setup, setup_args))
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:  # enough to keep all busy while the first is waited for
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise MoultError(
+            f"{what}: a worker process was killed (usually out of memory)",
+            "give the rule more memory (mem_mb) or fewer threads",
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # `with` would do all the work before a SIGTERM gets through
 
 
 def _start_worker(parent: int, setup: Callable, setup_args: tuple) -> None:

@@ -6,15 +6,24 @@ the mask needs no knowledge of the template, works with templates that have no `
 have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/transformers#34172).
 """
 
+import contextlib
 import json
+import re
 from functools import lru_cache
 
 from moult.data.sequence import IGNORE, Sequence
 from moult.model.chat import Chat, Unrenderable
+from moult.model.prefixes import PrefixTokens, common
+
+Blocks = list[tuple[int, int]]  # where in a text (begin, end) it is marked as generated
+Texts = tuple[str, str, Blocks | None]  # the prompt of a turn, the text through its end, and its marks
 
 
-def sequences_of(chat: Chat, row: dict) -> list[Sequence]:
+def sequences_of(chat: Chat, row: dict, limit: int | None = None) -> list[Sequence]:
     """The sequences that train a prepared row. Raises Unrenderable.
+
+    `limit` is the length in tokens to which the caller cuts sequences, or beyond which it drops them, if it does. Turns that
+    begin behind it are counted without being rendered one by one (`_Conversation.find_turns`).
 
     Usually one. A template that shows earlier turns otherwise than the last (Qwen3 and DeepSeek take the reasoning
     out of them) makes more: each turn is then trained in a sequence where it stands as it does at inference.
@@ -22,7 +31,7 @@ def sequences_of(chat: Chat, row: dict) -> list[Sequence]:
     return (
         _encode_text(chat, row["text"])
         if "text" in row
-        else _encode_conversation(chat, row["messages"], row.get("tools"))
+        else _encode_conversation(chat, row["messages"], row.get("tools"), limit)
     )
 
 
@@ -41,73 +50,223 @@ def _encode_text(chat: Chat, text: str) -> list[Sequence]:
     return [Sequence(ids, [IGNORE, *ids[1:]], -1)]  # nothing predicts the first token
 
 
-def _encode_conversation(chat: Chat, messages: list[dict], tools: list[dict] | None) -> list[Sequence]:
+def _encode_conversation(
+    chat: Chat, messages: list[dict], tools: list[dict] | None, limit: int | None
+) -> list[Sequence]:
     _check_no_control_tokens(chat, messages, tools)
+    conversation = _Conversation(chat, messages, tools)
     sequences: list[Sequence] = []
     trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
     for index in reversed(trained):
-        ids, start = _turn(chat, messages, index, tools)
-        labels = [IGNORE] * start + ids[start:]
-        home = next((s for s in sequences if s.input_ids[: len(ids)] == ids), None)
+        ids, start = conversation.turn(index)
+        home = next((sequence for sequence in sequences if _begins(sequence.input_ids, ids, start)), None)
         if home is None:
+            labels = [IGNORE] * start + ids[start:]
             sequences.append(Sequence(ids, labels, start if index == len(messages) - 1 else -1))
         else:
             home.labels[start : len(ids)] = ids[start:]
+        if index == trained[-1] and limit is not None and len(ids) > limit:
+            with contextlib.suppress(Unrenderable):  # where a turn cannot be shown is said when it is encoded
+                conversation.find_turns(trained, ids, limit)
     for sequence in sequences:
         _check_bos(chat, sequence.input_ids)
     return sequences[::-1]
 
 
-def _turn(chat: Chat, messages: list[dict], index: int, tools: list[dict] | None) -> tuple[list[int], int]:
-    """The tokens up to the end of assistant turn `index`, and where the turn begins."""
-    if index == 0:
-        raise Unrenderable(
-            "no_prompt", "it begins with an assistant turn, which nothing asks for (give that turn weight 0)"
-        )
-    prompt = chat.render(messages[:index], tools, prompt=True)
-    through = chat.render(messages[: index + 1], tools, prompt=False)
-    answer = _continuation(prompt, through)
-    _check_nothing_left_out(chat, messages[: index + 1], tools, prompt, answer)
-    message = messages[index]
-    ids, start = _tokens(chat, prompt, answer)
-    end, begun = _end_of_turn(chat, ids, start), ""
-    if end is None or ids[end] not in chat.stop_ids:
-        begun = _next_turn_begins(chat, bool(message.get("tool_calls")), tools is not None)
-    if begun:
-        ids, start = _tokens(chat, prompt, answer + begun)
-    elif end is None:
-        raise Unrenderable(
-            "no_stop_token",
-            f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the model "
-            "could never learn to stop (model.chat_template: chatml ends turns with the tokenizer's own stop token)",
-        )
-    else:
-        ids = ids[: end + 1]
-    _check_encodable(chat, message["content"] + message.get("reasoning_content", ""))
-    _check_decoding(chat, answer + begun, chat.decode(ids[start:]))
-    if chat.marks_answers(tools):
-        _check_markers(chat, messages[: index + 1], tools, answer, "" if begun else chat.decode(ids[-1:]))
-    return ids, start
+def _begins(longer: list[int], ids: list[int], start: int) -> bool:
+    """Whether `longer` begins with `ids`. Where it does not, it usually differs at `start`, so that is looked at first."""
+    near = max(start - 8, 0)
+    return longer[near : len(ids)] == ids[near:] and longer[: len(ids)] == ids
 
 
-def _tokens(chat: Chat, prompt: str, answer: str) -> tuple[list[int], int]:
-    """The tokens of prompt and answer, and where those of the answer begin."""
-    prompt_ids = chat.ids(prompt)
-    ids = chat.ids(prompt + answer)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        # A token reaches over the seam. At inference the prompt is tokenized alone, so it must be here.
-        ids = _stitched(chat, prompt_ids, answer, chat.decode(ids))
-    return ids, len(prompt_ids)
+class _Conversation:
+    """A conversation whose turns are encoded from the last to the first.
+
+    The text of each turn is compared with the one after it, which begins alike: only where they differ is it tokenized and
+    looked through again. So the work grows with the length of the conversation. Only the template goes through all of it for
+    each turn: it can look ahead, so one rendering says nothing of the others.
+    """
+
+    def __init__(self, chat: Chat, messages: list[dict], tools: list[dict] | None):
+        self.chat, self.messages, self.tools = chat, messages, tools
+        self.visible = chat.visible(messages, tools)
+        self.tokens = PrefixTokens(chat)
+        self.prompt, self.through = "", ""  # of the turn that was encoded last
+        self.blocks: Blocks | None = None
+        self.shown: dict[int, int] = {}  # {message: where in self.prompt what it says ends}
+        self.rendered: dict[int, Texts] = {}  # ahead of their turn
+        self.found: dict[int, tuple[int, int]] = {}  # {turn: where it begins and ends in self.whole} (`find_turns`)
+        self.whole: tuple[str, Blocks | None] = ("", None)
+
+    def turn(self, index: int) -> tuple[list[int], int]:
+        """The tokens up to the end of assistant turn `index`, and where the turn begins."""
+        if index == 0:
+            raise Unrenderable(
+                "no_prompt", "it begins with an assistant turn, which nothing asks for (give that turn weight 0)"
+            )
+        chat, message = self.chat, self.messages[index]
+        prompt, through, blocks = self.rendered.pop(index) if index in self.rendered else self._texts(index)
+        answer = _continuation(prompt, through)
+        self._check_nothing_left_out(index, prompt, answer)
+        self.prompt, self.through, self.blocks = prompt, through, blocks
+        ids, start = self._ids(prompt, answer)
+        end, begun = _end_of_turn(chat, ids, start), ""
+        if end is None or ids[end] not in chat.stop_ids:
+            begun = _next_turn_begins(chat, bool(message.get("tool_calls")), self.tools is not None)
+        if begun:
+            ids, start = self._ids(prompt, answer + begun)
+        elif end is None:
+            raise Unrenderable(
+                "no_stop_token",
+                f"the template ends the turn with ...{answer[-16:]!r}, which has no special token of this tokenizer: the "
+                "model could never learn to stop (model.chat_template: chatml ends turns with the tokenizer's own stop token)",
+            )
+        else:
+            ids = ids[: end + 1]
+        _check_encodable(chat, message["content"] + message.get("reasoning_content", ""))
+        _check_decoding(chat, answer + begun, chat.decode(ids[start:]))
+        if blocks is not None:
+            self._check_markers(index, through, blocks, answer, "" if begun else chat.decode(ids[-1:]))
+        return ids, start
+
+    def _texts(self, index: int) -> Texts:
+        """The prompt of a turn, the text through its end, and what the template marks there as generated, if it marks."""
+        if index in self.found:
+            (whole, blocks), (begin, end) = self.whole, self.found[index]
+            return whole[:begin], whole[:end], blocks
+        prompt = self.chat.render_visible(self.visible[:index], self.tools, prompt=True)
+        if self.chat.marks_answers(self.tools):
+            return prompt, *self.chat.render_marked(self.visible[: index + 1], self.tools)
+        return prompt, self.chat.render_visible(self.visible[: index + 1], self.tools, prompt=False), None
+
+    def find_turns(self, trained: list[int], ids: list[int], limit: int) -> None:
+        """Find the turns that begin behind the first `limit` tokens, to be cut off, in the text of the last turn.
+
+        They need not be rendered one by one then: nothing of them is trained, they are only counted. A turn begins behind what
+        asks for it, and ends with the token that ends the last one. Nothing is found where the text does not show each turn
+        so, or where a turn before the limit is asked for otherwise than it stands there.
+
+        `ids` are the tokens through the last turn, which has just been encoded.
+        """
+        last, whole = trained[-1], self.through
+        before = self.chat.render_visible(self.visible[:last], self.tools, prompt=False)
+        opening, closing = self.prompt.removeprefix(before), self.chat.decode(ids[-1:])
+        if not (whole.startswith(self.prompt) and self.prompt.startswith(before)):
+            return
+        # What the messages say holds no control tokens (`_check_no_control_tokens`), so the template has written these.
+        if not (self.chat.special_text.search(opening) and self.chat.special_text.fullmatch(closing)):
+            return
+        begins = [match.end() for match in re.finditer(re.escape(opening), whole)]
+        assistants = [index for index in range(last + 1) if self.messages[index]["role"] == "assistant"]
+        if len(begins) != len(assistants):
+            return
+        stops = [whole.find(closing, begin) for begin in begins]
+        ends = [stop + len(closing) for stop in stops]
+        if -1 in stops or any(end > after for end, after in zip(ends, begins[1:], strict=False)):
+            return
+        places = dict(zip(assistants, zip(begins, ends, strict=True), strict=True))
+        behind = [index for index in trained[:-1] if self.tokens.count_before(places[index][0]) >= limit]
+        # All turns that are not cut off must be asked for as they stand there; some that are cut off must also be shown so.
+        for index in sorted({*trained[:-1]} - {*behind} | {*behind[:1], *behind[len(behind) // 2 :][:1], *behind[-1:]}):
+            begin, end = places[index]
+            texts = self._texts(index) if index else ("", "", None)
+            if texts[0] != whole[:begin] or (index in behind and not texts[1].startswith(whole[:end])):
+                return
+            self.rendered[index] = texts
+        self.found, self.whole = {index: places[index] for index in behind}, (whole, self.blocks)
+
+    def _ids(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of prompt and answer, and where those of the answer begin."""
+        ids = self.tokens.ids(prompt + answer)
+        prompt_ids = self.tokens.ids(prompt)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            # A token reaches over the seam. At inference the prompt is tokenized alone, so it must be here.
+            ids = _stitched(self.chat, prompt_ids, answer, ids)
+        return ids, len(prompt_ids)
+
+    # --- gates ---
+
+    def _check_nothing_left_out(self, index: int, prompt: str, answer: str) -> None:
+        """Everything that was said is shown: in the prompt what others said, in the answer what the assistant says.
+
+        Earlier answers may be shortened (reasoning taken out): that is what the model sees at inference too.
+        """
+        self._check_others_shown(index, prompt)
+        if self.tools and prompt == self.chat.render_visible(self.visible[:index], [], prompt=True):
+            raise Unrenderable("template_drops", "the template leaves out the tools")
+        for tool in self.tools or []:
+            if tool["function"].get("name", "") not in prompt:
+                raise Unrenderable("template_drops", f"the template leaves out the tool {tool['function'].get('name')}")
+        message, shown = self.messages[index], _dense(answer)
+        for part in ("reasoning_content", "content"):
+            text = message.get(part, "")
+            if not _shows(shown, text) and not _continues(prompt, shown, text):
+                raise Unrenderable("template_drops", f"the template leaves out the assistant's {part}")
+        for call in message.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            said = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else [str(arguments)])]
+            if not all(_shows(shown, text) for text in said):
+                raise Unrenderable("template_drops", f"the template leaves out the call of {call['function']['name']}")
+
+    def _check_others_shown(self, index: int, prompt: str) -> None:
+        same, place, dense = common(self.prompt, prompt), 0, None
+        for at, message in enumerate(self.messages[:index]):
+            if message["role"] == "assistant":
+                continue
+            end = self.shown.get(at)
+            if end is None or end > same:
+                end = _end_in(prompt, message["content"].strip(), place)
+                if end is None:
+                    dense = _dense(prompt) if dense is None else dense
+                    if not _shows(dense, message["content"]):
+                        raise Unrenderable(
+                            "template_drops", f"the template leaves out what the {message['role']} turn says"
+                        )
+                    continue
+                self.shown[at] = end
+            place = end
+
+    def _check_markers(self, index: int, through: str, blocks: Blocks, answer: str, stop: str) -> None:
+        """What the template marks as generated is the turn that the prefixes say, to the token that ends it.
+
+        A block may also hold the words that ask for the answer (SmolLM3), but nothing that others say.
+        """
+        begin = len(through) - len(answer)
+        end = begin + max(answer.rfind(stop), 0) + len(stop)
+        marked = {at for start, stop in blocks for at in range(max(start, begin), min(stop, end))}
+        for at in range(begin, end):
+            if at not in marked and not through[at].isspace():
+                raise Unrenderable(
+                    "markers",
+                    f"the template's {{% generation %}} block leaves out {through[at : at + 16]!r}, "
+                    "which is part of the answer or ends it",
+                )
+        if not any(message["role"] == "assistant" for message in self.messages[:index]):
+            asked = self.chat.render_visible(self.visible[:index], self.tools, prompt=False)
+            firsts = [stop - len(through[start:stop].lstrip()) for start, stop in blocks if through[start:stop].strip()]
+            if firsts and through.startswith(asked) and min(firsts) < len(asked):
+                raise Unrenderable(
+                    "markers",
+                    f"the template's {{% generation %}} block holds {through[min(firsts) :][:16]!r}, "
+                    "which is no part of an answer",
+                )
 
 
-def _stitched(chat: Chat, prompt_ids: list[int], answer: str, whole: str) -> list[int]:
+def _stitched(chat: Chat, prompt_ids: list[int], answer: str, joined: list[int]) -> list[int]:
     """Prompt and answer tokenized apart. SentencePiece puts a space before a text that it sees the start of, so the
-    answer is shown with something in front of it, which is taken off again."""
+    answer is shown with something in front of it, which is taken off again.
+
+    `joined` are the tokens of both together, which say the same.
+    """
+    # Decoded from a special token on that both have: what stands before it says the same.
+    same = common(prompt_ids, joined)
+    since = next((at for at in range(same - 1, 0, -1) if joined[at] in chat.special_ids), 0)
+    whole = chat.decode(joined[since:])
     for front in (chat.tokenizer.eos_token or "", "\n", ""):
         front_ids, ids = chat.ids(front), chat.ids(front + answer)
-        stitched = prompt_ids + ids[len(front_ids) :]
-        if ids[: len(front_ids)] == front_ids and chat.decode(stitched) == whole:
-            return stitched
+        tail = ids[len(front_ids) :]
+        if ids[: len(front_ids)] == front_ids and chat.decode(prompt_ids[since:] + tail) == whole:
+            return prompt_ids + tail
     raise Unrenderable("seam", "the tokenizer joins the end of the prompt with the answer, and cannot be kept from it")
 
 
@@ -177,34 +336,6 @@ def _check_no_control_tokens(chat: Chat, messages: list[dict], tools: list[dict]
             )
 
 
-def _check_nothing_left_out(
-    chat: Chat, messages: list[dict], tools: list[dict] | None, prompt: str, answer: str
-) -> None:
-    """Everything that was said is shown: in the prompt what others said, in the answer what the assistant says.
-
-    Earlier answers may be shortened (reasoning taken out): that is what the model sees at inference too.
-    """
-    shown_prompt, shown_answer = _dense(prompt), _dense(answer)
-    for message in messages[:-1]:
-        if message["role"] != "assistant" and not _shows(shown_prompt, message["content"]):
-            raise Unrenderable("template_drops", f"the template leaves out what the {message['role']} turn says")
-    if tools and prompt == chat.render(messages[:-1], [], prompt=True):
-        raise Unrenderable("template_drops", "the template leaves out the tools")
-    for tool in tools or []:
-        if tool["function"].get("name", "") not in prompt:
-            raise Unrenderable("template_drops", f"the template leaves out the tool {tool['function'].get('name')}")
-    last = messages[-1]
-    for part in ("reasoning_content", "content"):
-        text = last.get(part, "")
-        if not _shows(shown_answer, text) and not _continues(shown_prompt, shown_answer, text):
-            raise Unrenderable("template_drops", f"the template leaves out the assistant's {part}")
-    for call in last.get("tool_calls", []):
-        arguments = call["function"]["arguments"]
-        said = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else [str(arguments)])]
-        if not all(_shows(shown_answer, text) for text in said):
-            raise Unrenderable("template_drops", f"the template leaves out the call of {call['function']['name']}")
-
-
 def _check_encodable(chat: Chat, said: str) -> None:
     """Most of what is trained can be written. What cannot is counted by the caller."""
     said = _dense(said)
@@ -231,32 +362,6 @@ def _without(chat: Chat, lost: set[str], text: str) -> str:
     return chat.spelt("".join(char for char in text if char not in lost))
 
 
-def _check_markers(chat: Chat, messages: list[dict], tools: list[dict] | None, answer: str, stop: str) -> None:
-    """What the template marks as generated is the turn that the prefixes say, to the token that ends it.
-
-    A block may also hold the words that ask for the answer (SmolLM3), but nothing that others say.
-    """
-    through, blocks = chat.generation_blocks(messages, tools)
-    marked = {at for begin, end in blocks for at in range(begin, end) if not through[at].isspace()}
-    begin = len(through) - len(answer)
-    end = begin + max(answer.rfind(stop), 0) + len(stop)
-    for at in range(begin, end):
-        if at not in marked and not through[at].isspace():
-            raise Unrenderable(
-                "markers",
-                f"the template's {{% generation %}} block leaves out {through[at : at + 16]!r}, "
-                "which is part of the answer or ends it",
-            )
-    if not any(message["role"] == "assistant" for message in messages[:-1]):
-        asked = chat.render(messages[:-1], tools, prompt=False)
-        if marked and through.startswith(asked) and min(marked) < len(asked):
-            raise Unrenderable(
-                "markers",
-                f"the template's {{% generation %}} block holds {through[min(marked) :][:16]!r}, "
-                "which is no part of an answer",
-            )
-
-
 def _texts(value) -> list[str]:
     """Every string in a message or a tool definition."""
     if isinstance(value, dict | list):
@@ -275,9 +380,19 @@ def _shows(shown: str, text: str) -> bool:
     return dense in shown or _dense(json.dumps(text.strip(), ensure_ascii=False)[1:-1]) in shown
 
 
+def _end_in(shown: str, text: str, place: int) -> int | None:
+    """Where `text` ends in what is shown, as it is or as a JSON string, behind `place` or else anywhere; or None."""
+    for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]):
+        for start in (place, 0):
+            if (at := shown.find(form, start)) >= 0:
+                return at + len(form)
+    return None
+
+
 def _continues(prompt: str, answer: str, text: str) -> bool:
     """Whether the prompt ends with the beginning of `text`, usually `<think>`, and the answer with the rest follows."""
     text = _dense(text)
+    prompt = "".join(prompt.rsplit(None, 64)[-64:])  # its last 64 words, so no fewer characters if it has so many
     return any(prompt.endswith(text[:size]) and answer.startswith(text[size:]) for size in range(1, min(len(text), 64)))
 
 
@@ -288,8 +403,9 @@ def _continuation(prompt: str, through: str) -> str:
     """
     if through.startswith(prompt):
         return through[len(prompt) :]
-    at = 0
-    for char in prompt:
+    same = common(prompt, through)
+    at = len(prompt[:same].rstrip())
+    for char in prompt[same:]:
         if char.isspace():
             continue
         while at < len(through) and through[at].isspace():

@@ -61,11 +61,15 @@ def wilson(passed: int, n: int, confidence: float) -> list[float]:
 
 def paired_difference(base: list[bool], tuned: list[bool], confidence: float) -> list[float]:
     """The interval of (rate of tuned - rate of base), question by question."""
-    n = len(base)
-    both = sum(b and t for b, t in zip(base, tuned, strict=True))
-    only_tuned = sum(t and not b for b, t in zip(base, tuned, strict=True))
-    only_base = sum(b and not t for b, t in zip(base, tuned, strict=True))
-    neither = n - both - only_tuned - only_base
+    pairs = list(zip(base, tuned, strict=True))
+    counts = [pairs.count(pair) for pair in ((True, True), (False, True), (True, False), (False, False))]
+    return interval_of_counts(counts, confidence)
+
+
+def interval_of_counts(counts: list[int], confidence: float) -> list[float]:
+    """The same, from how many questions both pass, only the tuned model, only the base, and neither."""
+    both, only_tuned, only_base, neither = counts
+    n = both + only_tuned + only_base + neither
     p_tuned, p_base = (both + only_tuned) / n, (both + only_base) / n
     low_tuned, high_tuned = wilson(both + only_tuned, n, confidence)
     low_base, high_base = wilson(both + only_base, n, confidence)

@@ -128,7 +128,9 @@ class Chat:
         call = {"id": "call00001", "type": "function", "function": function}
         asked = {"role": "user", "content": "question"}
         try:
-            return self._apply([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools, prompt=False)
+            return self.render_visible(
+                [asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools, prompt=False
+            )
         except Unrenderable:
             return ""
 
@@ -148,41 +150,48 @@ class Chat:
 
         `variables` are for the template, over `template_kwargs`. Only the main thread can render (`_time_limit`).
         """
-        return self._apply(self._visible(messages, tools), tools, prompt, variables)
+        return self.render_visible(self.visible(messages, tools), tools, prompt, variables)
 
-    def _apply(
+    def render_visible(
         self, messages: list[dict], tools: list[dict] | None, prompt: bool, variables: dict | None = None
     ) -> str:
+        """As `render`, of messages that `visible` has made, or of the first of them."""
         template = self.template_for(tools)
-        try:
-            with _time_limit(), on_day(template, self.date):
-                return self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **{**self.template_kwargs, **(variables or {})},
-                )
-        except MoultError:
-            raise
-        except Exception as error:  # a template can raise whatever Python can
-            raise Unrenderable("template_error", f"the template refuses it: {error}") from None
+        with self._running(template):
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{**self.template_kwargs, **(variables or {})},
+            )
 
-    def generation_blocks(self, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and where in it (begin, end) the template's `{% generation %}` blocks are."""
+    def render_marked(self, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
+        """As `render_visible`, and where in the text (begin, end) the template's `{% generation %}` blocks are."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        visible, template = self._visible(messages, tools), self.template_for(tools)
-        with _time_limit(), on_day(template, self.date):
+        template = self.template_for(tools)
+        with self._running(template):
             [through], [blocks] = render_jinja_template(
-                [visible],
+                [messages],
                 tools=tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
             )
         return through, blocks
+
+    @contextlib.contextmanager
+    def _running(self, template: str | None) -> Iterator[None]:
+        """A template runs meanwhile: for a limited time, on the chat's date, and what it raises is Unrenderable."""
+        try:
+            with _time_limit(), on_day(template, self.date):
+                yield
+        except MoultError:
+            raise
+        except Exception as error:  # a template can raise whatever Python can
+            raise Unrenderable("template_error", f"the template refuses it: {error}") from None
 
     def ids(self, text: str) -> list[int]:
         """The tokens of rendered text. The template has written the special tokens, so none are added."""
@@ -222,9 +231,12 @@ class Chat:
             found = self._normalised_specials.search(normalised(self.tokenizer, text))
         return found.group() if found else None
 
-    def _visible(self, messages: list[dict], tools: list[dict] | None) -> list[dict]:
+    def visible(self, messages: list[dict], tools: list[dict] | None) -> list[dict]:
         """The messages as the template gets them, with the arguments of tool calls in the form that it takes."""
-        visible = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        visible = [
+            {key: value for key, value in message.items() if key != "train" and value is not None}
+            for message in messages
+        ]
         called = [message for message in visible if isinstance(message.get("tool_calls"), list)]
         as_text = bool(called) and self.takes_text_arguments(tools)
         for message in called:
