@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.conversation import BadRow, find_format, joined, json_of, normalise
 from moult.data.readers import read_rows
 
 USER = {"role": "user", "content": "q"}
@@ -16,7 +16,7 @@ def shape(row: dict, columns: dict | None = None, wanted: str = "auto") -> dict:
     """The row as prepare sees it: its format found, normalised, fit for JSON."""
     columns = columns or {}
     normalised, _ = normalise(row, columns, find_format(row, columns, wanted))
-    return json.loads(content_of(normalised))
+    return json.loads(joined(json_of(normalised)))
 
 
 def messages(*row_messages: dict, **row) -> list[dict]:

@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
+from moult.data.first_pass import to_row
+from moult.data.ledger import Ledger
 from moult.data.readers import read_rows
 from moult.errors import MoultError
 from moult.files import read_jsonl
@@ -180,10 +182,9 @@ def test_any_type_of_column(tmp_path, kind, column):
         return  # Parquet has no such value
     found = rows_or_error(tmp_path, f"odd.{kind}", sink.getvalue())
     if isinstance(found, list):
-        ledger = prepare.Ledger(read=1)
+        ledger = Ledger(read=1)
         source = {"columns": {}, "format": "auto"}
-        file = {"source": 0, "format": None}
-        row = prepare.to_row(*found[0], source, file, ledger)
+        row = to_row(*found[0], source, ledger)
         assert ledger.dropped.total() == (row is None)
 
 

@@ -127,16 +127,25 @@ def normalise(row: dict, columns: dict, format_name: str) -> tuple[dict, LeftOut
     return result, left
 
 
-def content_of(row: dict) -> str:
-    """A normalised row as canonical JSON. Raises BadRow for what JSON cannot hold, deep inside tools and arguments."""
+def json_of(row: dict) -> dict[str, str]:
+    """{field: its canonical JSON} of a normalised row.
+
+    Raises BadRow for what JSON cannot hold, deep inside tools and arguments.
+    """
     try:
-        content = canonical(row)
-        content.encode()
+        fields = {name: canonical(value) for name, value in row.items()}
+        for text in fields.values():
+            text.encode()
     except UnicodeEncodeError:
         raise BadRow("not_unicode", "holds half of a surrogate pair, which is no character") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise BadRow("bad_json", f"tools or arguments hold what JSON cannot: {error}") from None
-    return content
+    return fields
+
+
+def joined(fields: dict[str, str]) -> str:
+    """Canonical JSON of an object whose values are JSON already."""
+    return "{" + ",".join(f'"{name}":{fields[name]}' for name in sorted(fields)) + "}"
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
