@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from moult.data import readers
 from moult.data.first_pass import first_pass, set_first_pass
 from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
 from moult.data.ledger import Ledger
-from moult.data.readers import expand, read_chunks
+from moult.data.readers import chunks_in, expand, read_chunks
 from moult.errors import MoultError, some
 from moult.files import atomic_file, read_json, sha256_file, temporary_file, write_json
 from moult.parallel import ordered_stream
@@ -89,8 +88,8 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
 
     weighting = {"repeated": int((times - 1).clip(0).sum()), "left_out_by_weight": int((times == 0).sum())}
     train, val = summary(train_rows, times) | weighting, summary(val_rows, val_rows.once())
-    write_lines(args.train, train_rows.finished(times), train["written"])
-    write_lines(args.val, val_rows.finished(val_rows.once()), val["written"])
+    write_lines(args.train, train_rows, times)
+    write_lines(args.val, val_rows, val_rows.once())
     write_json(
         args.metadata,
         {
@@ -122,7 +121,7 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
     files = files_of(sources, settings["split"])
     sizes = [Path(file["path"]).stat().st_size for file in files]
     before = list(itertools.accumulate(sizes, initial=0))
-    workers = min(workers, 1 + before[-1] // readers.SIZE)
+    workers = min(workers, chunks_in(before[-1]))
     names = names_of(files)
     start = lines.seek(0, os.SEEK_END)
     records = []
@@ -366,12 +365,15 @@ def summary(rows: "Rows", times) -> dict:
     }
 
 
-def write_lines(path: str, lines: Iterator[bytes], count: int) -> None:
-    """`lines` are `count`."""
-    with atomic_file(path) as partial, partial.open("wb") as file, progress(count, f"{Path(path).stem} rows") as bar:
-        while batch := list(itertools.islice(lines, BATCH)):
-            file.writelines(batch)
-            bar.update(len(batch))
+def write_lines(path: str, rows: "Rows", times) -> None:
+    with (
+        atomic_file(path) as partial,
+        partial.open("wb") as file,
+        progress(len(rows), f"{Path(path).stem} rows") as bar,
+    ):
+        for count, lines in rows.finished(times):
+            file.write(lines)
+            bar.update(count)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moult.data.conversation import BadRow, find_format, joined, json_of, normalise
+from moult.data.conversation import BadRow, find_format, normalise
+from moult.data.first_pass import joined, json_of
 from moult.data.readers import read_rows
 
 USER = {"role": "user", "content": "q"}

@@ -13,10 +13,13 @@ from typing import BinaryIO
 
 from moult.errors import MoultError
 
+# json.dumps would make one for each value.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
 
 def canonical(value) -> str:
     """Canonical JSON: sorted keys, no spaces. NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def sha256_text(text: str) -> str:

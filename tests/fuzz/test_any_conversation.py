@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, DEMO, assistant, system, turns, user
 
 import encode
-from moult.data.conversation import BadRow, find_format, joined, json_of, normalise
+from moult.data.conversation import BadRow, find_format, normalise
+from moult.data.first_pass import joined, json_of
 from moult.data.labels import sequences_of
 from moult.errors import MoultError
 from moult.model.chat import Chat, Unrenderable, check_syntax

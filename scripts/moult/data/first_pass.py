@@ -7,7 +7,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from moult.data.conversation import find_format, joined, json_of, normalise
+from moult.data.conversation import find_format, normalise
 from moult.data.fields import BadRow, value_of
 from moult.data.ledger import Ledger
 from moult.data.readers import Chunk
@@ -47,7 +47,7 @@ def first_pass(item: tuple[int, Chunk]) -> Part:
 
 
 def _first_pass(index: int, chunk: Chunk) -> Part:
-    from moult.data.records import line_of, record
+    from moult.data.records import record
 
     sources, files, names, settings = _given
     number_of_source, name, seed = files[index]["source"], names[index], settings["seed"]
@@ -78,7 +78,7 @@ class Row:
     """A row in the one shape. fields: {field: canonical JSON}. key, group: SHA-256 of the content and of what its group is."""
 
     format: str
-    fields: dict[str, str]
+    fields: dict[str, bytes]
     key: bytes
     group: bytes
 
@@ -99,11 +99,11 @@ def to_row(place: str, raw: dict, source: dict, ledger: Ledger) -> Row | None:
     ledger.leave_out(left)
     # pandas writes NaN for a missing number. A number and the same digits as text are one group.
     group = prompt_of(row) if group is None or group != group else ascii(str(group))
-    return Row(format_name, fields, digest(joined(fields)), digest(canonical(group)))
+    return Row(format_name, fields, digest(joined(fields)), digest(canonical(group).encode()))
 
 
-def digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def draw(seed: int, *what: str) -> float:
@@ -118,3 +118,42 @@ def prompt_of(row: dict):
     roles = [message["role"] for message in row["messages"]]
     first = roles.index("assistant", roles.index("user") if "user" in roles else 0)
     return [message["content"] for message in row["messages"][:first]]
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def json_of(row: dict) -> dict[str, bytes]:
+    """{field: its canonical JSON} of a normalised row.
+
+    Raises BadRow for what JSON cannot hold, deep inside tools and arguments.
+    """
+    try:
+        return {
+            name: (_messages_json(value) if name == "messages" else canonical(value)).encode()
+            for name, value in row.items()
+        }
+    except UnicodeEncodeError:
+        raise BadRow("not_unicode", "holds half of a surrogate pair, which is no character") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow("bad_json", f"tools or arguments hold what JSON cannot: {error}") from None
+
+
+def _messages_json(messages: list[dict]) -> str:
+    """`canonical`, but the usual turn, with its content and role, is put together here: that takes half of the time."""
+    turns = [
+        f'{{"content":{canonical(turn["content"])},"role":"{turn["role"]}"}}' if len(turn) == 2 else canonical(turn)
+        for turn in messages
+    ]
+    return f"[{','.join(turns)}]"
+
+
+def joined(fields: dict[str, bytes]) -> bytes:
+    """Canonical JSON of an object whose values are JSON already."""
+    return b"{%s}" % b",".join([b'"%s":%s' % (name.encode(), fields[name]) for name in sorted(fields)])
+
+
+def line_of(place: str, group: bytes, source: int, fields: dict[str, bytes]) -> bytes:
+    """The line of a row in canonical JSON. fields: its content, {field: JSON}."""
+    identity = {"group": b'"%s"' % group[:8].hex().encode(), "id": canonical(place).encode(), "source": b"%d" % source}
+    return joined(identity | fields) + b"\n"

@@ -40,8 +40,10 @@ class Ledger:
         """Count what of a row that is kept is not trained, or not used."""
         self.turns_cut += left.turns_cut
         self.turns_empty += left.turns_empty
-        self.unused_columns.update(map(printable, left.columns))
-        self.unused_keys.update(map(printable, left.keys))
+        for name in left.columns:
+            self.unused_columns[printable(name)] += 1
+        for name in left.keys:
+            self.unused_keys[printable(name)] += 1
 
     def add(self, other: "Ledger") -> None:
         self.read += other.read

@@ -198,6 +198,11 @@ class Chunk:
         return itertools.islice(self.content.rows(name), self.limit)
 
 
+def chunks_in(size: int) -> int:
+    """About how many chunks there are in files of so many bytes: more processes than these have nothing to do."""
+    return 1 + size // SIZE
+
+
 def read_chunks(file: Path, name: str, limit: int | None = None) -> Iterator[Chunk]:
     """All of a file, or its first `limit` rows, in chunks of about SIZE. What is wrong with it comes out of their rows."""
     left = limit
@@ -294,12 +299,23 @@ def _open(file: Path, name: str, newline: str) -> Iterator[tuple[io.TextIOWrappe
         raise
 
 
-def _parse_json(text: str, name: str, first_line: int = 1):
-    def refuse(constant: str):
-        raise MoultError(f"{name}:{first_line}: {constant} is not JSON", "write null instead")
+class _Constant(Exception):
+    """NaN or Infinity, which Python takes for JSON."""
 
+
+def _refuse(constant: str):
+    raise _Constant(constant)
+
+
+# json.loads would make one for each text. It also has a message of its own for a byte order mark.
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def _parse_json(text: str, name: str, first_line: int = 1):
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text) if text.startswith("\ufeff") else _decode(text)
+    except _Constant as constant:
+        raise MoultError(f"{name}:{first_line}: {constant} is not JSON", "write null instead") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "fix that line") from None

@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moult.data.conversation import joined
-
 # Packed by the processes that read, and taken as an array as it is.
 _PACKED = struct.Struct("<16s16sdd?IIQQ")
 RECORD = np.dtype(
@@ -29,6 +27,9 @@ RECORD = np.dtype(
         ("start", "<u8"),
     ]
 )
+
+
+_TOGETHER = 500  # rows
 
 
 def record(key: bytes, group: bytes, sample: float, split: float, again: bool, source: int, length: int) -> bytes:
@@ -128,16 +129,21 @@ class Rows:
         values, counts = np.unique(self.records[column], return_counts=True)
         return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
-    def finished(self, times: np.ndarray) -> Iterator[bytes]:
-        """The lines, each `times` as often, with the language, and copies with an id of their own."""
-        for begin in range(0, len(self), 10_000):
-            part = self.records[begin : begin + 10_000]
-            columns = (part["start"], part["length"], part["language"], times[begin : begin + 10_000])
-            for start, length, language, count in zip(*(column.tolist() for column in columns), strict=True):
-                if count:
-                    self.lines.seek(start)
-                    line = self.lines.read(length)
-                    yield from _copies(line, count, self.languages[language])
+    def finished(self, times: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        """(how many rows, their lines) in pieces: each row `times` as often, with its language; a copy has an id of its own."""
+        start, language = self.records["start"], self.records["language"]
+        end = start + self.records["length"]
+        is_plain = (times == 1) & (language == 0)
+        # Rows that stand together in the file and stay as they are are copied together, but not too many at once.
+        goes_on = is_plain[1:] & is_plain[:-1] & (start[1:] == end[:-1])
+        goes_on[_TOGETHER - 1 :: _TOGETHER] = False
+        firsts = np.flatnonzero(np.append(True, ~goes_on))
+        for first, last in zip(firsts, np.append(firsts[1:], len(self)) - 1, strict=True):
+            self.lines.seek(int(start[first]))
+            data = self.lines.read(int(end[last] - start[first]))
+            if not is_plain[first]:
+                data = _copies(data, int(times[first]), self.languages[language[first]])
+            yield int(last - first + 1), data
 
 
 def _first_equal(values: np.ndarray) -> np.ndarray:
@@ -152,22 +158,12 @@ def _first_equal(values: np.ndarray) -> np.ndarray:
     return first
 
 
-def line_of(place: str, group: bytes, source: int, fields: dict[str, str]) -> bytes:
-    """The line of a row in canonical JSON. fields: its content, {field: JSON}."""
-    identity = {"group": f'"{group.hex()[:16]}"', "id": json.dumps(place, ensure_ascii=False), "source": str(source)}
-    return (joined(identity | fields) + "\n").encode()
-
-
 # In JSON a quote inside of a text has a backslash before it.
 _IDENTITY = re.compile(rb'\{"group":"\w{16}","id":"(?:[^"\\]|\\.)*"')
 
 
-def _copies(line: bytes, count: int, language: str) -> Iterator[bytes]:
-    if not language and count == 1:
-        yield line
-        return
+def _copies(line: bytes, count: int, language: str) -> bytes:
     end = _IDENTITY.match(line).end()
     rest = (f',"language":"{language}"'.encode() if language else b"") + line[end:]
-    yield line[:end] + rest
-    for copy in range(2, count + 1):
-        yield line[: end - 1] + f'#{copy}"'.encode() + rest
+    ids = [line[:end], *(line[: end - 1] + b'#%d"' % copy for copy in range(2, count + 1))]
+    return b"".join([start + rest for start in ids[:count]])
