@@ -26,10 +26,10 @@ rule plan:
         script=script_of("plan"),
         code=code_of("plan"),
         tokens=folder_of("report"),
-        # Untracked: a changed prompt must not rerun plan and finetune.
-        prompts=untracked(of_run(lambda run: canonical(run["eval"]["prompts"]))),
+        # Untracked: a changed question must not rerun plan and finetune.
+        eval=untracked(of_run(lambda run: canonical(run["eval"]))),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --prompts {params.prompts:q} --out {output:q} --log-file {log:q}
+            --eval {params.eval:q} --out {output:q} --log-file {log:q}
         """

@@ -3,28 +3,39 @@
     python scripts/encode.py --settings '{"max_length": 512, ...}' --model config/demo/base \\
         --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl --out results/demo/tokens
 
-After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (one sequence per row: id, group, source,
+After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (one sequence per row: id, group, source, length,
 input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template), `report.json` (what
 happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked). moult/data/labels.py makes and
 checks the labels. This script counts them and handles sequences that are too long.
+
+Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
 """
 
-import html
+import json
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from moult.data.labels import sequences_of
+from moult.data.preview import page
 from moult.data.sequence import IGNORE
-from moult.errors import MoultError, some
-from moult.files import atomic_file, read_json, read_jsonl, write_json, write_text
+from moult.data.token_file import TokenFile, every_nth, token_schema
+from moult.errors import MoultError
+from moult.files import atomic_files, read_json, read_jsonl, write_json, write_text
 from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, choose_template, prints_date, template_sha256
 from moult.model.manifest import open_model
-from moult.parallel import ordered_map
+from moult.parallel import ordered_stream
 from moult.run.cli import stage_parser
+from moult.run.console import progress
 from moult.run.stage import stage
 
 PREVIEWED = 10
+
+# What a process encodes at a time: so few rows of a few turns, or so much text of long ones, that the bar moves.
+PORTION_ROWS = 256
+PORTION_BYTES = 2**18
 
 
 def main() -> None:
@@ -45,8 +56,8 @@ def main() -> None:
 def encode(settings: dict, args, log) -> None:
     base = str(open_model(args.model)[0])
     template, origin = choose_template(base, settings["chat_template"], args.templates, settings["trust_remote_code"])
-    rows = {"train": list(read_jsonl(args.train)), "val": list(read_jsonl(args.val))}
-    if template is None and any("messages" in row for part in rows.values() for row in part):
+    paths = {"train": Path(args.train), "val": Path(args.val)}
+    if template is None and any("messages" in row for path in paths.values() for row in read_jsonl(path)):
         raise MoultError(
             f"{base}: the tokenizer has no chat template, but the rows are conversations",
             "set model.chat_template: chatml (a template that is part of Moult), or the path of a Jinja file",
@@ -55,38 +66,37 @@ def encode(settings: dict, args, log) -> None:
     chat = Chat(*chat_settings)
     vocabulary = read_json(Path(base) / "config.json")
     vocabulary = vocabulary.get("vocab_size") or vocabulary.get("text_config", {}).get("vocab_size")
-
-    report: dict = {"schema_version": 1, "template": {"origin": origin, "sha256": template_sha256(template)}}
-    report["template"] |= describe_template(template, [*rows["train"], *rows["val"]], chat, log)
     if template is None:
         warn_of_added_end(chat, log)
-    out = Path(args.out)
-    made: dict[str, list[dict]] = {}
-    sequences: dict[str, list[dict]] = {}
-    for part in ("train", "val"):
-        made[part], report[part] = encode_rows(part, rows[part], chat_settings, settings, args.threads)
-        sequences[part], report[part]["length"] = limit_length(part, made[part], settings)
-        report[part] |= count_tokens(sequences[part])
-        check_vocabulary(part, sequences[part], vocabulary)
-        warn_of_lost_characters(part, report[part], log)
-    plain = {row["id"] for row in rows["train"] if "text" in row}
-    stop = check_stop_tokens(made["train"], sequences["train"], plain, chat)
-    report |= {
-        "pad_token_id": chat.pad_id,
-        "stop": stop,
-        "vocabulary": vocabulary,
-        "max_length": settings["max_length"],
-    }
 
+    report: dict = {"schema_version": 1}
+    out = Path(args.out)
+    with atomic_files(out, "train.parquet", "val.parquet") as files:
+        counts: dict[str, Counts] = {}
+        for part, path in paths.items():
+            counts[part] = encode_rows(part, path, files[f"{part}.parquet"], chat_settings, settings, args.threads)
+            check_rows(part, counts[part], settings)
+            check_lengths(part, counts[part], settings)
+            check_vocabulary(part, counts[part], vocabulary)
+            report[part] = described(counts[part], settings["max_length"])
+            warn_of_lost_characters(part, report[part], log)
+            warn_of_repeated_turns(part, counts[part], log)
+        report |= {
+            "template": {"origin": origin, "sha256": template_sha256(template)}
+            | describe_template(template, counts, log),
+            "pad_token_id": chat.pad_id,
+            "stop": check_stop_tokens(counts["train"], chat),
+            "vocabulary": vocabulary,
+            "max_length": settings["max_length"],
+        }
+        shown = page(every_nth(files["train.parquet"], PREVIEWED), chat, origin)
     write_text(out / "chat_template.jinja", chat.template or "")
-    for part in ("train", "val"):
-        write_sequences(out / f"{part}.parquet", sequences[part])
-    write_text(out / "preview.html", preview(sequences["train"], chat, origin))
+    write_text(out / "preview.html", shown)
     write_json(out / "report.json", report)
     counted = (
         f"{part}: {report[part]['sequences']:,} sequences, {report[part]['tokens']:,} tokens, "
         f"{100 * report[part]['trained_share']:.0f} % of them trained, longest {report[part]['length']['longest_kept']:,}"
-        for part in ("train", "val")
+        for part in paths
     )
     log.info("%s", "; ".join(counted))
 
@@ -94,7 +104,7 @@ def encode(settings: dict, args, log) -> None:
 # --- the template -----------------------------------------------------------------------------------------------------
 
 
-def describe_template(template, rows: list[dict], chat, log) -> dict:
+def describe_template(template, counts: dict[str, "Counts"], log) -> dict:
     """What the report says of the template besides its origin and hash; what is unusual is told on the console, too.
 
     `date`: what a template that prints today's date prints here and at evaluate; None if it prints none.
@@ -106,13 +116,12 @@ def describe_template(template, rows: list[dict], chat, log) -> dict:
     if isinstance(template, dict):
         told["named"] = {name: text for name, text in template.items() if name != "default"}
         if "tool_use" in template:
-            told["tool_use_rows"] = with_tools = sum("tools" in row for row in rows)
+            told["tool_use_rows"] = with_tools = sum(count.with_tools for count in counts.values())
             log.info("chat templates: tool_use for %s rows with tools, default for the others", f"{with_tools:,}")
-    calling = [row for row in rows if any(message.get("tool_calls") for message in row.get("messages", []))]
-    if calling and chat.template is not None:
-        texts = {chat.takes_text_arguments(row.get("tools")) for row in calling}
-        told["tool_arguments"] = "text" if texts == {True} else "object" if texts == {False} else "object and text"
-    if "text" in told.get("tool_arguments", ""):
+    arguments = set().union(*(count.tool_arguments for count in counts.values()))
+    if arguments:
+        told["tool_arguments"] = " and ".join(sorted(arguments))
+    if "text" in arguments:
         log.warning(
             "the chat template takes the arguments of tool calls as JSON text and not as an object: it gets text. vLLM gives it "
             "an object, so conversations that hold a tool call fail there, or are shown otherwise. To serve them, write in the "
@@ -134,43 +143,79 @@ def warn_of_added_end(chat, log) -> None:
 # --- rows to sequences ------------------------------------------------------------------------------------------------
 
 
-def encode_rows(
-    part: str, rows: list[dict], chat_settings: tuple, settings: dict, workers: int
-) -> tuple[list[dict], dict]:
-    """The sequences of all rows, and the counts for the report. Raises MoultError for rows that cannot be rendered."""
-    results = ordered_map(encode_row, rows, workers, f"{part} rows: tokens", set_chat, chat_settings)
-    made = [sequence for result in results for sequence in result["sequences"]]
-    refused = [
-        (row["id"], result["reason"], result["message"])
-        for row, result in zip(rows, results, strict=True)
-        if "reason" in result
-    ]
-    reasons = Counter(reason for _, reason, _ in refused)
-    if refused and (settings["unrenderable"] == "error" or len(refused) == len(rows)):
-        first = {reason: f"{place}: {message}" for place, reason, message in reversed(refused)}
-        listing = "\n    ".join(
-            f"{count:,} {reason}, for example {first[reason]}" for reason, count in reasons.most_common()
-        )
-        fix = "choose another model.chat_template (or its chat_template_kwargs)"
-        if len(refused) < len(rows):
-            fix = f"fix the rows, {fix}, or drop such rows with datasets.<name>.unrenderable: drop"
-        raise MoultError(
-            f"the chat template cannot show {len(refused):,} of {len(rows):,} {part} rows unchanged:\n    {listing}",
-            fix,
-        )
-    lost: Counter = Counter()
-    for result in results:
-        lost.update(result["lost"])
-    return made, {
-        "rows": len(rows),
-        "unrenderable": dict(reasons),
-        "rows_in_several_sequences": sum(len(result["sequences"]) > 1 for result in results),
-        "lost_characters": {
-            "count": lost.total(),
-            "rows": sum(bool(result["lost"]) for result in results),
-            "which": dict(lost.most_common(20)),
-        },
-    }
+@dataclass
+class Counts:
+    """What became of the rows and tokens of a portion, or of a whole part."""
+
+    rows: int = 0
+    with_tools: int = 0
+    tool_arguments: set = field(default_factory=set)  # the forms in which the template takes them
+    refused: Counter = field(default_factory=Counter)  # {reason: rows}
+    examples: dict = field(default_factory=dict)  # {reason: the first such row and what is wrong with it}
+    several: int = 0  # rows that make several sequences,
+    several_made: int = 0  # how many,
+    several_tokens: int = 0  # of how many tokens,
+    several_longest: int = 0  # and of how many tokens the longest of each row
+    lost: Counter = field(default_factory=Counter)  # characters that the tokenizer has no tokens for
+    lost_rows: int = 0
+
+    lengths: Counter = field(default_factory=Counter)  # {tokens: sequences}, before any are cut or dropped
+    trained_made: int = 0  # tokens
+    trained_lost: int = 0
+    cut: int = 0  # sequences
+    without_answer: int = 0
+
+    sequences: int = 0  # these are kept
+    tokens: int = 0
+    trained: int = 0
+    largest: tuple = (-1, "")  # the largest token, and the row that it is in
+    longest: int = 0  # tokens
+    ends_made: Counter = field(
+        default_factory=Counter
+    )  # {the last token of a trained span: spans}, before any were cut
+    ends: Counter = field(default_factory=Counter)  # of what is kept
+    turn_ends: Counter = field(default_factory=Counter)  # of what is kept, but for plain text
+
+    def add(self, other: "Counts") -> None:
+        """Count those of the portion that follows, too."""
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, Counter | set):
+                mine.update(theirs)
+            elif isinstance(mine, dict):
+                setattr(self, one.name, theirs | mine)
+            else:
+                setattr(self, one.name, max(mine, theirs) if one.name in ("largest", "longest") else mine + theirs)
+
+
+def encode_rows(part: str, path: Path, target: Path, chat_settings: tuple, settings: dict, workers: int) -> Counts:
+    """Write the sequences of all rows to `target`, and count."""
+    with path.open("rb") as file:
+        total = sum(1 for _ in file)
+    workers = min(workers, max(-(-total // PORTION_ROWS), -(-path.stat().st_size // PORTION_BYTES)))
+    counts = Counts()
+    work = partial(encode_portion, limit=settings["max_length"], overlength=settings["overlength"])
+    with progress(total, f"{part} rows: tokens") as bar, TokenFile(target) as made:
+        for found, batch in ordered_stream(work, portions(path), workers, f"{part} rows", set_chat, chat_settings):
+            counts.add(found)
+            made.add(batch)
+            bar.update(found.rows)
+    return counts
+
+
+def portions(path: Path) -> Iterator[list[bytes]]:
+    """The lines of a file, some at a time."""
+    lines: list[bytes] = []
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            lines.append(line)
+            size += len(line)
+            if len(lines) >= PORTION_ROWS or size >= PORTION_BYTES:
+                yield lines
+                lines, size = [], 0
+    if lines:
+        yield lines
 
 
 def set_chat(*chat_settings) -> None:
@@ -179,12 +224,34 @@ def set_chat(*chat_settings) -> None:
     _chat = Chat(*chat_settings)
 
 
-def encode_row(row: dict) -> dict:
-    """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered."""
+def encode_portion(lines: list[bytes], limit: int, overlength: str):
+    """(Counts, a RecordBatch of the sequences that are kept) of some rows."""
+    import pyarrow as pa
+
+    counts, kept = Counts(), []
+    for line in lines:
+        row = json.loads(line)
+        result = encode_row(row, limit)
+        count_row(counts, row, result)
+        for sequence in result["sequences"]:
+            sequence = within_limit(counts, sequence, limit, overlength)
+            if sequence is not None:
+                count_kept(counts, sequence, "text" in row)
+                kept.append(sequence)
+    schema = token_schema()
+    columns = [pa.array([sequence[column.name] for sequence in kept], column.type) for column in schema]
+    return counts, pa.record_batch(columns, schema=schema)
+
+
+def encode_row(row: dict, limit: int | None = None) -> dict:
+    """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered.
+
+    `limit` as in `sequences_of`.
+    """
     said = [row] if "text" in row else row["messages"]
     said = "".join(part.get(key, "") for part in said for key in ("text", "content", "reasoning_content"))
     try:
-        sequences = sequences_of(_chat, row)
+        sequences = sequences_of(_chat, row, limit)
     except Unrenderable as refusal:
         return {"sequences": [], "lost": "", "reason": refusal.reason, "message": str(refusal)}
     return {
@@ -194,6 +261,7 @@ def encode_row(row: dict) -> dict:
                 "id": row["id"],
                 "group": row["group"],
                 "source": row["source"],
+                "length": len(sequence.input_ids),
                 "input_ids": sequence.input_ids,
                 "labels": sequence.labels,
                 "answer_start": sequence.answer_start,
@@ -206,91 +274,167 @@ def encode_row(row: dict) -> dict:
     }
 
 
-def limit_length(part: str, sequences: list[dict], settings: dict) -> tuple[list[dict], dict]:
-    """Apply `overlength` to sequences over max_length, within `max_token_loss`. Returns the kept sequences and the counts."""
-    limit = settings["max_length"]
-    lengths = sorted(len(sequence["input_ids"]) for sequence in sequences)
-    over = sum(length > limit for length in lengths)
-    share = over / len(sequences)
-    advice = ", ".join(f"{q:.0%} fit into {quantile(lengths, q):,}" for q in (0.95, 0.99, 1.0))
-    if over and settings["overlength"] == "error":
-        raise MoultError(
-            f"{over:,} of {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
-            f"raise datasets.<name>.max_length ({advice}), or set overlength: drop or truncate",
-        )
-    kept, trained, lost, cut, without_answer = [], 0, 0, 0, 0
-    for sequence in sequences:
-        count = sum(label != IGNORE for label in sequence["labels"])
-        trained += count
-        if len(sequence["input_ids"]) > limit:
-            if settings["overlength"] == "drop":
-                lost += count
-                continue
-            cut += 1
-            sequence = {
-                **sequence,
-                "input_ids": sequence["input_ids"][:limit],
-                "labels": sequence["labels"][:limit],
-            }
-            left = sum(label != IGNORE for label in sequence["labels"])
-            lost += count - left
-            if left == 0:
-                without_answer += 1
-                continue
-            sequence["answer_start"] = -1
-            # Bytes per token stay what they were, to the nearest byte.
-            sequence["trained_bytes"] = round(sequence["trained_bytes"] * left / count)
-        kept.append(sequence)
-    if not kept:
-        raise MoultError(
-            f"all {len(sequences):,} {part} sequences are longer than max_length {limit:,}",
-            f"raise datasets.<name>.max_length ({advice})",
-        )
-    if lost > settings["max_token_loss"] * trained:
-        raise MoultError(
-            f"max_length {limit:,} removes {lost / trained:.1%} of the trained {part} tokens "
-            f"({over:,} sequences, {share:.1%}, are longer), more than max_token_loss {settings['max_token_loss']:.1%}",
-            f"raise datasets.<name>.max_length ({advice}), or max_token_loss",
-        )
-    return kept, {
-        "longest": lengths[-1],
-        "longest_kept": max(len(sequence["input_ids"]) for sequence in kept),
-        "quantiles": {f"{q:g}": quantile(lengths, q) for q in (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)},
-        "over_max_length": over,
-        "dropped": over - cut,
-        "truncated": cut,
-        "truncated_before_the_answer": without_answer,
-        "trained_tokens_made": trained,
-        "trained_tokens_lost": lost,
-    }
+def count_row(counts: Counts, row: dict, result: dict) -> None:
+    counts.rows += 1
+    counts.with_tools += "tools" in row
+    if any(message.get("tool_calls") for message in row.get("messages", [])):
+        counts.tool_arguments.add("text" if _chat.takes_text_arguments(row.get("tools")) else "object")
+    if "reason" in result:
+        counts.refused[result["reason"]] += 1
+        counts.examples.setdefault(result["reason"], f"{row['id']}: {result['message']}")
+    counts.lost.update(result["lost"])
+    counts.lost_rows += bool(result["lost"])
+    lengths = [sequence["length"] for sequence in result["sequences"]]
+    counts.lengths.update(lengths)
+    if len(lengths) > 1:
+        counts.several += 1
+        counts.several_made += len(lengths)
+        counts.several_tokens += sum(lengths)
+        counts.several_longest += max(lengths)
 
 
-def quantile(values: list[int], q: float) -> int:
-    """The smallest of the sorted `values` that is not below a share `q` of them."""
-    return values[min(len(values) - 1, max(0, -(-int(q * 1_000_000) * len(values) // 1_000_000) - 1))]
+def within_limit(counts: Counts, sequence: dict, limit: int, overlength: str) -> dict | None:
+    """The sequence, cut if it is longer than the limit; or None if it is dropped."""
+    import numpy as np
+
+    ids, labels = np.array(sequence["input_ids"], np.int32), np.array(sequence["labels"], np.int32)
+    trained = count_trained(labels)
+    counts.trained_made += trained
+    counts.ends_made.update(span_ends(labels))
+    if len(ids) <= limit:
+        return sequence | {"input_ids": ids, "labels": labels}
+    if overlength != "truncate":
+        counts.trained_lost += trained
+        return None
+    ids, labels = ids[:limit], labels[:limit]
+    left = count_trained(labels)
+    counts.cut += 1
+    counts.trained_lost += trained - left
+    if left == 0:
+        counts.without_answer += 1
+        return None
+    # Bytes per token stay what they were, to the nearest byte.
+    size = round(sequence["trained_bytes"] * left / trained)
+    cut = {"length": limit, "input_ids": ids, "labels": labels, "answer_start": -1, "trained_bytes": size}
+    return sequence | cut
+
+
+def count_kept(counts: Counts, sequence: dict, is_text: bool) -> None:
+    trained = count_trained(sequence["labels"])
+    if not trained:
+        raise MoultError(
+            f"row {sequence['id']} has a sequence without a trained token", "this is a bug in Moult; please report it"
+        )
+    counts.sequences += 1
+    counts.tokens += sequence["length"]
+    counts.trained += trained
+    counts.longest = max(counts.longest, sequence["length"])
+    counts.largest = max(counts.largest, (sequence["input_ids"].max().item(), sequence["id"]))
+    ends = span_ends(sequence["labels"])
+    counts.ends.update(ends)
+    if not is_text:  # plain text may be cut: it is no turn
+        counts.turn_ends.update(ends)
+
+
+def count_trained(labels) -> int:
+    return (labels != IGNORE).sum().item()
+
+
+def span_ends(labels) -> list[int]:
+    """The last token of each trained span."""
+    import numpy as np
+
+    trained = labels != IGNORE
+    return labels[trained & ~np.append(trained[1:], False)].tolist()
 
 
 # --- gates and counts -------------------------------------------------------------------------------------------------
 
 
-def count_tokens(sequences: list[dict]) -> dict:
-    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
-    trained = sum(label != IGNORE for sequence in sequences for label in sequence["labels"])
-    empty = [sequence["id"] for sequence in sequences if all(label == IGNORE for label in sequence["labels"])]
-    if empty:
-        raise MoultError(
-            f"{len(empty):,} sequences have no trained token: {some(empty)}", "this is a bug in Moult; please report it"
+def check_rows(part: str, counts: Counts, settings: dict) -> None:
+    refused = counts.refused.total()
+    if refused and (settings["unrenderable"] == "error" or refused == counts.rows):
+        listing = "\n    ".join(
+            f"{count:,} {reason}, for example {counts.examples[reason]}"
+            for reason, count in counts.refused.most_common()
         )
+        fix = "choose another model.chat_template (or its chat_template_kwargs)"
+        if refused < counts.rows:
+            fix = f"fix the rows, {fix}, or drop such rows with datasets.<name>.unrenderable: drop"
+        raise MoultError(
+            f"the chat template cannot show {refused:,} of {counts.rows:,} {part} rows unchanged:\n    {listing}", fix
+        )
+
+
+def check_lengths(part: str, counts: Counts, settings: dict) -> None:
+    """`overlength`, within `max_token_loss`."""
+    limit, made = settings["max_length"], counts.lengths.total()
+    over = over_limit(counts, limit)
+    advice = ", ".join(f"{q:.0%} fit into {quantile(counts.lengths, q):,}" for q in (0.95, 0.99, 1.0))
+    if over and settings["overlength"] == "error":
+        raise MoultError(
+            f"{over:,} of {made:,} {part} sequences are longer than max_length {limit:,}",
+            f"raise datasets.<name>.max_length ({advice}), or set overlength: drop or truncate",
+        )
+    if not counts.sequences:
+        raise MoultError(
+            f"all {made:,} {part} sequences are longer than max_length {limit:,}",
+            f"raise datasets.<name>.max_length ({advice})",
+        )
+    if counts.trained_lost > settings["max_token_loss"] * counts.trained_made:
+        raise MoultError(
+            f"max_length {limit:,} removes {counts.trained_lost / counts.trained_made:.1%} of the trained {part} tokens "
+            f"({over:,} sequences, {over / made:.1%}, are longer), more than max_token_loss {settings['max_token_loss']:.1%}",
+            f"raise datasets.<name>.max_length ({advice}), or max_token_loss",
+        )
+
+
+def described(counts: Counts, limit: int) -> dict:
+    """What the report says of a part."""
+    over = over_limit(counts, limit)
     return {
-        "sequences": len(sequences),
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "trained_share": trained / tokens,
+        "rows": counts.rows,
+        "unrenderable": dict(counts.refused),
+        "rows_in_several_sequences": counts.several,
+        "lost_characters": {
+            "count": counts.lost.total(),
+            "rows": counts.lost_rows,
+            "which": dict(counts.lost.most_common(20)),
+        },
+        "length": {
+            "longest": max(counts.lengths),
+            "longest_kept": counts.longest,
+            "quantiles": {f"{q:g}": quantile(counts.lengths, q) for q in (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)},
+            "over_max_length": over,
+            "dropped": over - counts.cut,
+            "truncated": counts.cut,
+            "truncated_before_the_answer": counts.without_answer,
+            "trained_tokens_made": counts.trained_made,
+            "trained_tokens_lost": counts.trained_lost,
+        },
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained,
+        "trained_share": counts.trained / counts.tokens,
     }
 
 
-def check_vocabulary(part: str, sequences: list[dict], vocabulary: int | None) -> None:
-    largest, where = max((max(sequence["input_ids"]), sequence["id"]) for sequence in sequences)
+def over_limit(counts: Counts, limit: int) -> int:
+    return sum(count for length, count in counts.lengths.items() if length > limit)
+
+
+def quantile(lengths: Counter, q: float) -> int:
+    """The smallest of the counted lengths that is not below a share `q` of them."""
+    place = max(1, -(-int(q * 1_000_000) * lengths.total() // 1_000_000))
+    for length in sorted(lengths):
+        place -= lengths[length]
+        if place <= 0:
+            return length
+    return max(lengths)
+
+
+def check_vocabulary(part: str, counts: Counts, vocabulary: int | None) -> None:
+    largest, where = counts.largest
     if vocabulary is not None and largest >= vocabulary:
         raise MoultError(
             f"{part} row {where}: token {largest} is outside the model's vocabulary of {vocabulary:,}",
@@ -310,115 +454,43 @@ def warn_of_lost_characters(part: str, report: dict, log) -> None:
         )
 
 
-def check_stop_tokens(made: list[dict], sequences: list[dict], plain: set[str], chat) -> dict:
+def warn_of_repeated_turns(part: str, counts: Counts, log) -> None:
+    """Say what it costs where a template does not show earlier turns as it showed them when they were the last."""
+    if counts.several_tokens > 2 * counts.several_longest:
+        log.warning(
+            "%s: %s rows make %s sequences, %s times as many tokens as the conversations have: the template asks for an answer, "
+            "or shows it, otherwise while it is the last turn than later on, so that each turn needs a sequence where it "
+            "stands as it will when the model writes it. If the difference is one of white space only, change the template: "
+            "what add_generation_prompt writes must be what stands before each answer ({{- ... -}} writes no line breaks)",
+            part,
+            f"{counts.several:,}",
+            f"{counts.several_made:,}",
+            f"{counts.several_tokens / counts.several_longest:.1f}",
+        )
+
+
+def check_stop_tokens(counts: Counts, chat) -> dict:
     """Which tokens end the trained turns, and whether generation already stops at them.
 
-    `made` are all sequences, uncut. `sequences` are those that are kept; some of them are cut. `plain` are the ids of rows with
-    plain text. In the result, `added` are tokens that end turns but that generation_config does not name, usually because
-    a base model was given a chat template. merge and finetune add them to generation_config.
+    In the result, `added` are tokens that end turns but that generation_config does not name, usually because a base model was
+    given a chat template. merge and finetune add them to generation_config.
     """
-    trained = sorted(token for token in turn_ends(made) if token in chat.stop_ids or token in chat.special_ids)
-    ends = turn_ends(sequences)
-    learnt = sum(ends[token] for token in trained)
-    # Only truncation leaves a turn without its end. Plain text may be cut: it is no turn.
-    turns = turn_ends([sequence for sequence in sequences if sequence["id"] not in plain])
-    ended = sum(turns[token] for token in trained)
-    if ended < turns.total() / 2:
+    trained = sorted(token for token in counts.ends_made if token in chat.stop_ids or token in chat.special_ids)
+    # Only truncation leaves a turn without its end.
+    ended, turns = sum(counts.turn_ends[token] for token in trained), counts.turn_ends.total()
+    if ended < turns / 2:
         raise MoultError(
-            f"only {ended:,} of {turns.total():,} trained turns end with a stop token: the model would not learn to stop",
+            f"only {ended:,} of {turns:,} trained turns end with a stop token: the model would not learn to stop",
             "raise datasets.<name>.max_length, or set overlength: drop",
         )
     return {
-        "trained_ends": ends.total(),
-        "with_stop_token": learnt,
+        "trained_ends": counts.ends.total(),
+        "with_stop_token": sum(counts.ends[token] for token in trained),
         "token_ids": trained,
         "tokens": [chat.decode([token]) for token in trained],
         "added": [token for token in trained if token not in chat.stop_ids],
         "generation_stop_ids": sorted(chat.stop_ids | set(trained)),
     }
-
-
-def turn_ends(sequences: list[dict]) -> Counter:
-    """How often each token is the last one of a trained span."""
-    ends: Counter = Counter()
-    for sequence in sequences:
-        labels = [*sequence["labels"], IGNORE]
-        ends.update(label for label, after in pairwise(labels) if label != IGNORE and after == IGNORE)
-    return ends
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_sequences(path: Path, sequences: list[dict]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ids = pa.list_(pa.int32())
-    schema = pa.schema(
-        [
-            ("id", pa.string()),
-            ("group", pa.string()),
-            ("source", pa.int32()),
-            ("input_ids", ids),
-            ("labels", ids),
-            ("answer_start", pa.int32()),
-            ("trained_bytes", pa.int32()),
-        ]
-    )
-    with atomic_file(path) as partial:
-        pq.write_table(pa.Table.from_pylist(sequences, schema), partial, compression="zstd")
-
-
-def preview(sequences: list[dict], chat, origin: str) -> str:
-    """A page with a few sequences, with the trained tokens marked, and with the id of each token on hover."""
-    step = max(1, len(sequences) // PREVIEWED)
-    articles = []
-    for sequence in sequences[::step][:PREVIEWED]:
-        tokens = []
-        ids = sequence["input_ids"]
-        for token, label, text in zip(ids, sequence["labels"], pieces(ids, chat), strict=True):
-            text = html.escape(text).replace("\n", "↵\n")
-            kind = "trained" if label != IGNORE else "context"
-            tokens.append(f'<span class="{kind}" title="{token}">{text}</span>')
-        trained = sum(label != IGNORE for label in sequence["labels"])
-        title = f"{html.escape(sequence['id'])}: {trained} of {len(sequence['labels'])} tokens trained"
-        articles.append(f"<h2>{title}</h2>\n<pre>{''.join(tokens)}</pre>")
-    return PAGE.format(origin=html.escape(origin), articles="\n".join(articles))
-
-
-def pieces(ids: list[int], chat) -> list[str]:
-    """The text that each token adds. (Decoded alone, a token may lose its space, or be only a part of a character.)
-
-    A character of several tokens is assigned to the last one.
-    """
-    texts, shown, start = [], 0, 0  # ids[start:shown] is text that was given out, there for what follows to lean on
-    for end in range(1, len(ids) + 1):
-        before, text = chat.decode(ids[start:shown]), chat.decode(ids[start:end])
-        whole = not text.endswith("\ufffd") or end == len(ids)
-        texts.append(text[len(before) :] if whole else "")
-        if whole:
-            start, shown = shown, end
-    return texts
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Trained tokens</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
-pre {{ white-space: pre-wrap; padding: 1rem; border: 1px solid #8884; border-radius: 6px; }}
-.context {{ opacity: .65; }}
-.trained {{ background: #2a93; border-bottom: 2px solid #2a9; }}
-span:empty {{ padding-left: .2em; }}
-span:hover {{ outline: 1px solid currentColor; }}
-</style></head><body>
-<h1>Trained tokens</h1>
-<p>The model learns to produce the marked tokens. All others are context. Point at a token to see its id.</p>
-<p>Chat template: {origin}.</p>
-{articles}
-</body></html>
-"""
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
 
 The rules evaluate_base and evaluate_tuned run it; runs with the same model and data share the result of evaluate_base. score
 compares the two. Both models get the same token ids, from encode. Decoding is greedy. With --adapter, --base and
---merge-check, the merged model is also compared with base plus adapter on a few rows.
+--merge-check, the merged model is also compared with base plus adapter on a few rows; if the base was quantized for training
+(model.quantization), also with that.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
@@ -15,13 +17,18 @@ from moult.files import read_json, sha256_text, write_json, write_jsonl
 from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, prompt_of
 from moult.model.device import limit_threads, load_model, pick
+from moult.model.estimates import cache_bytes
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
 
 # Most tokens, prompts and answers together, that are generated side by side.
 GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
+
+# Most bytes of their keys and values: on a CPU a number, on a GPU a share of what the weights leave free.
+CPU_CACHE, GPU_CACHE_SHARE = 4 * 2**30, 0.5
 
 # Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
 KEPT_LOGITS = 2**27
@@ -40,6 +47,7 @@ def main() -> None:
 
     rule = "evaluate_tuned" if args.merge_check else "evaluate_base"
     with stage(rule, args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         evaluate(args.settings, args, log)
 
 
@@ -143,8 +151,8 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
     """The greedy answers of the model, in the order of the questions, with figures by which smoke_test recognises the weights."""
     stop = report["stop"]["generation_stop_ids"]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    budget = GENERATION_TOKENS[model.device.type]
-    plan = batches([len(question["ids"]) + max_new_tokens for question in questions], budget)
+    lengths = [len(question["ids"]) + max_new_tokens for question in questions]
+    plan = batches(lengths, 1.0, generation_cost(model))
     results: dict[int, dict] = {}
     with progress(len(questions), "answers") as bar:
         for indices in plan:
@@ -169,6 +177,20 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
     ]
 
 
+def generation_cost(model) -> Callable[[int], float]:
+    """What a sequence of a length takes up of what there is room for, at most 1: of the tokens, and of the memory for keys and
+    values. The memory is the device's, not what happens to be free, so base and tuned model get the same batches."""
+    import torch
+
+    device, config, width = model.device, model.config, model.dtype.itemsize
+    room = CPU_CACHE
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = max(1, int(GPU_CACHE_SHARE * (total - model.get_memory_footprint())))
+    most = GENERATION_TOKENS[device.type]
+    return lambda length: max(length / most, cache_bytes(config, length, width) / room)
+
+
 def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     """The negative log-likelihood of each prompt. It was not trained on, so no two models agree on it."""
     prompts = [row["prompt_ids"] for row in answers]
@@ -187,7 +209,7 @@ def margins(model, answer: dict, pad_id: int) -> list[float]:
         return []
     sequence = {"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}
     with torch.inference_mode():
-        best = scored_logits(model, [sequence], pad_id)[0].topk(2).values
+        best = torch.cat([logits.topk(2).values for logits, _, _ in scored_logits(model, [sequence], pad_id)])
     return [round(margin, 4) for margin in (best[:, 0] - best[:, 1]).tolist()]
 
 
@@ -213,42 +235,77 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
 
 
 def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, settings: dict, args) -> dict:
-    """Mean KL divergence in nats per token, KL(base + adapter || merged), and how often the two have the same first choice."""
-    import torch
+    """KL(base + adapter || merged) in nats per token, and how often the two have the same first choice. With
+    model.quantization, also what the quantization has cost: two divergences with the base that was trained."""
     from peft import PeftModel
 
-    vocabulary = merged.config.get_text_config().vocab_size
-    kept, positions = [], 0
-    logits = []
+    def adapted(quantization: str | None = None):
+        base = load_model(str(open_model(args.base)[0]), device, settings, quantization)
+        return PeftModel.from_pretrained(base, args.adapter).eval()
+
+    kept, of_merged = kept_logits(merged, chosen(rows, settings["eval"]["merge_check_rows"]), pad_id)
+    lengths = [len(logits) for logits in of_merged]
+
+    def logits(model) -> Iterator:
+        return (one_logits(model, row, pad_id, length) for row, length in zip(kept, lengths, strict=True))
+
+    result = {"rows": len(kept), "positions": sum(lengths), "dtype": str(merged.dtype).removeprefix("torch.")}
+    merged.to("meta")  # the models need not fit into memory together
+    model = adapted()
+    result |= divergence(logits(model), of_merged)
+    quantization = settings.get("quantization")
+    if quantization is None:
+        return result
+    with model.disable_adapter():
+        of_base = list(logits(model))
+    model.to("meta")
+    model = adapted(quantization)
+    result["quantization"] = {"kind": quantization, "trained_vs_merged": divergence(logits(model), of_merged)}
+    with model.disable_adapter():
+        result["quantization"]["base_vs_quantized"] = divergence(of_base, logits(model))
+    return result
+
+
+def one_logits(model, row: dict, pad_id: int, most: int):
+    """Of the first trained positions, at most `most`: float32 (positions, vocabulary), on the CPU."""
+    import torch
+
+    parts: list = []
     with torch.inference_mode():
-        for row in chosen(rows, settings["eval"]["merge_check_rows"]):
-            mine = scored_logits(merged, [row], pad_id)[0][: max(1, KEPT_LOGITS // vocabulary - positions)].cpu()
-            kept.append(row)
-            logits.append(mine)
-            positions += len(mine)
-            if positions * vocabulary >= KEPT_LOGITS:
+        for logits, _, _ in scored_logits(model, [row], pad_id):
+            parts.append(logits[: most - sum(map(len, parts))].cpu())
+            if sum(map(len, parts)) == most:
                 break
-    merged.to("meta")  # the two models need not fit into memory together
-    adapted = PeftModel.from_pretrained(
-        load_model(str(open_model(args.base)[0]), device, settings), args.adapter
-    ).eval()
-    divergence, agreed, worst = 0.0, 0, 0.0
-    with torch.inference_mode():
-        for row, theirs in zip(kept, logits, strict=True):
-            ours = scored_logits(adapted, [row], pad_id)[0][: len(theirs)].cpu()
-            p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-            each = (p.exp() * (p - q)).sum(-1)
-            divergence += each.sum().item()
-            worst = max(worst, each.max().item())
-            agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-    return {
-        "rows": len(kept),
-        "positions": positions,
-        "mean_kl": max(0.0, divergence / positions),
-        "max_kl": worst,
-        "top1_agreement": agreed / positions,
-        "dtype": str(merged.dtype).removeprefix("torch."),
-    }
+    return torch.cat(parts)
+
+
+def kept_logits(model, rows: list[dict], pad_id: int) -> tuple[list[dict], list]:
+    """As many of the rows as KEPT_LOGITS has room for, and the logits of each, the last perhaps cut off."""
+    room = max(1, KEPT_LOGITS // model.config.get_text_config().vocab_size)
+    kept: list = []
+    for row in rows:
+        kept.append(one_logits(model, row, pad_id, room))
+        room -= len(kept[-1])
+        if room == 0:
+            break
+    return rows[: len(kept)], kept
+
+
+def divergence(ours: Iterable, theirs: Iterable) -> dict[str, float]:
+    """KL(ours || theirs) in nats per token, mean and largest, and how often the two have the same first choice.
+
+    Args:
+        ours, theirs: logits of each row, float32 (positions, vocabulary), the same shapes.
+    """
+    total, worst, agreed, positions = 0.0, 0.0, 0, 0
+    for a, b in zip(ours, theirs, strict=True):
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        each = (p.exp() * (p - q)).sum(-1)
+        total += each.sum().item()
+        worst = max(worst, each.max().item())
+        agreed += (a.argmax(-1) == b.argmax(-1)).sum().item()
+        positions += len(each)
+    return {"mean_kl": max(0.0, total / positions), "max_kl": worst, "top1_agreement": agreed / positions}
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ validation loss, or the last.
 """
 
 import contextlib
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,14 +28,17 @@ from moult.files import (
     sha256_text,
     write_json,
 )
-from moult.model.device import hardware, limit_threads, load_model, pick, versions
+from moult.model.device import enough_memory, hardware, limit_threads, load_model, pick, versions
 from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
 from moult.model.lora import lora_config
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
+from moult.model.sharding import share_held
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.training.arguments import show_backbone, trainer_config
+from moult.training.arguments import batch_sizes, show_backbone, trainer_config
+from moult.training.batches import choose_batches
 from moult.training.checkpoints import (
     FORMAT,
     adopt,
@@ -49,6 +50,8 @@ from moult.training.checkpoints import (
     restore_log,
     step_of,
 )
+from moult.training.ranks import StopSignal, rank, together, world_size
+from moult.training.throughput import summary
 from moult.workflow.code import hash_of_script
 
 
@@ -67,6 +70,7 @@ def main() -> None:
 
     settings = args.settings
     with stage("finetune", args.log_file, settings, rank=rank()) as log:
+        bitsandbytes_for(settings)
         stop = StopSignal()
         # What plan has found that cannot be trained is left out.
         for section in ("lora", "train"):
@@ -80,22 +84,6 @@ def main() -> None:
                     check_given(Path(args.resume_from), fingerprint, settings["train"]["load_best_model_at_end"])
                 claim(state, fingerprint)
             finetune(settings, args, state, fingerprint, stop, log)
-
-
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 ask to stop. Before and after training there is nothing to save, so they stop at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self.training = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
-        if not self.training:
-            # Not an Exception: libraries swallow those (transformers, where it looks what is installed).
-            raise SystemExit(UNFINISHED)
 
 
 def make_fingerprint(settings: dict, args) -> dict:
@@ -121,7 +109,7 @@ def make_fingerprint(settings: dict, args) -> dict:
         "tokens": {name: sha256_file(tokens / name) for name in ("train.parquet", "val.parquet")},
         "model": open_model(args.model)[1]["files"],
         "versions": {name: value for name, value in versions().items() if name not in ("moult", "python")},
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": world_size(),
     }
 
 
@@ -130,6 +118,11 @@ def make_fingerprint(settings: dict, args) -> dict:
 
 def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSignal, log) -> None:
     device = pick_device(args.threads, settings["train"]["gpu"])
+    with together(device == "cpu", settings["train"]):
+        tune(settings, args, state, fingerprint, device, stop, log)
+
+
+def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop: StopSignal, log) -> None:
     total = read_json(args.plan)["steps"]["total"]
     wanted = settings["train"].get("max_steps", -1)
     if wanted > 0 and wanted != total:
@@ -143,7 +136,7 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
             return adopt(Path(args.resume_from), state, keep_best)
         return newest_whole(state, fingerprint, keep_best)
 
-    resume = from_main_process(find_checkpoint, device)
+    resume = from_main_process(find_checkpoint)
     if rank() == 0:
         restore_log(state, resume)
     if resume and step_of(resume) >= total:
@@ -158,42 +151,25 @@ def finetune(settings: dict, args, state: Path, fingerprint: dict, stop: StopSig
         publish(settings, args, state, fingerprint, device, total, log)
 
 
-def from_main_process(find: Callable, device: str):
+def from_main_process(find: Callable):
     """Call `find()` in the main process, and return its result in all processes. Only the main process has locked the folder."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return find()
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=device == "cpu")
     return broadcast_object_list([find() if rank() == 0 else None])[0]
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def pick_device(threads: int, gpus: int) -> str:
-    """The device to train on. Raises MoultError if the numbers of processes or GPUs differ from the config."""
-    processes, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    """The device to train on. Raises MoultError if the number of processes differs from the config."""
+    processes = world_size()
     if processes != gpus:
         raise MoultError(
             f"train.gpu is {gpus}, but {processes} processes are running",
             f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...",
         )
-    if processes == 1:
-        # Before torch looks at the GPUs: if it sees several, Trainer uses DataParallel, which TRL refuses.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     limit_threads(threads)
-    import torch
-
-    device = pick()
-    if device == "cuda" and torch.cuda.device_count() < local:
-        raise MoultError(
-            f"train.gpu needs {local} GPUs on this machine, but {torch.cuda.device_count()} are visible",
-            "request more GPUs, or lower train.gpu",
-        )
-    return device
+    return pick()
 
 
 def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
@@ -219,42 +195,47 @@ def make_trainer(
     resume: Path | None,
     log,
 ):
-    import torch
     from transformers.utils import logging as transformers_logging
 
-    from moult.training.first_batch import try_longest_batch, try_packing
     from moult.training.trainer import Finetuner
 
     transformers_logging.set_verbosity_info()
     transformers_logging.disable_progress_bar()
     report = read_json(Path(args.tokens) / "report.json")
-    config = trainer_config(settings, state, device, report["max_length"])
+    found = read_json(resume / "trainer_state.json")["train_batch_size"] if resume else None
     base = str(open_model(args.model)[0])
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
     val = read_sequences(Path(args.tokens) / "val.parquet")
-    model = load_model(base, device, settings)
+    shards = world_size() if settings["train"]["shard"] else 1
+    model = load_model(base, device, settings, settings["quantization"], shards)
     show_backbone(model)
+    batches = choose_batches(settings, read_json(args.plan)["batches"], device, model.config)
+    if batches.attention:
+        model.set_attn_implementation(batches.attention)
+    config = trainer_config(settings, state, device, report["max_length"], batches, found)
     try:
-        trainer = Finetuner(
-            model=model,
-            args=config,
-            processing_class=tokenizer,
-            train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
-            eval_dataset=val if config.eval_strategy != "no" else None,
-            peft_config=lora_config(settings["lora"]),
-            state=state,
-            fingerprint=fingerprint,
-            val_rows=val.to_list(),
-            pad_id=report["pad_token_id"],
-            keep_best=settings["train"]["load_best_model_at_end"],
-            keep=settings["train"]["save_total_limit"],
-            stop=stop,
-            resume=resume,
-        )
+        with enough_memory("adding the adapter to the base", "use a GPU with more memory, or a lower lora.r"):
+            trainer = Finetuner(
+                model=model,
+                args=config,
+                processing_class=tokenizer,
+                train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
+                eval_dataset=val if config.eval_strategy != "no" else None,
+                peft_config=lora_config(settings["lora"]),
+                state=state,
+                fingerprint=fingerprint,
+                val_rows=val.to_list(),
+                pad_id=report["pad_token_id"],
+                keep_best=settings["train"]["load_best_model_at_end"],
+                keep=settings["train"]["save_total_limit"],
+                stop=stop,
+                resume=resume,
+                checkpointing=settings["train"]["gradient_checkpointing"],
+                sizes=batch_sizes(settings["train"], device, found),
+                unmasked=batches.unmasked,
+            )
     except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         raise MoultError(
             f"train: {str(error).splitlines()[0]}",
             "fix the train section of the config, or install the missing package",
@@ -266,26 +247,29 @@ def make_trainer(
             "free GPU memory, or use a larger GPU",
         )
     log.info(
-        "training on %s; base in %s, adapter in float32",
+        "training on %s; base in %s%s, adapter in float32",
         device,
-        str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        settings["quantization"] or str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        f", split over {shards} processes ({share_held(model):.0%} of it in this one)" if shards > 1 else "",
     )
-    try_longest_batch(trainer, settings["train"]["gradient_checkpointing"])
-    try_packing(trainer)
     return trainer
 
 
 def read_sequences(path: Path):
-    """The token ids and labels of one part, as a datasets.Dataset."""
+    """The token ids, labels and lengths of one part, as a datasets.Dataset."""
+    import pyarrow.compute
     import pyarrow.parquet
     from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels"]))
+    table = pyarrow.parquet.read_table(path, columns=["input_ids", "labels"])
+    # For group_by_length. transformers would make a Python list of each row to count its tokens.
+    return Dataset(table.append_column("length", pyarrow.compute.list_value_length(table["input_ids"])))
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
     stop.training = True
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with enough_memory("training", "lower train.per_device_train_batch_size"):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     stop.training = False
     step = trainer.state.global_step
     if trainer.state.max_steps != total:
@@ -335,6 +319,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "adapter_sha256": sha256_file(Path(args.adapter) / "adapter_model.safetensors"),
             "step": step,
             "steps": total,
+            "batch": last["train_batch_size"],
             "validation_loss": {
                 "published": losses[0] if losses else None,
                 "last": losses[-1] if losses else None,
@@ -343,6 +328,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "chosen": "lowest validation loss" if keep_best else "last step",
             "settings": settings,
             "fingerprint": sha256_text(canonical(fingerprint)),
+            "throughput": summary(history),
             "versions": versions(),
             "hardware": hardware(device),
         },

@@ -26,6 +26,7 @@ from moult.model.device import limit_threads, read_model, versions
 from moult.model.export import copy_tokenizer, write_generation_config
 from moult.model.layout import check_way_back, in_files, sources
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import INDEX, Tensor, main_file, read_header, read_tensors, weight_files
 from moult.run.cli import stage_parser
 from moult.run.console import progress
@@ -66,6 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with stage("merge", args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         merge(args.settings, args, log)
 
 

@@ -10,39 +10,48 @@ tried out as well, with their own libraries, and all that is wrong is said at on
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
+from moult.measuring.power import rows_needed, smallest_effect
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
-from moult.model.estimates import estimate_disk, estimate_job, estimate_memory
+from moult.model.estimates import estimate_disk, estimate_job
 from moult.model.layout import stored_as
 from moult.model.lora import needs_peft, not_linear, vllm_refuses
 from moult.model.manifest import open_model
+from moult.model.quantization import bitsandbytes_for
 from moult.model.safetensors import read_tensors
+from moult.model.sharding import OUTSIDE, share_split
 from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.training.arguments import check_trainer, trainer_config
-from moult.training.packing import ROUNDING, mixing
+from moult.training.arguments import batch_sizes, check_trainer, trainer_config
+from moult.training.memory import GB, Run, check_fits, memory_of, needed
+from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
 GIB = 1024**3
+
+# A change of the pass rate that people want to see.
+WISHED_EFFECT = 0.1
 
 
 def main() -> None:
     parser = stage_parser(__doc__, "plan")
     parser.add_argument("--model", required=True, help="manifest or folder of the base model")
     parser.add_argument("--tokens", required=True, help="folder that encode wrote")
-    parser.add_argument("--prompts", type=json.loads, default="[]", help="JSON of eval.prompts, to be tried out")
+    parser.add_argument("--eval", type=json.loads, default="{}", help="JSON of the section eval: what will be asked")
     parser.add_argument("--out", required=True, help="plan.json to write")
     args = parser.parse_args()
 
     with stage("plan", args.log_file, args.settings) as log:
+        bitsandbytes_for(args.settings)
         plan(args.settings, args, log)
 
 
@@ -58,6 +67,7 @@ def plan(settings: dict, args, log) -> None:
     no_router_loss = small and without_router_loss(small, settings["train"])
     if no_router_loss:
         log.warning("trained without the loss that balances the experts, which fails: %s", no_router_loss)
+    exact = try_batches(small)
     steps = count_steps(args.tokens, report, settings["train"])
     lora = settings["lora"]
     *_, targets = all_of(
@@ -65,18 +75,22 @@ def plan(settings: dict, args, log) -> None:
         lambda: check_attention(model.config, settings),
         lambda: check_lengths(report, model.config),
         lambda: check_steps(steps, settings["train"]),
-        lambda: check_prompts(args.prompts, base, args.tokens, report, model.config, settings),
+        lambda: check_prompts(args.eval.get("prompts", []), base, args.tokens, report, model.config, settings),
         lambda: check_train(settings, report, model),
-        lambda: check_packing(small, settings),
+        lambda: check_packing(small, exact, settings, log),
+        lambda: check_shard(model, settings["train"]),
         lambda: place_lora(model, lora, small),
     )
+    quantization = settings["quantization"] and plan_quantization(settings["quantization"], model, small, targets, lora)
     stored = stored_as(model, tensors)
     for name, target in targets.layers.items():
         target["tensor"] = stored.get(f"{name}.weight")
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    stacked = sum(math.prod(target["shape"]) for target in targets.parameters.values())
+    run = Run(model, targets, settings, report, exact)
+    memory = memory_of(run, gpu_memory(settings["train"]))
+    check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
     ranks = {target["r"] for target in everything.values()} or {lora["r"]}
 
@@ -99,8 +113,11 @@ def plan(settings: dict, args, log) -> None:
         # What finetune sets besides the config.
         "lora": targets.added_settings(lora),
         "train": {"router_aux_loss_coef": 0.0} if no_router_loss else {},
+        # How rows may be put together (packing.try_batches): what finetune chooses from.
+        "batches": exact,
+        "quantization": quantization,
         "steps": steps,
-        "memory": estimate_memory(model.config, base_parameters, trainable, stacked, settings, report),
+        "memory": memory,
         "disk": estimate_disk(tensors, trainable, settings["train"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
@@ -112,6 +129,17 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+    tell_power(args.eval, report["val"]["sequences"], log)
+
+
+def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
+    """What of the base is quantized for training. Raises MoultError if that is nothing, or if it does not work."""
+    from moult.training.quantized import check_quantized, count_quantized
+
+    counted = count_quantized(model, kind)
+    if small is not None:
+        check_quantized(small, kind, targets, lora)
+    return counted
 
 
 def all_of(*checks: Callable) -> list:
@@ -231,19 +259,27 @@ def check_train(settings: dict, report: dict, model) -> None:
     """The train section is one that TRL takes, with all that it names installed."""
     # tf32 is refused where there is no GPU.
     train = {name: value for name, value in settings["train"].items() if name != "tf32"}
-    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", "cpu", report["max_length"])
+    config = trainer_config({**settings, "train": train, "seed": 0}, "trainer_state", None, report["max_length"])
     check_trainer(config, model)
 
 
-def check_packing(small, settings: dict) -> None:
+def check_packing(small, exact: dict, settings: dict, log) -> None:
     """Rows that are packed into one sequence do not see each other, tried on a small model of the same architecture."""
     train, attention = settings["train"], settings["attn_implementation"]
     key = "packing" if train["packing"] else "padding_free"
     # Other attention needs a GPU: finetune tries it there.
-    if not train.get(key) or small is None or attention not in (None, "eager", "sdpa"):
+    if train[key] is not True or small is None or attention not in (None, "eager", "sdpa"):
         return
     if attention:
         small.set_attn_implementation(attention)
+    elif exact["varlen"] is None:
+        return
+    else:
+        log.warning(
+            "train.%s: the fast attention for it cannot be used with this model (%s): a sequence costs the square of its length",
+            key,
+            exact["varlen"],
+        )
     try:
         difference = mixing(small, [[token + 3 for token in range(start, start + 12)] for start in (0, 30, 80)])
     except BROKEN as error:
@@ -256,13 +292,41 @@ def check_packing(small, settings: dict) -> None:
         )
 
 
+def check_shard(model, train: dict) -> None:
+    """transformers has a plan by which it can split this model over GPUs."""
+    if train["shard"] and (share := share_split(model)) < 1 - OUTSIDE:
+        raise MoultError(
+            f"train.shard: transformers splits only {share:.0%} of this model over the GPUs: its plan has other names for the "
+            "layers",
+            "leave shard out: use GPUs that hold the whole base, or model.quantization",
+        )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory(train: dict) -> int | None:
+    """Bytes of memory of each GPU that will train, or None if that is not known.
+
+    The config says it, or the GPU of this machine. In a job of Slurm that is not the one that trains: this stage asks for none.
+    """
+    import torch
+
+    if train.get("gpu_memory"):
+        return round(train["gpu_memory"] * GB)
+    if "SLURM_JOB_ID" in os.environ or not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def count_steps(tokens: str, report: dict, train: dict) -> dict:
     """How many batches and optimizer steps the run takes, as transformers counts them."""
     sequences = packed_count(tokens, report, train) if train["packing"] else report["train"]["sequences"]
-    per_batch = train["per_device_train_batch_size"] * train["gpu"]
+    # With `auto`, finetune finds how large a batch is. A step has the same sequences with each, so the smallest does.
+    per_batch = batch_sizes(train, "cuda")[-1] * train["gpu"]
     whole = train.get("dataloader_drop_last", False)
     batches = sequences // per_batch if whole else math.ceil(sequences / per_batch)
     per_epoch = math.ceil(batches / train["gradient_accumulation_steps"])
@@ -305,10 +369,18 @@ def tell(result: dict, args, log) -> None:
             100 * result["out_of_reach"]["share"],
             ", ".join(result["out_of_reach"]["target_parameters"]),
         )
-    needed = "unknown: config.json does not say how large the layers are"
+    quantization = result["quantization"]
+    if quantization and quantization["share"] < 0.5:
+        log.warning(
+            "%s: only %.0f %% of the parameters are quantized; the others (stacked weights of experts, embeddings, the head) "
+            "stay in 16 bits",
+            quantization["kind"],
+            100 * quantization["share"],
+        )
+    text = "unknown: config.json does not say how large the layers are"
     if memory:
-        total, checkpointed = memory["total"] / GIB, memory["total_with_gradient_checkpointing"] / GIB
-        needed = f"about {total:.1f} GiB, {checkpointed:.1f} if checkpointed"
+        plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
+        text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
         "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
         f"{steps['total']:,}",
@@ -316,7 +388,7 @@ def tell(result: dict, args, log) -> None:
         f"{parameters['trainable']:,}",
         f"{parameters['base']:,}",
         100 * parameters["trainable_share"],
-        needed,
+        text,
     )
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:
@@ -326,6 +398,30 @@ def tell(result: dict, args, log) -> None:
             free / GIB,
             result["disk"]["total"] / GIB,
         )
+
+
+def tell_power(questions: dict, val_rows: int, log) -> None:
+    """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
+    change nothing of the training."""
+    confidence = questions.get("confidence")
+    checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
+    counts = {"prompts": checked, "rows": min(questions["answer_rows"], val_rows) if questions.get("row_expect") else 0}
+    shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
+    if not shown:
+        return
+    found = "; ".join(
+        f"{asked} show a change of {100 * effect:.0f} points or more" if effect else f"{asked} are too few to show any"
+        for asked, effect in shown.items()
+    )
+    if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
+        log.warning(
+            "of the pass rates, %s; to see %.0f points, ask %s questions (eval.answer_rows, val_size)",
+            found,
+            100 * WISHED_EFFECT,
+            f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
+        )
+    else:
+        log.info("of the pass rates, %s", found)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from moult.run.cli import tool_parser
 
 GIB = 1024**3
+GB = 10**9
 
 
 def main() -> None:
@@ -48,8 +49,8 @@ def row(run: str, plan: dict) -> tuple[str, ...]:
         f"{steps['total']:,}",
         f"{steps['sequences']:,}",
         f"{plan['parameters']['trainable_share']:.2%}",
-        f"{memory['total'] / GIB:.1f} GiB" if memory else "unknown",
-        f"{memory['total_with_gradient_checkpointing'] / GIB:.1f} GiB" if memory else "unknown",
+        f"{memory['total'] / GB:.1f} GB" if memory else "unknown",
+        f"{memory['total_with_gradient_checkpointing'] / GB:.1f} GB" if memory else "unknown",
         f"{plan['disk']['total'] / GIB:.1f} GiB",
         plan["merge"]["how"],
         plan["serve"]["as"],

@@ -60,6 +60,9 @@ def score(settings: dict, args, log) -> None:
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
+    same_rows = len(rows) == report["val"]["sequences"]
+    cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
+    tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
     metrics = {
         "schema_version": 1,
@@ -82,6 +85,7 @@ def score(settings: dict, args, log) -> None:
         ],
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
+        "quantization": cost,
         "provenance": {
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [
@@ -89,7 +93,7 @@ def score(settings: dict, args, log) -> None:
                 for file in prepared["sources"] + prepared["val_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
-            "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype")},
+            "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype", "quantization")},
             "adapter_sha256": adapter["adapter_sha256"],
             "merged_files": merge["files"],
             "versions": adapter["versions"],
@@ -145,6 +149,29 @@ def check_merge(check: dict, settings: dict) -> None:
         raise MoultError(
             f"the merged model differs from base plus adapter: {reason}",
             "delete merged/ and run again; if its dtype has few bits (float16, fp8), check samples.jsonl and relax the limit",
+        )
+
+
+def quantization_cost(found: dict | None, adapter: dict, likelihood: dict | None, same_rows: bool) -> dict | None:
+    """What evaluate_tuned has found of the quantized base, and the nats per token of the validation rows: of base plus
+    adapter, as finetune has measured them in training, and of the merged model. None without model.quantization."""
+    if found is None:
+        return None
+    trained, nll = adapter["validation_loss"]["published"], None
+    if likelihood is not None and trained is not None and same_rows:
+        nll = {"trained": trained, "merged": likelihood["tuned"]["nll_per_token"]["value"]}
+    return {**found, "nll_per_token": nll}
+
+
+def tell_quantization(cost: dict | None, limit: float, log) -> None:
+    """Warn if the merged model, which is measured and served, is not the one that was trained."""
+    if cost and cost["trained_vs_merged"]["mean_kl"] > limit:
+        log.warning(
+            "the merged model is not quite the one that was trained, on the quantized base: mean KL %.3g nats per token, above "
+            "eval.quantization_kl_limit %g (between the two bases: %.3g); model.quantization: int8 or null is closer",
+            cost["trained_vs_merged"]["mean_kl"],
+            limit,
+            cost["base_vs_quantized"]["mean_kl"],
         )
 
 

@@ -1,13 +1,16 @@
 """A run of finetune: its settings, its folders, its command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import forked
 from planning import make as make_plan
+from workflow import hear_sigint
 
 import finetune
 from moult.files import read_jsonl
@@ -26,6 +29,8 @@ SETTINGS = {
         "warmup_steps": 0.1,
         "max_grad_norm": 1.0,
         "packing": False,
+        "padding_free": "auto",
+        "train_sampling_strategy": "auto",
         "packing_strategy": "bfd",
         "gradient_checkpointing": "auto",
         "load_best_model_at_end": True,
@@ -37,7 +42,7 @@ SETTINGS = {
         "logging_steps": 2,
         "report_to": "none",
     },
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "quantization": None,
     "attn_implementation": None,
     "trust_remote_code": False,
@@ -59,7 +64,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         (folder / "tokens").unlink(missing_ok=True)
         (folder / "tokens").symlink_to(tokens)
-        make_plan(base, folder, config["lora"], config["train"])
+        make_plan(base, folder, config["lora"], config["train"], quantization=config["quantization"])
 
     def command(self, *more: str) -> list[str]:
         f = self.folder
@@ -111,3 +116,31 @@ def tokenizer(folder: Path) -> None:
 
 def copy_state(source: Run, target: Run) -> None:
     shutil.copytree(source.folder / "state", target.folder / "state")
+
+
+def kill_at(run: Run, step: int, number: int, launcher: tuple[str, ...] = (sys.executable,)) -> int:
+    """Start the stage, send `number` when the training log of the state has reached `step`, and return its exit code."""
+    log = run.folder / "state" / "training_log.jsonl"
+    # Steps of a tiny model pass in milliseconds: a slow one makes the instant sure.
+    slow = "import time; from moult.training import trainer; f = trainer.Watch.on_step_end\n"
+    slow += "def g(self, a, s, c, **k):\n    time.sleep(0.15); return f(self, a, s, c, **k)\ntrainer.Watch.on_step_end = g\n"
+    slow += f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({finetune.__file__!r}, run_name='__main__')"
+    script = run.folder / "slow.py"
+    script.write_text(slow)
+    process = subprocess.Popen(
+        [*launcher, script, *run.command()[1:]],
+        env={**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_sigint,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and any(
+            json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line.endswith("}")
+        ):
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    process.communicate(timeout=60)
+    return process.returncode

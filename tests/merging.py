@@ -13,9 +13,10 @@ import plan
 
 
 def make_plan(base: Path, tmp_path: Path, lora: dict) -> Path:
-    model = {"dtype": "float32", "attn_implementation": None, "chat_template_kwargs": {}, "trust_remote_code": False}
+    model = {"dtype": "float32", "quantization": None, "attn_implementation": None}
+    model |= {"chat_template_kwargs": {}, "trust_remote_code": False}
     tokens = make_tokens(tmp_path / "tokens")
-    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=[], out=str(tmp_path / "plan.json"))
+    arguments = Namespace(model=str(base), tokens=str(tokens), eval={}, out=str(tmp_path / "plan.json"))
     plan.plan({"lora": lora, "train": TRAIN, **model}, arguments, Log())
     return tmp_path / "plan.json"
 

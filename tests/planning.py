@@ -14,7 +14,11 @@ TRAIN = {
     "gradient_accumulation_steps": 1,
     "gpu": 1,
     "nodes": 1,
+    "shard": False,
+    "gpu_memory": None,
     "packing": False,
+    "padding_free": "auto",
+    "train_sampling_strategy": "auto",
     "packing_strategy": "bfd",
     "save_total_limit": 2,
     "warmup_steps": 0,
@@ -32,11 +36,22 @@ class Log:
     debug = warning = info
 
 
-def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None, prompts=()):
+def make(
+    base,
+    tmp_path,
+    lora=None,
+    train=None,
+    dtype="bfloat16",
+    attention=None,
+    prompts=(),
+    quantization=None,
+    questions=None,
+):
     settings = {
         "lora": {**LORA, **(lora or {})},
         "train": {**TRAIN, **(train or {})},
         "dtype": dtype,
+        "quantization": quantization,
         "attn_implementation": attention,
         "chat_template_kwargs": {},
         "trust_remote_code": False,
@@ -45,6 +60,11 @@ def make(base, tmp_path, lora=None, train=None, dtype="bfloat16", attention=None
     if not tokens.exists():
         make_tokens(tokens)
     log = Log()
-    arguments = Namespace(model=str(base), tokens=str(tokens), prompts=prompts, out=str(tmp_path / "plan.json"))
+    arguments = Namespace(
+        model=str(base),
+        tokens=str(tokens),
+        eval={"prompts": prompts, **(questions or {})},
+        out=str(tmp_path / "plan.json"),
+    )
     plan.plan(settings, arguments, log)
     return read_json(tmp_path / "plan.json"), log

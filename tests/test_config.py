@@ -141,6 +141,14 @@ REFUSED = [
         "{train: {shard: true, gpu: 2}, lora: {bias: all}}",
         "train.shard: lora.bias trains weights of the base, which is in pieces; leave one of the two out",
     ),
+    (
+        "{model: {quantization: nf4}, lora: {init_lora_weights: olora}}",
+        "lora.init_lora_weights: olora needs a base that is not quantized; set true or gaussian",
+    ),
+    (
+        "{model: {quantization: int8}, lora: {bias: all}}",
+        "lora.bias: the biases of a quantized base cannot be trained; leave it out",
+    ),
     ("train: {fsdp: full_shard}", "train.fsdp: not yours to set: it is train.shard"),
     ("model: {quantization: fp4}", "model.quantization: 'fp4' is none of nf4, int8, null; did you mean nf4?"),
     ("model: {load_in_4bit: true}", "model.load_in_4bit: unknown key; did you mean quantization?"),

@@ -8,9 +8,23 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tokenizers_for_tests import CHATML, DEMO, ROOT, adds_bos, assistant, make_tokenizer, poor, server_ids, spans, user
+from tokenizers_for_tests import (
+    CHATML,
+    DEMO,
+    PLAIN,
+    ROOT,
+    adds_bos,
+    assistant,
+    make_tokenizer,
+    poor,
+    server_ids,
+    spans,
+    user,
+)
 
 import encode
+from moult.data import token_file
+from moult.data.preview import pieces
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError
 from moult.files import read_json, sha256_text, write_json, write_jsonl
@@ -54,7 +68,9 @@ class Log:
 def run(tmp_path):
     """Encode rows: run([...], max_length=32) -> the folder, report, {part: sequences}, warnings."""
 
-    def run(train: list[dict], val: list[dict] | None = None, model: Path = DEMO, **settings) -> Namespace:
+    def run(
+        train: list[dict], val: list[dict] | None = None, model: Path = DEMO, threads: int = 1, **settings
+    ) -> Namespace:
         write_json(tmp_path / "model.json", {"folder": str(model)})
         write_jsonl(tmp_path / "train.jsonl", train)
         write_jsonl(tmp_path / "val.jsonl", rows(SHORT) if val is None else val)
@@ -64,7 +80,7 @@ def run(tmp_path):
             model=str(tmp_path / "model.json"),
             templates=str(ROOT / "config" / "chat_templates"),
             out=str(out),
-            threads=1,
+            threads=threads,
             **paths,
         )
         encode.encode({**SETTINGS, **settings}, args, log)
@@ -114,6 +130,61 @@ def test_same_input_same_bytes(tmp_path, run_script):
         assert sequence["trained_bytes"] == sum(len(answer.encode()) for answer in answers)
         asked = server_ids(chat, source["messages"][:-1], None)
         assert sequence["input_ids"][: sequence["answer_start"]] == asked
+
+
+@pytest.mark.parametrize(("portion", "threads"), [(1, 1), (7, 3), (1000, 2)])
+def test_bytes_do_not_depend_on_how_the_rows_are_handed_out(portion, threads, run, monkeypatch):
+    """Nor do the counts. Row groups are made small, so that there are some."""
+    monkeypatch.setattr(token_file, "ROW_GROUP", 500)
+    contents = [*(row["messages"] for row in MANY[:100]), [user("x"), assistant("<|im_end|>")], LONG, [*SHORT, *LONG]]
+    settings = {"unrenderable": "drop", "max_length": 100, "overlength": "truncate", "max_token_loss": 1}
+
+    def written(portion: int, threads: int) -> dict[str, bytes]:
+        monkeypatch.setattr(encode, "PORTION_ROWS", portion)
+        return {
+            path.name: path.read_bytes() for path in run(rows(*contents), threads=threads, **settings).out.iterdir()
+        }
+
+    first, other = written(50, 1), written(portion, threads)
+    assert first == other
+    file = pq.ParquetFile(run(rows(*contents), **settings).out / "train.parquet")
+    groups = [file.read_row_group(number, ["length"]).column(0).to_pylist() for number in range(file.num_row_groups)]
+    assert len(groups) > 5
+    assert all(sum(group) >= 500 > sum(group[:-1]) for group in groups[:-1])
+
+
+def test_lengths_have_a_column_of_their_own(run):
+    done = run(rows(SHORT, LONG), max_length=100, overlength="truncate", max_token_loss=1)
+    for part in (done.train, done.val):
+        assert [sequence["length"] for sequence in part] == [len(sequence["input_ids"]) for sequence in part]
+
+
+def test_progress_is_told_while_rows_are_encoded(run, monkeypatch):
+    """After each portion, which is small where rows are long."""
+    told = []
+    monkeypatch.setattr(encode.progress, "update", lambda bar, count: told.append((bar.what, bar.total, count)))
+    monkeypatch.setattr(encode, "PORTION_BYTES", 1000)
+    run(rows(*[SHORT] * 40, LONG, LONG))
+    train = [count for what, total, count in told if (what, total) == ("train rows: tokens", 42)]
+    assert sum(train) == 42 and len(train) > 5
+
+
+@pytest.mark.parametrize(("asks", "sequences"), [("{{ A }}", 6), ("{{- A -}}", 1)])
+def test_turns_that_stand_otherwise_later_on_cost_many_tokens_and_that_is_said(asks, sequences, run, tmp_path):
+    """A template that asks for an answer with a line more than it shows it with: each turn needs a sequence of its own.
+
+    Written so that it shows no line breaks of the file, it makes one sequence of a conversation.
+    """
+    opening = "{{ '<|im_start|>assistant\n' }}"
+    template = PLAIN.replace(opening, f"\n    {asks}\n".replace("A", "'<|im_start|>assistant\n'"))
+    (tmp_path / "spread.jinja").write_text(template)
+    messages = [message for number in range(6) for message in (user(f"And {number}?"), assistant(f"It is {number}."))]
+    done = run(rows(messages), chat_template=str(tmp_path / "spread.jinja"))
+    assert done.report["train"]["sequences"] == sequences
+    warned = [text for text in done.warnings if "times as many tokens" in text]
+    assert len(warned) == (sequences > 1)
+    for text in warned:
+        assert text.startswith("train: 1 rows make 6 sequences, 3.") and "{{- ... -}}" in text
 
 
 def test_wrong_input_is_one_message_and_no_output(tmp_path, run_script):
@@ -405,5 +476,5 @@ def test_preview_shows_spaces_and_whole_characters(shared):
     """A token alone would lack its space (SentencePiece), or be a part of a character."""
     for name, text in (("models/TinyStories-656K", "Once upon a time"), ("tokenizers/minimind", "Ein 👩‍🚀 zu 한")):
         chat = Chat(str(shared / name), None)
-        pieces = encode.pieces(chat.ids(text), chat)
-        assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) > 4
+        parts = pieces(chat.ids(text), chat)
+        assert "".join(parts) == text and "\ufffd" not in "".join(parts) and len(parts) > 4

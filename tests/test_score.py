@@ -19,16 +19,24 @@ SETTINGS = {
     "lora": {"r": 4},
     "train": {"learning_rate": 1.0},
     "dtype": "bfloat16",
+    "quantization": None,
     "seed": 3,
     "trust_remote_code": False,
 }
-ADAPTER = {"adapter_sha256": "a", "versions": {}, "hardware": {}, "step": 7}
+ADAPTER = {
+    "validation_loss": {"published": 0.5, "last": 0.5},
+    "adapter_sha256": "a",
+    "versions": {},
+    "hardware": {},
+    "step": 7,
+}
 EVAL = {
     "perplexity": True,
     "confidence": 0.95,
     "resamples": 500,
     "merge_kl_limit": 0.05,
     "merge_top1_limit": 0.95,
+    "quantization_kl_limit": 0.02,
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
 }
@@ -95,17 +103,17 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
     write_json(folder / "tuned" / "merge_check.json", merge_check)
     sources = [{"path": f"{name}.jsonl", "sha256": "0", "source": number} for number, name in enumerate(("one", "two"))]
     write_json(folder / "metadata.json", {"overlap": {"rows": 0}, "sources": sources, "val_sources": []})
-    write_json(folder / "tokens" / "report.json", {"template": {"sha256": "t"}})
+    write_json(folder / "tokens" / "report.json", {"template": {"sha256": "t"}, "val": {"sequences": rows}})
     write_json(folder / "adapter.json", {**ADAPTER, "settings": SETTINGS})
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
 
 
-def run(folder, **settings) -> dict:
+def run(folder, log=None, **settings) -> dict:
     arguments = {name: str(folder / name) for name in ("base", "tuned", "tokens")}
     arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
     arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
     arguments["samples"] = str(folder / "samples.jsonl")
-    score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), Log())
+    score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), log or Log())
     return read_json(folder / "metrics.json")
 
 
@@ -152,7 +160,7 @@ def test_the_data_have_names_to_publish(tmp_path):
 
 def test_the_settings_of_the_training_are_told(tmp_path):
     make_sides(tmp_path)
-    training = {"lora": {"r": 4}, "train": {"learning_rate": 1.0}, "dtype": "bfloat16"}
+    training = {"lora": {"r": 4}, "train": {"learning_rate": 1.0}, "dtype": "bfloat16", "quantization": None}
     assert run(tmp_path)["provenance"]["training"] == training
 
 
@@ -292,6 +300,42 @@ def test_a_merged_model_with_other_first_choices_stops_it_whatever_the_divergenc
     with pytest.raises(MoultError, match=r"66\.67% of [0-9]+ positions, below eval\.merge_top1_limit 0\.95"):
         run(tmp_path)
     assert run(tmp_path, merge_top1_limit=0.5)["merged_vs_adapter"] == check
+
+
+def add_quantization(folder, mean_kl: float) -> None:
+    path, one = folder / "tuned" / "merge_check.json", {"max_kl": 0.1, "top1_agreement": 1.0}
+    found = {
+        "kind": "nf4",
+        "trained_vs_merged": {"mean_kl": mean_kl, **one},
+        "base_vs_quantized": {"mean_kl": 0.03, **one},
+    }
+    write_json(path, {**read_json(path), "quantization": found})
+
+
+def test_what_the_quantization_has_cost(tmp_path):
+    make_sides(tmp_path)
+    assert run(tmp_path)["quantization"] is None
+    add_quantization(tmp_path, 0.001)
+    metrics = run(tmp_path)
+    cost = metrics["quantization"]
+    assert (cost["trained_vs_merged"]["mean_kl"], cost["base_vs_quantized"]["mean_kl"]) == (0.001, 0.03)
+    assert cost["nll_per_token"] == {
+        "trained": 0.5,
+        "merged": metrics["likelihood"]["tuned"]["nll_per_token"]["value"],
+    }
+    assert "quantization" not in metrics["merged_vs_adapter"]
+    # Fewer rows than finetune has validated on: another mean.
+    write_json(tmp_path / "tokens" / "report.json", {"template": {"sha256": "t"}, "val": {"sequences": 41}})
+    assert run(tmp_path)["quantization"]["nll_per_token"] is None
+
+
+def test_a_merged_model_that_is_not_what_was_trained_is_said_and_stops_nothing(tmp_path):
+    make_sides(tmp_path)
+    for kl, said in ((0.001, False), (0.1, True)):
+        add_quantization(tmp_path, kl)
+        log = Log()
+        run(tmp_path, log=log)
+        assert any("above eval.quantization_kl_limit 0.02" in line for line in log.lines) == said
 
 
 def test_nothing_measured_is_no_verdict(tmp_path):

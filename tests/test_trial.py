@@ -11,7 +11,7 @@ from planning import make
 from tiny import make_tokens
 
 from moult.errors import MoultError
-from moult.model.estimates import estimate_memory
+from moult.model.estimates import estimate_activations
 from moult.model.shrunken import LIMIT, generic, generic_names, needed_layers, of_one_layer, shrink, size
 from moult.training.packing import ROUNDING, leak, mixing
 from moult.training.trial import find_faults
@@ -199,7 +199,7 @@ def test_a_config_with_a_list_of_sizes(tmp_path):
 def test_an_estimate_that_cannot_be_made_is_left_out():
     from transformers import PretrainedConfig
 
-    assert estimate_memory(PretrainedConfig(), 1, 1, 0, {"train": {"packing": False}, "dtype": "float32"}, {}) is None
+    assert estimate_activations(PretrainedConfig(), 0, 1, "float32") is None
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The one error that a user is meant to read."""
 
 UNFINISHED = 75  # EX_TEMPFAIL: the work is not done, and the same command goes on with it
+HOPELESS = 78  # EX_CONFIG: the same command fails in the same way; a cluster must not try it again
 
 
 class MoultError(Exception):
     """Something the user can fix: `what` is wrong and where, `fix` is what to do about it.
 
-    `exit_code` is what the stage ends with: 1 for bad input, or UNFINISHED.
+    `exit_code` is what the stage ends with: 1 for bad input, UNFINISHED, or HOPELESS.
     """
 
     def __init__(self, what: str, fix: str = "", exit_code: int = 1):

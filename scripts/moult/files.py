@@ -79,6 +79,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def atomic_files(folder: Path, *names: str) -> Iterator[dict[str, Path]]:
+    """{name: path to write to}. The files are renamed to `folder` when the block ends; after an error no folder is left."""
+    try:
+        with contextlib.ExitStack() as stack:
+            yield {name: stack.enter_context(atomic_file(folder / name)) for name in names}
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like `atomic_file`, for a folder. An older folder at `path` is deleted only when the new one is complete."""
     path = Path(path)

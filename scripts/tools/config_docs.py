@@ -13,6 +13,7 @@ from pathlib import Path
 
 import _library  # noqa: F401
 
+from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import tool_parser
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
@@ -71,6 +72,7 @@ def library_schema(config_class) -> dict:
 
 
 def generated_schemas() -> dict[Path, str]:
+    bitsandbytes_for({})
     from peft import LoraConfig
     from trl import SFTConfig
 

@@ -1,50 +1,17 @@
 """finetune: the same result however often it is interrupted, and never a step from the state of another run."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from finetuning import TORCHRUN, Run, copy_state, settings
-from workflow import hear_sigint
+from finetuning import TORCHRUN, copy_state, kill_at, settings
 
-import finetune
 from moult.files import read_json
 from moult.training.checkpoints import checkpoint_folders, seal
-
-
-def kill_at(run: Run, step: int, number: int, launcher: tuple[str, ...] = (sys.executable,)) -> int:
-    """Start the stage, send `number` when the training log of the state has reached `step`, and return its exit code."""
-    log = run.folder / "state" / "training_log.jsonl"
-    # Steps of a tiny model pass in milliseconds: a slow one makes the instant sure.
-    slow = "import time; from moult.training import trainer; f = trainer.Watch.on_step_end\n"
-    slow += "def g(self, a, s, c, **k):\n    time.sleep(0.15); return f(self, a, s, c, **k)\ntrainer.Watch.on_step_end = g\n"
-    slow += f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({finetune.__file__!r}, run_name='__main__')"
-    script = run.folder / "slow.py"
-    script.write_text(slow)
-    process = subprocess.Popen(
-        [*launcher, script, *run.command()[1:]],
-        env={**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent)},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_sigint,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and any(
-            json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line.endswith("}")
-        ):
-            process.send_signal(number)
-            break
-        time.sleep(0.01)
-    process.communicate(timeout=60)
-    return process.returncode
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def stages(config: dict, threads: int) -> None:
     encode.encode(stage_settings(config, "encode", "odd"), arguments, LOG)
     plan.plan(
         stage_settings(config, "plan", "odd"),
-        SimpleNamespace(model="base", tokens=tokens, prompts=[], out=f"{folder}/plan.json"),
+        SimpleNamespace(model="base", tokens=tokens, eval={}, out=f"{folder}/plan.json"),
         LOG,
     )
 
@@ -78,6 +78,7 @@ class Tags(HTMLParser):
 def test_any_rows_through_the_stages(checkout, monkeypatch, rows, **dataset):
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(ordered_map, "__defaults__", (int, (), 2))  # two rows at a time, so that all processes get some
+    monkeypatch.setattr(encode, "PORTION_ROWS", 2)
     (checkout / "rows.jsonl").write_text("".join(dumped(row) + "\n" for row in [*GOOD, *rows]))
     dataset |= {
         "source": "rows.jsonl",

@@ -146,7 +146,7 @@ def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
     return {
         "tokens_per_second": speeds[len(speeds) // 2],
         "seconds": seconds,
-        "peak_gib": max((entry.get("peak_gpu_bytes", 0) for entry in history), default=0) / 2**30,
+        "peak_gib": max((entry.get("peak_memory_allocated", 0) for entry in history), default=0) / 2**30,
         "planned_gib": memory[kind] / 2**30,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
     }

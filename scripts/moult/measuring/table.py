@@ -8,14 +8,19 @@ from tabulate import tabulate
 
 def table(metrics: dict, folder: Path) -> str:
     """The verdict, the comparison, what it was measured on, and where the results lie."""
-    merged = metrics["merged_vs_adapter"]
+    merged, quantization = metrics["merged_vs_adapter"], metrics.get("quantization")
+    trained = (
+        f", against what was trained ({quantization['kind']}): {quantization['trained_vs_merged']['mean_kl']:.1e}"
+        if quantization
+        else ""
+    )
     return f"""
 {metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
 
 {textwrap.indent(comparison(metrics), "  ")}
 
   measured on {metrics["data"]["sequences"]:,} sequences, {metrics["data"]["trained_tokens"]:,} trained tokens; \
-merged against adapter: mean KL {merged["mean_kl"]:.1e}
+merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
   {folder}/merged/       the tuned model
   {folder}/adapter/      the LoRA adapter
   {folder}/samples.jsonl the answers side by side

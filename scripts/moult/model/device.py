@@ -1,11 +1,19 @@
 """What the stages compute on."""
 
+import contextlib
 import os
 import platform
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moult.errors import MoultError, some
+from moult.errors import HOPELESS, MoultError, some
 from moult.model.architecture import auto_class
+from moult.model.quantization import bitsandbytes_config, settle
+from moult.model.sharding import split_over
+from moult.run.console import log
 
 
 def limit_threads(threads: int) -> None:
@@ -19,10 +27,160 @@ def limit_threads(threads: int) -> None:
 
 
 def pick() -> str:
-    """`cuda` if there is a GPU, else `cpu`."""
+    """`cuda` if there is a GPU, else `cpu`. Takes a GPU that no other stage on this machine has.
+
+    Raises MoultError for a GPU that torch cannot use. An empty CUDA_VISIBLE_DEVICES asks for the CPU, as everywhere.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Batches have different lengths: otherwise the allocator's blocks fit the next batch badly.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    sign = sign_of_gpu()
+    take_gpu()  # before torch asks CUDA, which reads CUDA_VISIBLE_DEVICES once
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        if sign:
+            raise unusable(sign, [str(warning.message) for warning in caught])
+        return "cpu"
+    check_gpu(own_device("cuda"))
+    return "cuda"
+
+
+ON_CPU = "to compute on the CPU, set CUDA_VISIBLE_DEVICES to nothing (`CUDA_VISIBLE_DEVICES= snakemake ...`)"
+
+
+def sign_of_gpu() -> str | None:
+    """What says that this process has been given a GPU."""
+    nothing = {"CUDA_VISIBLE_DEVICES": ("", "NoDevFiles"), "SLURM_JOB_GPUS": ("",), "SLURM_GPUS_ON_NODE": ("", "0")}
+    for name, values in nothing.items():
+        if os.environ.get(name, "") not in values:
+            return f"{name} is {os.environ[name]}"
+    return "/dev/nvidiactl exists" if Path("/dev/nvidiactl").exists() else None
+
+
+def unusable(sign: str, said: list[str]) -> MoultError:
+    """The error for a GPU that torch cannot use. On the CPU a run would take weeks, and what it costs is the GPU's price."""
+    import torch
+
+    try:
+        driver = Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        driver = "unknown"
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    why = f": {said[0].splitlines()[0]}" if said else ""
+    return MoultError(
+        f"there is a GPU ({sign}), but torch cannot use it{why} (NVIDIA driver {driver}; torch {torch.__version__} {built})",
+        "update the driver (CUDA 13 needs 580 or newer), install torch for your CUDA, or request a GPU for the job; "
+        f"{ON_CPU}",
+        HOPELESS,
+    )
+
+
+def check_gpu(device: str) -> None:
+    """Raises MoultError for too few GPUs, and for one that is too old for this torch."""
+    import torch
+
+    wanted, seen = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if seen < wanted:
+        raise MoultError(
+            f"train.gpu needs {wanted} GPUs on this machine, but {seen} are visible",
+            "request more GPUs, or lower train.gpu",
+            HOPELESS,
+        )
+    lowest = min((capability_of(name) for name in torch.cuda.get_arch_list() if name.startswith("sm_")), default=(0, 0))
+    capability = torch.cuda.get_device_capability(device)
+    if capability < lowest:
+        has, needs = (".".join(map(str, version)) for version in (capability, lowest))
+        raise MoultError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {has}, and torch {torch.__version__} needs {needs} or "
+            "higher",
+            f"use a newer GPU, or a torch for an older CUDA; {ON_CPU}",
+            HOPELESS,
+        )
+
+
+def capability_of(architecture: str) -> tuple[int, int]:
+    """The compute capability of sm_75 is (7, 5), of sm_100a (10, 0)."""
+    number = int(re.sub(r"\D", "", architecture))
+    return number // 10, number % 10
+
+
+# What holds this process's GPU: sockets without a file, with a name that only one process of the machine can have.
+_held: list[socket.socket] = []
+
+
+def take_gpu() -> None:
+    """Put a GPU that no other stage on this machine has where this process looks for its own in CUDA_VISIBLE_DEVICES.
+
+    With --resources gpu=4 Snakemake starts four stages, and tells none of them which GPU is its own. The name of the lock ends
+    with the process. Containers see it too, which have a /tmp of their own.
+    """
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    if not visible or _held:
+        return
+    processes, place = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    own = next(filter(hold, visible), None)
+    if own is None:
+        own = visible[place % len(visible)]
+        log.warning("all GPUs are in use by stages of Moult: sharing GPU %s with another one", own)
+    others = [gpu for gpu in visible if gpu != own]
+    # All stay visible to several processes, which copy from GPU to GPU.
+    visible = [own] if processes == 1 else [*others[:place], own, *others[place:]]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+
+
+def hold(gpu: str) -> bool:
+    """Whether this process can have the GPU for its own. Slurm numbers the GPUs of each job anew."""
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0moult-gpu-{os.environ.get('SLURM_JOB_ID', '')}-{gpu}")
+    except OSError:
+        lock.close()
+        return False
+    _held.append(lock)
+    return True
+
+
+@contextlib.contextmanager
+def enough_memory(doing: str | Callable[[], str], fix: str) -> Iterator[None]:
+    """Turn running out of memory in the block into a MoultError that says what was done, and that is not tried again.
+
+    Args:
+        doing: what the block does: "loading the base", or a function that returns this.
+        fix: what to lower.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what = doing if isinstance(doing, str) else doing()
+        where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        said = str(error).splitlines()[0].split(" Of the allocated memory")[0]
+        # A cluster gives the next attempt more of the machine's memory, and the same GPU.
+        code = 1 if OF_THE_MACHINE in said else HOPELESS
+        raise MoultError(f"out of memory while {what}{where}: {said}", fix, code) from error
+
+
+OF_THE_MACHINE = "can't allocate memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory was not enough. Libraries below torch say it in their own words."""
+    import torch
+
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", OF_THE_MACHINE)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def own_device(kind: str) -> str:
@@ -40,26 +198,38 @@ def load_dtype(kind: str, configured: str):
     return getattr(torch, configured) if kind == "cuda" else torch.float32
 
 
-def load_model(folder: str, kind: str, settings: dict):
-    """The base or merged model of a folder, whole, on this process's own device.
+def load_model(folder: str, kind: str, settings: dict, quantization: str | None = None, processes: int = 1):
+    """The base or merged model of a folder, on this process's own device.
 
     Args:
         kind: what `pick` returns, `cuda` or `cpu`.
         settings: dtype, attn_implementation, trust_remote_code of the config's model section.
+        quantization: that of the config, where the quantized base is wanted.
+        processes: over how many processes it is split (model/sharding.py); with 1 it is whole.
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
-    return read_model(
-        folder,
-        load_dtype(kind, settings["dtype"]),
-        settings["trust_remote_code"],
-        settings["attn_implementation"],
-        own_device(kind),
-    )
+    device = own_device(kind)
+    with enough_memory(f"loading {folder} to {device}", "use a GPU with more memory, or a smaller model"):
+        return read_model(
+            folder,
+            load_dtype(kind, settings["dtype"]),
+            settings["trust_remote_code"],
+            settings["attn_implementation"],
+            device,
+            quantization,
+            processes,
+        )
 
 
 def read_model(
-    folder: str | Path, dtype, trust_remote_code: bool, attn_implementation: str | None = None, device: str = "cpu"
+    folder: str | Path,
+    dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    quantization: str | None = None,
+    processes: int = 1,
 ):
     """The model of a folder on `device`, in `dtype`. Raises MoultError where weights are missing.
 
@@ -68,17 +238,23 @@ def read_model(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    more = split_over(processes) if processes > 1 else {}
+    if quantization:
+        more["quantization_config"] = bitsandbytes_config(quantization, dtype)
     model, info = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
-        # None on a CPU: peft would put hooks on a model with a device map there.
-        device_map=None if device == "cpu" else {"": device},
+        # None on a CPU: peft would put hooks on a model with a device map there. Split, it has a place of its own.
+        device_map=None if device == "cpu" or processes > 1 else {"": device},
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        **more,
     )
+    if quantization:
+        settle(model)
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
         raise MoultError(
@@ -93,7 +269,8 @@ def versions() -> dict[str, str]:
 
     from moult import __version__
 
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+    training = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    packages = (*training, "datasets", "tokenizers", "safetensors")
     return {
         "moult": __version__,
         "python": platform.python_version(),

@@ -5,48 +5,30 @@ import math
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def estimate_memory(
-    config, base: int, trainable: int, stacked: int, settings: dict, report: dict
-) -> dict[str, int | str] | None:
-    """Bytes on each GPU at the longest batch; None for a config that does not say how large its layers are.
+def estimate_activations(config, stacked: int, tokens: int, dtype: str) -> tuple[int, int] | None:
+    """Bytes that forward and backward pass need besides weights and optimizer, without and with gradient checkpointing; None
+    for a config that does not say how large its layers are.
 
     Args:
-        base, trainable: numbers of parameters.
         stacked: numbers in the stacked weights of experts that LoRA is on.
+        tokens: of the longest batch.
 
-    weights: the base in its dtype, the adapter in float32. optimizer: gradient and AdamW's two moments of the adapter,
-    float32. activations: what a decoder layer keeps for its backward pass, per token: about 10 vectors of the hidden
-    and 4 of the intermediate size in the compute dtype, and two of the hidden size in float32 for the norms; attention
-    keeps no scores (SDPA); peft adds LoRA to stacked experts by a copy of them with the sum, kept for the backward pass. With
-    gradient checkpointing only one hidden vector per layer, and one layer in full. The fused loss keeps logits of one chunk
-    only.
+    What a decoder layer keeps for its backward pass, per token: about 10 vectors of the hidden and 4 of the intermediate size
+    in the compute dtype, and two of the hidden size in float32 for the norms; attention keeps no scores (SDPA); peft adds LoRA
+    to stacked experts by a copy of them with the sum, kept for the backward pass. With gradient checkpointing only one hidden
+    vector per layer, and one layer in full. The fused loss keeps logits of one chunk only.
     """
     config = config.get_text_config()
-    train = settings["train"]
-    width = BYTES[settings["dtype"]]
+    width = BYTES[dtype]
     hidden, layers = largest(config, "hidden_size"), largest(config, "num_hidden_layers")
     if not hidden or not layers or not largest(config, "vocab_size"):
         return None
     intermediate = largest(config, "intermediate_size") or largest(config, "n_inner") or 4 * hidden
-    length = report["max_length"] if train["packing"] else report["train"]["length"]["longest_kept"]
-    tokens = train["per_device_train_batch_size"] * length
     per_layer = tokens * (width * (10 * hidden + 4 * intermediate) + 8 * hidden)
-    weights = base * width + trainable * 4
-    optimizer = trainable * 12
+    logits = 3 * 4 * 256 * config.vocab_size
     full = layers * per_layer + stacked * width
     checkpointed = layers * tokens * hidden * width + per_layer + stacked * width // layers
-    logits = 3 * 4 * 256 * config.vocab_size
-    return {
-        "device": "each GPU; on a CPU all is float32",
-        "tokens_per_batch": tokens,
-        "weights": weights,
-        "optimizer": optimizer,
-        "logits": logits,
-        "activations": full,
-        "activations_with_gradient_checkpointing": checkpointed,
-        "total": weights + optimizer + logits + full,
-        "total_with_gradient_checkpointing": weights + optimizer + logits + checkpointed,
-    }
+    return full + logits, checkpointed + logits
 
 
 def largest(config, name: str) -> int | None:
@@ -55,6 +37,26 @@ def largest(config, name: str) -> int | None:
     if isinstance(value, list) and value and all(isinstance(part, int) for part in value):
         return max(value)
     return value if isinstance(value, int) else None
+
+
+def cache_bytes(config, length: int, width: int) -> float:
+    """Keys and values of one sequence while it is generated. Layers with a window keep no more than that.
+
+    Args:
+        config: the model's; for what it does not say, the most that it could be (as many heads for keys as for queries, which
+            are as wide as the hidden size together, and no window).
+        width: bytes of a number.
+    """
+    config = config.get_text_config()
+    layers, hidden = largest(config, "num_hidden_layers") or 1, largest(config, "hidden_size") or 0
+    heads = largest(config, "num_attention_heads")
+    per_token = 2.0 * width * hidden
+    if heads:
+        per_head = largest(config, "head_dim") or hidden // heads
+        per_token = 2.0 * width * (largest(config, "num_key_value_heads") or heads) * per_head
+    window, kinds = largest(config, "sliding_window"), getattr(config, "layer_types", None)
+    short = sum(kind == "sliding_attention" for kind in kinds) if kinds and window else 0
+    return per_token * ((layers - short) * length + short * min(length, window or length))
 
 
 def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:

@@ -55,19 +55,30 @@ def shrink(model):
 
 def needed_layers(model) -> int:
     """How many of the first layers have one of each kind, and at least two."""
+    depth, kinds = model.config.get_text_config().num_hidden_layers, layer_kinds(model)
+    if kinds is None or size(model) <= SMALL:
+        return depth
+    return min(depth, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
+
+
+def layer_kinds(model) -> list[tuple] | None:
+    """What each layer is, equal for those that are alike: the shapes in it, and what the config says of it. None for a model
+    whose layers are not in one list."""
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
     stacks = [module for name, module in model.named_modules() if name.endswith(("layers", ".h", "blocks"))]
     stack = next((module for module in stacks if hasattr(module, "__len__") and len(module) == depth), None)
-    if stack is None or size(model) <= SMALL:
-        return depth
+    if stack is None:
+        return None
     lists = [value for value in vars(config).values() if isinstance(value, list | str) and len(value) == depth]
     lists = [value for value in lists if len(set(map(str, value))) < depth]  # not those that number the layers
-    kinds: dict[tuple, int] = {}
-    for index, layer in enumerate(stack):
-        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-        kinds.setdefault((shapes, *(str(value[index]) for value in lists)), index)
-    return min(depth, max(2, 1 + max(kinds.values())))
+    return [
+        (
+            tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()),
+            *(str(value[index]) for value in lists),
+        )
+        for index, layer in enumerate(stack)
+    ]
 
 
 def build(model, layers: int, divisor: int):

@@ -37,6 +37,7 @@ class Attempt:
     outcome: running, done, failed, unfinished (the same command goes on), interrupted (Ctrl-C), or terminated (SIGTERM).
     what: what is wrong, or of a stage that is done what it found.
     fix: what to do about it.
+    again: whether it may be tried again as it is; not if it would fail in the same way (errors.HOPELESS).
     """
 
     stage: str
@@ -48,6 +49,7 @@ class Attempt:
     outcome: str = "running"
     what: str = ""
     fix: str = ""
+    again: bool = True
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -6,7 +6,8 @@
 The console gets INFO, and at most one progress bar (moult/run/console.py). The log file gets everything: DEBUG, warnings, and
 each line that a library prints (logfile.py). A small JSON beside it says how the attempt ended (attempt.py).
 
-Exit codes: 0 done, 1 failed, 75 unfinished (the same command goes on), 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 failed, 75 unfinished (the same command goes on), 78 failed and would fail again, 130 interrupted, 143
+terminated.
 """
 
 import contextlib
@@ -19,11 +20,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from moult import __version__
-from moult.errors import UNFINISHED, MoultError
+from moult.errors import HOPELESS, UNFINISHED, MoultError
 from moult.run.attempt import Attempt, now
 from moult.run.console import Console, log
 from moult.run.logfile import capture_output, log_everything, open_log
@@ -62,6 +64,20 @@ def stage(
     attempt = Attempt(stage=name, log=str(path), rank=rank)
     record = attempt_log.with_suffix(".json")
     attempt.write(record)
+
+    def end(error: BaseException) -> int | str | None:
+        code, attempt.outcome, attempt.what, attempt.fix = explain(error)
+        attempt.again = code != HOPELESS
+        tell(attempt, own_path, error)
+        close()
+        return code
+
+    def close() -> None:
+        attempt.ended = now()
+        attempt.what, attempt.fix = redact(attempt.what), redact(attempt.fix)
+        attempt.write(record)
+
+    _ends.append(end)
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
         stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
@@ -77,16 +93,26 @@ def stage(
         try:
             yield log
         except (Exception, KeyboardInterrupt, SystemExit) as error:
-            code, attempt.outcome, attempt.what, attempt.fix = explain(error)
-            tell(attempt, own_path, error)
-            raise SystemExit(code) from None
+            raise SystemExit(end(error)) from None
         else:
             attempt.outcome, attempt.what = "done", console.found
             log.debug("%s done in %.1f s", name, time.monotonic() - started)
+            close()
         finally:
-            attempt.ended = now()
-            attempt.what, attempt.fix = redact(attempt.what), redact(attempt.fix)
-            attempt.write(record)
+            _ends.remove(end)
+
+
+# How the stage that runs is ended, if one runs.
+_ends: list[Callable[[BaseException], int | str | None]] = []
+
+
+def end_at_once(error: BaseException) -> NoReturn:
+    """End this process as the stage would end with `error`: message, record, exit code. For a thread, while the main thread
+    waits in a library, where nothing can be raised."""
+    code = _ends[-1](error) if _ends else 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def explain(error: BaseException) -> tuple[int | str | None, str, str, str]:

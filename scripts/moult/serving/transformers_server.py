@@ -20,6 +20,7 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from moult.errors import MoultError
+from moult.model.quantization import bitsandbytes_for
 from moult.run.cli import tool_parser
 from moult.serving.api import BadRequest, Options, checked_fields, checked_options
 from moult.serving.engine import Engine
@@ -44,6 +45,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))
+    bitsandbytes_for({})
     engine = Engine(args.model, args.name, args.adapter, args.adapter_name, args.max_model_len, args.settings)
     handler = type("Handler", (Handler,), {"engine": engine, "key": os.environ.pop("VLLM_API_KEY", "")})
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

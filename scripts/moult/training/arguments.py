@@ -3,23 +3,68 @@
 from pathlib import Path
 
 from moult.errors import MoultError
+from moult.training.batches import Batches
 
 
-def trainer_config(settings: dict, state: str | Path, device: str, max_length: int):
-    """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it."""
+def batch_sizes(train: dict, device: str | None, found: int | None = None) -> list[int]:
+    """The sizes of a batch on each GPU that finetune may train with, the largest first.
+
+    With `auto` a step has gradient_accumulation_steps sequences on each GPU, in the largest batches that fit. `found` is what
+    an earlier attempt has found.
+    """
+    size, per_step = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+    if size != "auto":
+        return [size]
+    most = found or (per_step if device == "cuda" else 4)  # a CPU says nothing when its memory is full
+    return [number for number in range(most, 0, -1) if per_step % number == 0]
+
+
+def checkpointed_at_once(train: dict) -> bool:
+    """Whether gradient checkpointing is on from the start. `auto` with a split base too: it is there to save memory, and a pass
+    that has run out of it in the middle leaves the parts in a state from which nothing can be tried again."""
+    return train["gradient_checkpointing"] is True or (train["gradient_checkpointing"] == "auto" and train["shard"])
+
+
+def trainer_config(
+    settings: dict,
+    state: str | Path,
+    device: str | None,
+    max_length: int,
+    batches: Batches | None = None,
+    found: int | None = None,
+):
+    """trl.SFTConfig from the `train` section and the fields that finetune sets. Raises MoultError if TRL refuses it.
+
+    device: `cuda`, `cpu`, or None to check the section for whichever it will be.
+    batches: what the config leaves open about them.
+    found: the batch size that an earlier attempt has found, for `auto`.
+    """
     from trl import SFTConfig
 
-    not_theirs = ("gpu", "nodes", "shard", "gradient_checkpointing")
+    batches = batches or Batches()
+    if device == "cpu":
+        refuse_on_cpu(settings["train"])
+
+    not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
-    half = device == "cuda" and settings["dtype"] != "float32"
+    train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
+    train.setdefault("pad_to_multiple_of", batches.multiple)
+    if train["per_device_train_batch_size"] == "auto":
+        size = batch_sizes(train, device, found)[0]
+        train["gradient_accumulation_steps"] //= size
+        train["per_device_train_batch_size"] = size
+    if device == "cuda":
+        half = settings["dtype"] != "float32"
+    else:
+        half = settings["dtype"] == "bfloat16" and not settings["quantization"] and computes_bfloat16()
     own = {
         "output_dir": str(state),
         "seed": settings["seed"],
         "data_seed": settings["seed"],
-        "use_cpu": device == "cpu",
+        "use_cpu": device != "cuda",
         "bf16": half and settings["dtype"] == "bfloat16",
         "fp16": half and settings["dtype"] == "float16",
-        "gradient_checkpointing": settings["train"]["gradient_checkpointing"] is True,
+        "gradient_checkpointing": checkpointed_at_once(settings["train"]),
         "max_length": max_length if train["packing"] else None,
         "eval_packing": False,
         "metric_for_best_model": "eval_loss",
@@ -36,6 +81,23 @@ def trainer_config(settings: dict, state: str | Path, device: str, max_length: i
         raise MoultError(f"train: {str(error).splitlines()[0]}", "fix the train section of the config") from error
 
 
+def refuse_on_cpu(train: dict) -> None:
+    """Raises MoultError for what makes training slower on a CPU, or impossible."""
+    if train.get("torch_compile"):
+        raise MoultError(
+            "train.torch_compile: on a CPU a step takes a hundred times as long with it", "leave it out, or use a GPU"
+        )
+    if train.get("use_liger_kernel"):
+        raise MoultError("train.use_liger_kernel: its kernels run only on a GPU", "leave it out, or use a GPU")
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 by itself. Elsewhere autocast makes training slower."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def check_trainer(config, model) -> None:
     """Raises MoultError for errors that Trainer would raise later: a missing package, a schedule without a required argument.
     `model` may be without weights."""
@@ -45,6 +107,7 @@ def check_trainer(config, model) -> None:
     from transformers.optimization import get_scheduler
 
     checks = {
+        "use_liger_kernel": lambda: check_liger(config),
         "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(config.report_to)],
         "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config, model),
         "lr_scheduler_type": lambda: get_scheduler(
@@ -63,6 +126,13 @@ def check_trainer(config, model) -> None:
             problems.append(f"train.{name}: {str(error).strip().splitlines()[0]}")
     if problems:
         raise MoultError("\n    ".join(problems), "fix the train section of the config, or install the missing package")
+
+
+def check_liger(config) -> None:
+    from transformers.utils import is_liger_kernel_available
+
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("the package liger-kernel is not installed")
 
 
 def show_backbone(model) -> None:

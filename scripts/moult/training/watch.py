@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import torch
 import torch.distributed
@@ -28,11 +27,7 @@ class Watch(TrainerCallback):
             self.trainer.restore_averages(self.trainer.resume)
         if state.is_world_process_zero:
             self.bar = progress(state.max_steps, "steps", initial=state.global_step)
-        self._start_clock()
-
-    def _start_clock(self) -> None:
-        self.clock = time.monotonic() - self.trainer.other_seconds
-        self.tokens = self.trainer._total_train_tokens
+        self.trainer.start_clock()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
@@ -66,10 +61,7 @@ class Watch(TrainerCallback):
             return
         entry = {"step": state.global_step, "epoch": state.epoch, **logs}
         if "loss" in logs:
-            seconds = time.monotonic() - self.trainer.other_seconds - self.clock
-            entry["tokens_per_second"] = (self.trainer._total_train_tokens - self.tokens) / seconds
             self.note = f"loss {logs['loss']:.3f}{self.validated}, {entry['tokens_per_second']:,.0f} tokens/s"
-            self._start_clock()
         if "eval_loss" in logs:
             self.validated = f", val {logs['eval_loss']:.4f}"
             log.debug("step %s: validation loss %.4f", f"{state.global_step:,}", logs["eval_loss"])
@@ -82,8 +74,6 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.close()
-            if args.device.type == "cuda":
-                self._write({"step": state.global_step, "peak_gpu_bytes": torch.cuda.max_memory_allocated()})
 
 
 def check_finite(logs: dict, step: int) -> None:

@@ -396,9 +396,28 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
         for key in ("eval_strategy", "save_strategy")
         if train["load_best_model_at_end"] and train[key] == "no"
     ]
-    if train["packing"] and dataset is not None and train.get("padding_free"):
+    if train["per_device_train_batch_size"] == "auto" and train.get("dataloader_drop_last"):
+        problems.append(
+            "train.dataloader_drop_last: with per_device_train_batch_size: auto the number of steps would depend on the GPU; "
+            "leave it out, or give a number"
+        )
+    if train["packing"] and dataset is not None and train["padding_free"] is True:
         problems.append("train.padding_free: packing has it already; leave it out")
+    problems += _quantization_problems(run["lora"]) if run["model"]["quantization"] else []
     return problems + (_sharding_problems(run) if train["shard"] else [])
+
+
+def _quantization_problems(lora: dict) -> list[str]:
+    """What model.quantization cannot go with, and would not stop at."""
+    problems = []
+    start = lora.get("init_lora_weights", True)
+    if isinstance(start, str) and start != "gaussian":
+        # olora would take a part out of the quantized weights, and the merge another one out of the base's own.
+        problems.append(f"lora.init_lora_weights: {start} needs a base that is not quantized; set true or gaussian")
+    if lora.get("bias", "none") != "none":
+        # bitsandbytes (0.50, nn/modules.py) casts the biases of its layers to the dtype of each batch.
+        problems.append("lora.bias: the biases of a quantized base cannot be trained; leave it out")
+    return problems
 
 
 def _sharding_problems(run: dict) -> list[str]:

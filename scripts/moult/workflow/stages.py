@@ -188,6 +188,7 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "gradient_accumulation_steps",
         "gpu",
         "nodes",
+        "gpu_memory",
         "save_total_limit",
         "router_aux_loss_coef",  # 0 is without that loss
     )
@@ -201,8 +202,8 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _finetune(config: dict, run: dict, dataset: dict) -> dict:
-    # On how many nodes its processes are is the launcher's business (rules/cluster.smk).
-    train = {name: value for name, value in run["train"].items() if name != "nodes"}
+    # On how many nodes its processes are is the launcher's business (rules/cluster.smk); gpu_memory is for plan.
+    train = {name: value for name, value in run["train"].items() if name not in ("nodes", "gpu_memory")}
     own = _pick(run["model"], "dtype", "quantization", "attn_implementation", "trust_remote_code")
     return {"train": train, **_pick(run, "lora", "seed"), **own}
 
@@ -231,7 +232,8 @@ def evaluation_gpus(run: dict) -> int:
 
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", "merge_kl_limit", "merge_top1_limit")
+    limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
+    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
