@@ -9,13 +9,19 @@ import datetime
 import gzip
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from preparing import arguments, lines, pairs, stage_input
+from preparing import OUTPUTS, arguments, lines, pairs, stage_input, write
+from test_sources import write as write_as
+from workflow import ROOT
 
 import prepare
 from moult.data import first_pass, readers
@@ -194,3 +200,69 @@ def test_the_bytes_are_those_of_the_first_version(tmp_path, monkeypatch, case):
     for threads, size in ((1, readers.SIZE), (2, 300), (3, 5000)):
         monkeypatch.setattr(readers, "SIZE", size)
         assert outcome(tmp_path / "out", threads, dataset) == FIRST[case], (threads, size)
+
+
+# --- killed, and large ------------------------------------------------------------------------------------------------
+
+# Runs prepare, kills it where it adds up the third chunk or writes the third piece, and prints the most memory in kB.
+CODE = """
+import json, logging, os, signal, sys
+from types import SimpleNamespace
+import prepare
+from moult.data.records import Rows
+
+given, paths, victim = json.loads(sys.argv[1])
+add, finished, left = prepare.Ledger.add, Rows.finished, 3
+
+def count():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if victim == "reading":
+    prepare.Ledger.add = lambda *both: (count(), add(*both))
+elif victim == "writing":
+    Rows.finished = lambda *both: (count() or piece for piece in finished(*both))
+prepare.prepare(given, SimpleNamespace(**paths), logging.getLogger())
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+def go(folder: Path, victim: str = "", threads: int = 1, **dataset) -> subprocess.CompletedProcess:
+    given = json.dumps([stage_input(**dataset), arguments(folder, threads), victim])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    return subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("victim", ["reading", "writing"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_in_either_pass_it_ends_with_the_same_bytes(tmp_path, victim, threads):
+    row = {"completion": "a" * 3000}
+    source = write(tmp_path / "rows.jsonl", [{"prompt": f"question {n}", **row} for n in range(2000)])  # 6 chunks
+    out = tmp_path / "out"
+    assert go(out, victim, threads, source=source).returncode == -signal.SIGKILL
+    assert not {file.name for file in out.iterdir()} & {*OUTPUTS}
+    assert go(out, threads=threads, source=source).returncode == 0
+    assert {file.name for file in out.iterdir()} == {*OUTPUTS}
+    assert go(tmp_path / "undisturbed", source=source).returncode == 0
+    for name in OUTPUTS:
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the most memory that a process had")
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind):
+    """60 MB more of it take less than 20 MB more, for what is being read at a time."""
+    peak = []
+    for length in (1_000, 30_000):
+        rows = [{"prompt": f"question {n}", "completion": f"{n} " * (length // 5)} for n in range(2000)]
+        file = tmp_path / f"rows{length}.{kind}"
+        if kind == "parquet":  # a page holds 1,024 rows, however long they are, unless its group has fewer
+            pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=50)
+        else:
+            write_as(file, rows)
+        done = go(tmp_path / "out", source=str(file))
+        assert done.returncode == 0, done.stderr
+        peak.append(int(done.stdout))
+    assert peak[1] - peak[0] < 20_000
