@@ -30,6 +30,9 @@ class Part:
     records: bytes = b""
 
 
+_given: tuple[list[dict], list[dict], list[str], dict]
+
+
 def set_first_pass(*given) -> None:
     """What each process must know: the sources, files, names of files and settings that prepare has."""
     global _given

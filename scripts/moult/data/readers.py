@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -380,29 +381,37 @@ def _holds_lines(file: Path, name: str) -> bool:
 
 def _elements(stream: TextIO) -> Iterator[str]:
     """The JSON of each element of a list. Raises ValueError or RecursionError for anything but a whole list of JSON."""
-    decode, space = json.JSONDecoder().raw_decode, json.decoder.WHITESPACE
+    decode = json.JSONDecoder().raw_decode
     window, separator = stream.read(SIZE), "["
-    at = space.match(window).end()
+    at = _after_space(window, 0)
     if not window.startswith("[", at):
         raise ValueError
     while True:
-        start, end = space.match(window, at + 1).end(), 0
+        start, end = _after_space(window, at + 1), 0
         if window.startswith(separator, at):
             with contextlib.suppress(ValueError, RecursionError):  # not JSON, or cut off
                 _, end = decode(window, start)
-        behind = space.match(window, end).end()
+        behind = _after_space(window, end)
         if end and behind < len(window):  # more follows, so it is not a number that goes on
             yield window[start:end]
             at, separator = behind, ","
         elif separator == "," and window.startswith("]", at):
             rest = window[at + 1 :] + stream.read()
-            if space.match(rest).end() < len(rest):
+            if _after_space(rest, 0) < len(rest):
                 raise ValueError
             return
         elif more := stream.read(max(SIZE, len(window))):
             window, at = window[at:] + more, 0
         else:
             raise ValueError
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls space
 
 
 def _csv(file: Path, name: str, delimiter: str) -> Iterator[Cells]:

@@ -138,12 +138,13 @@ class Rows:
         goes_on = is_plain[1:] & is_plain[:-1] & (start[1:] == end[:-1])
         goes_on[_TOGETHER - 1 :: _TOGETHER] = False
         firsts = np.flatnonzero(np.append(True, ~goes_on))
-        for first, last in zip(firsts, np.append(firsts[1:], len(self)) - 1, strict=True):
+        lasts: np.ndarray = np.append(firsts[1:], len(self)) - 1
+        for first, last in zip(firsts, lasts, strict=True):
             self.lines.seek(int(start[first]))
             data = self.lines.read(int(end[last] - start[first]))
             if not is_plain[first]:
                 data = _copies(data, int(times[first]), self.languages[language[first]])
-            yield int(last - first + 1), data
+            yield int(last - first) + 1, data
 
 
 def _first_equal(values: np.ndarray) -> np.ndarray:
@@ -151,7 +152,7 @@ def _first_equal(values: np.ndarray) -> np.ndarray:
     high, low = values.astype(np.uint64).T
     order = np.lexsort((low, high))  # stable: equal ones stay in their order
     high, low = high[order], low[order]
-    is_new = np.ones(len(values), bool)
+    is_new: np.ndarray = np.ones(len(values), bool)
     is_new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     first = np.empty_like(order)
     first[order] = order[is_new][np.cumsum(is_new) - 1]
@@ -163,7 +164,9 @@ _IDENTITY = re.compile(rb'\{"group":"\w{16}","id":"(?:[^"\\]|\\.)*"')
 
 
 def _copies(line: bytes, count: int, language: str) -> bytes:
-    end = _IDENTITY.match(line).end()
+    identity = _IDENTITY.match(line)
+    assert identity is not None, line[:200]
+    end = identity.end()
     rest = (f',"language":"{language}"'.encode() if language else b"") + line[end:]
     ids = [line[:end], *(line[: end - 1] + b'#%d"' % copy for copy in range(2, count + 1))]
     return b"".join([start + rest for start in ids[:count]])
