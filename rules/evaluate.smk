@@ -33,10 +33,11 @@ rule evaluate_base:
         script=script_of("evaluate_model"),
         code=code_of("evaluate_model"),
         tokens=folder_of("report"),
+        gpus=untracked(of_run(evaluation_gpus)),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --likelihood {output.likelihood:q} --answers {output.answers:q} --threads {threads} --log-file {log:q}
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """
 
 
@@ -68,9 +69,10 @@ rule evaluate_tuned:
         script=script_of("evaluate_model"),
         code=code_of("evaluate_model"),
         tokens=folder_of("report"),
+        gpus=untracked(of_run(evaluation_gpus)),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
-            --merge-check {output.merge_check:q} --threads {threads} --log-file {log:q}
+            --merge-check {output.merge_check:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """

@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
     parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="number of GPUs to spread a model over, where there are GPUs"
+    )
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
     parser.add_argument("--merge-check", help="output: merged model against base plus adapter (.json)")
@@ -53,7 +56,7 @@ def main() -> None:
 
 def evaluate(settings: dict, args, log) -> None:
     limit_threads(args.threads)
-    device = pick()
+    device = pick(args.gpus)
     tokens = Path(args.tokens)
     report = read_json(tokens / "report.json")
     template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
@@ -61,7 +64,7 @@ def evaluate(settings: dict, args, log) -> None:
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
     rows = read_rows(tokens / "val.parquet")
     log.info("measuring %s on %s", args.model, device)
-    model = load_model(folder, device, settings).eval()
+    model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
     write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
@@ -240,7 +243,7 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     from peft import PeftModel
 
     def adapted(quantization: str | None = None):
-        base = load_model(str(open_model(args.base)[0]), device, settings, quantization)
+        base = load_model(str(open_model(args.base)[0]), device, settings, quantization, gpus=args.gpus)
         return PeftModel.from_pretrained(base, args.adapter).eval()
 
     kept, of_merged = kept_logits(merged, chosen(rows, settings["eval"]["merge_check_rows"]), pad_id)

@@ -21,6 +21,7 @@ def pretend(monkeypatch, count: int = 1, capability: tuple[int, int] = (9, 0)) -
         "device_count": lambda: count,
         "get_device_capability": lambda device=None: capability,
         "get_device_name": lambda device=None: "Pretended GPU",
+        "mem_get_info": lambda device=None: (10_000, 20_000),
         "is_bf16_supported": lambda *args, **kwargs: capability >= (8, 0),
     }
     for name, answer in answers.items():

@@ -36,6 +36,31 @@ def test_each_process_loads_the_base_once_and_straight_to_its_own_gpu(rank, plac
     assert [(call["device_map"], call["dtype"]) for call in calls] == [({"": place}, torch.bfloat16)]
 
 
+def test_the_evaluation_spreads_a_model_over_several_gpus(base, machine):
+    gpus.pretend(machine, 4)
+    calls = gpus.record_loading(machine)
+    device.load_model(base, device.pick(3), SETTINGS, gpus=3)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    assert [(call["device_map"], call["max_memory"]) for call in calls] == [("balanced", {0: 9000, 1: 9000, 2: 9000})]
+
+
+def test_too_few_gpus_for_the_evaluation_are_named(machine):
+    gpus.pretend(machine, 2)
+    with pytest.raises(MoultError, match=r"eval\.gpu \(or train\.gpu, with train\.shard\) needs 3 GPUs .* but 2 are"):
+        device.pick(3)
+
+
+def test_what_does_not_fit_over_the_gpus_is_not_put_elsewhere(base, machine):
+    gpus.pretend(machine, 2)
+    made = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "disk"})
+    machine.setattr(device, "read_model", lambda *_: made)
+    with pytest.raises(
+        MoultError, match="does not fit into the memory of 2 GPUs: part of it would be on disk"
+    ) as error:
+        device.load_model(base, device.pick(2), SETTINGS, gpus=2)
+    assert error.value.exit_code == HOPELESS
+
+
 def test_a_model_on_a_cpu_is_in_float32_and_has_no_hooks(base, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     model = device.load_model(base, "cpu", SETTINGS)

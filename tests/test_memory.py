@@ -58,7 +58,7 @@ def run_of(model, length: int = 1024, lora: dict = LORA, quantization=None, exac
         "quantization": quantization,
         "attn_implementation": None,
     }
-    report = {"max_length": length, "train": lengths, "val": lengths}
+    report = {"max_length": length, "train": lengths, "val": {**lengths, "sequences": 50}}
     exact = {"varlen": None, "unmasked": None} if exact is None else exact
     return Run(model, inject(model, lora, []), settings, report, exact)
 
@@ -182,7 +182,7 @@ def test_parts_and_total():
 
 def test_the_validation_may_be_what_needs_most():
     run = run_of(shaped("Llama-3.1-8B"), 1024)
-    long = {**run.report, "val": {"length": {"longest_kept": 32768}}}
+    long = {**run.report, "val": {"length": {"longest_kept": 32768}, "sequences": 50}}
     found = memory_of(dataclasses.replace(run, report=long))
     assert found["validation"] > found["activations_with_gradient_checkpointing"]
     held = found["weights"] + found["optimizer"] - 4 * 41_943_040
@@ -231,7 +231,7 @@ def test_optimizers(optimizer, bytes_of_each):
     ],
 )
 def test_what_the_attention_gets(train, wanted, exact, attention):
-    settings = {"train": {**TRAIN, **train}, "attn_implementation": wanted}
+    settings = {"train": {**TRAIN, **train}, "attn_implementation": wanted, "dtype": "bfloat16"}
     assert attention_of(Run(None, None, settings, {}, exact)) == attention
 
 

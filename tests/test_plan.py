@@ -171,9 +171,9 @@ def test_what_finetune_asks_of_a_cluster(tmp_path, monkeypatch):
         return estimate_job(base, steps, {"train": {"gpu": 1, "nodes": 1, **train}, "dtype": "bfloat16"}, report)
 
     # 7.5 operations x 7e9 parameters x 8.192 M tokens / 25e12 = 4 h 47 min
-    assert job(7e9) == {"mem_mb": 20_000, "runtime": 317}
-    assert job(7e9, gpu=4) == {"mem_mb": 62_000, "runtime": 102}
-    assert job(7e9, gpu=4, nodes=2)["mem_mb"] == 34_000  # of each
+    assert job(7e9) == {"mem_mb": 14_000, "runtime": 317}
+    assert job(7e9, gpu=4) == {"mem_mb": 38_000, "runtime": 102}
+    assert job(7e9, gpu=4, nodes=2)["mem_mb"] == 22_000  # of each
     assert job(7e10)["runtime"] == 24 * 60
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from moult.data.sequence import IGNORE
 from moult.run.console import progress
 
-# Most logits that are in memory at once, in elements of float32: 1 GiB.
-MAX_LOGITS = 2**28
-MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Most logits that are in memory at once, in elements: of each some 12 bytes (as the model gives them, the scored ones, float32,
+# their logarithms), 1.6 GB.
+MAX_LOGITS = 2**27
+# A GPU is busy with 8,192 tokens. With four times as many, the validation of an 8 B model needed 8.7 GB besides the weights, more
+# than a training step with gradient checkpointing (plan simulates both), and would have ended the run on a card of 24 GB.
+MAX_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 
 @dataclass
@@ -64,7 +67,8 @@ def scored_logits(model, sequences: list[dict], pad_id: int) -> Iterator[tuple]:
 
     ids, mask, labels = padded(sequences, pad_id, model.device)
     targets = labels[:, 1:]
-    wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1)
+    # On the CPU, because the head of a model that is spread over several GPUs is on another one than the ids.
+    wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1).cpu()
     rows = torch.arange(len(sequences), device=targets.device).unsqueeze(1)
     at_once = max(1, MAX_LOGITS // (len(sequences) * model.config.get_text_config().vocab_size))
     done = 0

@@ -1,6 +1,7 @@
 """What the stages compute on."""
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -26,8 +27,8 @@ def limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def pick() -> str:
-    """`cuda` if there is a GPU, else `cpu`. Takes a GPU that no other stage on this machine has.
+def pick(gpus: int = 1) -> str:
+    """`cuda` if there is a GPU, else `cpu`. Takes `gpus` GPUs that no other stage on this machine has.
 
     Raises MoultError for a GPU that torch cannot use. An empty CUDA_VISIBLE_DEVICES asks for the CPU, as everywhere.
     """
@@ -37,7 +38,7 @@ def pick() -> str:
         # Batches have different lengths: otherwise the allocator's blocks fit the next batch badly.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     sign = sign_of_gpu()
-    take_gpu()  # before torch asks CUDA, which reads CUDA_VISIBLE_DEVICES once
+    take_gpus(gpus)  # before torch asks CUDA, which reads CUDA_VISIBLE_DEVICES once
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -47,7 +48,7 @@ def pick() -> str:
         if sign:
             raise unusable(sign, [str(warning.message) for warning in caught])
         return "cpu"
-    check_gpu(own_device("cuda"))
+    check_gpus(own_device("cuda"), gpus)
     return "cuda"
 
 
@@ -81,15 +82,16 @@ def unusable(sign: str, said: list[str]) -> MoultError:
     )
 
 
-def check_gpu(device: str) -> None:
+def check_gpus(device: str, gpus: int) -> None:
     """Raises MoultError for too few GPUs, and for one that is too old for this torch."""
     import torch
 
-    wanted, seen = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    wanted, seen = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), torch.cuda.device_count()
     if seen < wanted:
+        key = "train.gpu" if gpus == 1 else "eval.gpu (or train.gpu, with train.shard)"
         raise MoultError(
-            f"train.gpu needs {wanted} GPUs on this machine, but {seen} are visible",
-            "request more GPUs, or lower train.gpu",
+            f"{key} needs {wanted} GPUs on this machine, but {seen} are visible",
+            f"request more GPUs, or lower {key.split()[0]}",
             HOPELESS,
         )
     lowest = min((capability_of(name) for name in torch.cuda.get_arch_list() if name.startswith("sm_")), default=(0, 0))
@@ -114,8 +116,8 @@ def capability_of(architecture: str) -> tuple[int, int]:
 _held: list[socket.socket] = []
 
 
-def take_gpu() -> None:
-    """Put a GPU that no other stage on this machine has where this process looks for its own in CUDA_VISIBLE_DEVICES.
+def take_gpus(count: int) -> None:
+    """Put GPUs that no other stage on this machine has where this process looks for its own in CUDA_VISIBLE_DEVICES.
 
     With --resources gpu=4 Snakemake starts four stages, and tells none of them which GPU is its own. The name of the lock ends
     with the process. Containers see it too, which have a /tmp of their own.
@@ -127,13 +129,15 @@ def take_gpu() -> None:
     if not visible or _held:
         return
     processes, place = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    own = next(filter(hold, visible), None)
-    if own is None:
-        own = visible[place % len(visible)]
-        log.warning("all GPUs are in use by stages of Moult: sharing GPU %s with another one", own)
-    others = [gpu for gpu in visible if gpu != own]
+    own = list(itertools.islice(filter(hold, visible), count))
+    start = place % len(visible)
+    shared = [gpu for gpu in [*visible[start:], *visible[:start]] if gpu not in own][: count - len(own)]
+    if shared:
+        log.warning("all GPUs are in use by stages of Moult: sharing GPU %s with another one", some(shared))
+    own += shared
+    others = [gpu for gpu in visible if gpu not in own]
     # All stay visible to several processes, which copy from GPU to GPU.
-    visible = [own] if processes == 1 else [*others[:place], own, *others[place:]]
+    visible = own if processes == 1 else [*others[:place], *own, *others[place:]]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
 
 
@@ -198,7 +202,9 @@ def load_dtype(kind: str, configured: str):
     return getattr(torch, configured) if kind == "cuda" else torch.float32
 
 
-def load_model(folder: str, kind: str, settings: dict, quantization: str | None = None, processes: int = 1):
+def load_model(
+    folder: str, kind: str, settings: dict, quantization: str | None = None, processes: int = 1, gpus: int = 1
+):
     """The base or merged model of a folder, on this process's own device.
 
     Args:
@@ -206,20 +212,35 @@ def load_model(folder: str, kind: str, settings: dict, quantization: str | None 
         settings: dtype, attn_implementation, trust_remote_code of the config's model section.
         quantization: that of the config, where the quantized base is wanted.
         processes: over how many processes it is split (model/sharding.py); with 1 it is whole.
+        gpus: over how many GPUs of this process its layers are spread.
 
     Raises MoultError where weights are missing: transformers would make them up and say so in a warning only.
     """
-    device = own_device(kind)
-    with enough_memory(f"loading {folder} to {device}", "use a GPU with more memory, or a smaller model"):
-        return read_model(
-            folder,
-            load_dtype(kind, settings["dtype"]),
-            settings["trust_remote_code"],
-            settings["attn_implementation"],
-            device,
-            quantization,
-            processes,
+    where = split_over(processes) if processes > 1 else place_of(kind, gpus)
+    with enough_memory(f"loading {folder} to {own_device(kind)}", "use a GPU with more memory, or a smaller model"):
+        dtype, trusted = load_dtype(kind, settings["dtype"]), settings["trust_remote_code"]
+        model = read_model(folder, dtype, trusted, settings["attn_implementation"], where, quantization)
+    elsewhere = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if kind == "cuda" and elsewhere:
+        raise MoultError(
+            f"{folder} does not fit into the memory of {gpus} GPUs: part of it would be on {some(sorted(elsewhere))}",
+            "raise eval.gpu, or use GPUs with more memory",
+            HOPELESS,
         )
+    return model
+
+
+def place_of(kind: str, gpus: int) -> dict:
+    """Arguments of from_pretrained for where a whole model is to be."""
+    import torch
+
+    if kind == "cpu":
+        return {}  # peft would put hooks on a model with a device map there
+    if gpus == 1:
+        return {"device_map": {"": own_device(kind)}}
+    # A tenth of each for logits and what is computed at a time; nothing on the CPU, where it would take days.
+    room = {number: int(0.9 * torch.cuda.mem_get_info(number)[0]) for number in range(gpus)}
+    return {"device_map": "balanced", "max_memory": room}
 
 
 def read_model(
@@ -227,30 +248,27 @@ def read_model(
     dtype,
     trust_remote_code: bool,
     attn_implementation: str | None = None,
-    device: str = "cpu",
+    where: dict | None = None,
     quantization: str | None = None,
-    processes: int = 1,
 ):
-    """The model of a folder on `device`, in `dtype`. Raises MoultError where weights are missing.
+    """The model of a folder in `dtype`; on the CPU unless `where` has other arguments of from_pretrained. Raises MoultError where
+    weights are missing.
 
     On a GPU, each tensor goes there as soon as it is read: the machine's memory holds a few of them at a time.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    more = split_over(processes) if processes > 1 else {}
-    if quantization:
-        more["quantization_config"] = bitsandbytes_config(quantization, dtype)
+    more = {"quantization_config": bitsandbytes_config(quantization, dtype)} if quantization else {}
     model, info = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attn_implementation,
-        # None on a CPU: peft would put hooks on a model with a device map there. Split, it has a place of its own.
-        device_map=None if device == "cpu" or processes > 1 else {"": device},
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        **(where or {}),
         **more,
     )
     if quantization:

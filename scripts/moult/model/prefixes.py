@@ -21,7 +21,7 @@ class PrefixTokens:
         self._cuts = [(0, 0)]  # places where the text may be cut: (character, token)
 
     def ids(self, text: str) -> list[int]:
-        seeker, cut_ids, longest = _cut_tokens(self.chat)
+        seeker, cut_ids, known, longest = _cut_tokens(self.chat)
         # Behind the cut the texts agree for as long as the longest token, so both have the same token there.
         place = self._cut_before(common(self._text, text) - longest)
         begin, count = self._cuts[place]
@@ -29,7 +29,6 @@ class PrefixTokens:
         self._cuts = self._cuts[: place + 1]
         written = [(match.start(), cut_ids.get(match.group())) for match in seeker.finditer(text, begin)]
         written = [(start, id) for start, id in written if id is not None]
-        known = set(cut_ids.values())
         found = [index for index, id in enumerate(made) if id in known]
         if [made[index] for index in found] == [id for _, id in written]:
             pairs = zip(written, found, strict=True)
@@ -47,8 +46,8 @@ class PrefixTokens:
 
 
 @lru_cache(maxsize=16)  # the same for every row
-def _cut_tokens(chat: Chat) -> tuple[re.Pattern, dict[str, int], int]:
-    """(what finds added tokens in a text, {those in front of which it may be cut: id}, the length of the longest).
+def _cut_tokens(chat: Chat) -> tuple[re.Pattern, dict[str, int], set[int], int]:
+    """(what finds added tokens in a text, {those in front of which it may be cut: id}, these ids, the length of the longest).
 
     Left out are tokens that take the whitespace before them (lstrip), that are none inside a word (single_word), or that are
     only looked for in what the normaliser has made (normalized).
@@ -59,7 +58,7 @@ def _cut_tokens(chat: Chat) -> tuple[re.Pattern, dict[str, int], int]:
     ids = {
         text: id for text, (id, token) in added.items() if not (token.normalized or token.lstrip or token.single_word)
     }
-    return seeker, ids, max(map(len, added), default=0)
+    return seeker, ids, set(ids.values()), max(map(len, added), default=0)
 
 
 def common(one: str | list, other: str | list) -> int:

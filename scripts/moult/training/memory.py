@@ -140,7 +140,8 @@ def steps_of(run: Run) -> tuple[Step, Step]:
         quantization=run.settings.get("quantization"),
     )
     rows, length = validation_batch(run)
-    return step, dataclasses.replace(step, training=False, rows=rows, length=length)
+    attention = "dense" if rows > 1 and step.attention == "flash" else step.attention  # it gives the model a mask
+    return step, dataclasses.replace(step, training=False, rows=rows, length=length, attention=attention)
 
 
 def activations_of(run: Run, steps: list[Step]) -> tuple[list[int], str] | None:
@@ -195,7 +196,8 @@ def attention_of(run: Run) -> str:
     if wanted not in (None, "sdpa"):
         return "flash"
     behind = train["packing"] or train.get("padding_free")
-    if wanted is None and behind and run.exact.get("varlen", "not tried") is None:
+    kernel = run.settings["dtype"] != "float32"  # FlashAttention wants half precision
+    if wanted is None and behind and kernel and run.exact.get("varlen", "not tried") is None:
         return "flash"
     if behind is True:
         return "dense"
@@ -204,15 +206,13 @@ def attention_of(run: Run) -> str:
 
 def validation_batch(run: Run) -> tuple[int, int]:
     """Rows and length of the largest validation batch (moult.measuring.likelihood)."""
-    longest = run.report["val"]["length"]["longest_kept"]
-    return max(1, MAX_TOKENS["cuda"] // max(1, longest)), longest
+    longest = max(1, run.report["val"]["length"]["longest_kept"])
+    return max(1, min(MAX_TOKENS["cuda"] // longest, run.report["val"]["sequences"])), longest
 
 
 def logits_of_validation(vocabulary: int, batch: Step) -> int:
-    """In the dtype of the model, in float32, and their logarithms: of all tokens of the batch, as if all were trained, or as
-    many as go through the head at once."""
-    at_once = min(batch.rows * batch.length, max(batch.rows, MAX_LOGITS // vocabulary))
-    return at_once * vocabulary * (BYTES[batch.dtype] + 8)
+    """Of one part: as the model gives them and the scored ones of them, in float32, and their logarithms."""
+    return min(batch.rows * batch.length * vocabulary, MAX_LOGITS) * (2 * BYTES[batch.dtype] + 8)
 
 
 def moments_of(optimizer: str) -> int:

@@ -1,0 +1,86 @@
+"""config/recipes: every whole config is planned and dry-run, and the tables in the README are what the command makes."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+import yaml
+from config_only import make_config_only
+from planning import Log
+from tiny import make_tokens
+from workflow import ROOT, checkout, snakemake
+
+import plan
+from moult.files import read_json
+
+sys.path.insert(0, str(ROOT / "scripts" / "tools"))
+
+import recipe_tables
+
+RECIPES = sorted((ROOT / "config" / "recipes").glob("*.yaml"))
+README = (ROOT / "config" / "recipes" / "README.md").read_text(encoding="utf-8")
+QUICK = "qlora-8b-24gb"
+
+
+def marked(quick: str) -> list:
+    return [pytest.param(path, id=path.stem, marks=() if path.stem == quick else pytest.mark.slow) for path in RECIPES]
+
+
+def test_there_are_recipes_and_no_more_in_the_table():
+    assert len(RECIPES) == 10
+    assert all(f"[{path.name}]({path.name})" in README for path in RECIPES)
+
+
+@pytest.mark.parametrize("path", marked(QUICK))
+def test_a_recipe_is_planned(path, tmp_path):
+    """From the config of its model alone, with rows as long as it allows; what plan needs is what the README says."""
+    section, settings, length = recipe_tables.plan_settings(yaml.safe_load(path.read_text()))
+    shape = recipe_tables.SHAPES[section["name"]]
+    base = make_config_only(tmp_path / "base", shape)
+    assert (base / "model.safetensors").stat().st_blocks < 10_000  # a hole
+    tokens = make_tokens(tmp_path / "tokens", length=length, vocabulary=shape["vocab_size"])
+    log, out = Log(), tmp_path / "plan.json"
+    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), prompts=(), out=str(out)), log)
+    result = read_json(out)
+    memory = result["memory"]
+    assert memory["how"] == "simulated" and memory["attention"] == "flash"
+    gigabytes = settings["train"]["gpu_memory"]
+    if gigabytes:
+        assert recipe_tables.fitting(memory, gigabytes) != "no"
+        assert not any("may run out of memory" in line for line in log.lines)
+    assert result["batches"] == recipe_tables.EXACT
+
+
+@pytest.mark.parametrize("path", marked(QUICK))
+def test_a_recipe_is_dry_run(path, tmp_path):
+    folder = checkout(tmp_path)
+    for dataset in yaml.safe_load(path.read_text())["datasets"].values():
+        if dataset["source"].startswith("data/"):
+            (folder / "data").mkdir(exist_ok=True)
+            (folder / dataset["source"]).touch()
+    target = next(iter(yaml.safe_load(path.read_text())["datasets"]))
+    profile = ["--profile", "slurm"] if "slurm" in path.stem else []
+    command = [*profile, f"results/{target}/metrics.json", "-n", "--configfile", f"config/recipes/{path.name}"]
+    output = snakemake(folder, *command, cores=None if profile else 1)
+    assert "finetune" in output and "score" in output
+
+
+def test_what_the_recipes_say_to_type_names_them():
+    for path in RECIPES:
+        text = path.read_text()
+        assert f"--configfile config/recipes/{path.name}" in text or path.name in text
+        (target,) = yaml.safe_load(text)["datasets"]
+        assert f"results/{target}/metrics.json" in text
+
+
+def test_rows_of_the_tables():
+    """One model and one recipe; all of them are in make test-all."""
+    for row in recipe_tables.model_rows("Qwen/Qwen3-8B"):
+        assert f"| {' | '.join(row)} |" in README
+    path = ROOT / "config" / "recipes" / "laptop-0.6b.yaml"
+    assert f"| {' | '.join(recipe_tables.recipe_row(path))} |" in README
+
+
+@pytest.mark.slow
+def test_the_tables_are_what_the_command_makes():
+    assert recipe_tables.page() == README
