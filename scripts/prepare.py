@@ -131,7 +131,7 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
         for chunk in read_chunks(Path(file["path"]), names[index], settings["max_rows"])
     )
     setup = (sources, files, names, settings)
-    with progress(max(1, before[-1] >> 20), "MB") as bar:
+    with progress(max(1, before[-1] >> 20), "MB read") as bar:
         for part in ordered_stream(first_pass, chunks, workers, "rows", set_first_pass, setup):
             file = files[part.file]
             file["rows"] += part.ledger.read
@@ -369,7 +369,7 @@ def write_lines(path: str, rows: "Rows", times) -> None:
     with (
         atomic_file(path) as partial,
         partial.open("wb") as file,
-        progress(len(rows), f"{Path(path).stem} rows") as bar,
+        progress(len(rows), f"{Path(path).stem} rows written") as bar,
     ):
         for count, lines in rows.finished(times):
             file.write(lines)

@@ -11,7 +11,7 @@ from moult.data.conversation import find_format, normalise
 from moult.data.fields import BadRow, value_of
 from moult.data.ledger import Ledger
 from moult.data.readers import Chunk
-from moult.files import canonical, sha256_text
+from moult.files import canonical
 
 
 @dataclass
@@ -101,8 +101,17 @@ def to_row(place: str, raw: dict, source: dict, ledger: Ledger) -> Row | None:
     left.columns.discard(group_column)
     ledger.leave_out(left)
     # pandas writes NaN for a missing number. A number and the same digits as text are one group.
-    group = prompt_of(row) if group is None or group != group else ascii(str(group))
-    return Row(format_name, fields, digest(joined(fields)), digest(canonical(group).encode()))
+    group = prompt_json(row) if group is None or group != group else canonical(ascii(str(group)))
+    return Row(format_name, fields, digest(joined(fields)), digest(group.encode()))
+
+
+def prompt_json(row: dict) -> str:
+    """JSON of what makes rows belong together where no group is given: everything before the first answer to the user."""
+    if "text" in row:
+        return canonical(row["text"])
+    roles = [message["role"] for message in row["messages"]]
+    first = roles.index("assistant", roles.index("user") if "user" in roles else 0)
+    return f"[{','.join([canonical(message['content']) for message in row['messages'][:first]])}]"
 
 
 def digest(data: bytes) -> bytes:
@@ -111,16 +120,7 @@ def digest(data: bytes) -> bytes:
 
 def draw(seed: int, *what: str) -> float:
     """A number in [0, 1) that depends on nothing but the seed and the words: no order, no library, no version."""
-    return int(sha256_text("\0".join([str(seed), *what]))[:16], 16) / 2**64
-
-
-def prompt_of(row: dict):
-    """What makes rows belong together where no group is given: everything before the first answer to the user."""
-    if "text" in row:
-        return row["text"]
-    roles = [message["role"] for message in row["messages"]]
-    first = roles.index("assistant", roles.index("user") if "user" in roles else 0)
-    return [message["content"] for message in row["messages"][:first]]
+    return int.from_bytes(digest("\0".join([str(seed), *what]).encode())[:8], "big") / 2**64
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
