@@ -5,6 +5,7 @@
 # make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml
 # make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
+# make bench  measure training on this CPU beside TRL's defaults and a bare loop, and write the table into BENCHMARKS.md
 # make schema update the files that are generated from config/schema.yaml and the libraries
 # make image  build the image of the training stages for Apptainer; make docker-image: for Docker
 #             make serve-image and make docker-serve-image: the image of the server
@@ -31,7 +32,7 @@ LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test test-all serve publish lint schema env image serve-image docker-image docker-serve-image
+.PHONY: demo test test-all serve publish lint bench schema env image serve-image docker-image docker-serve-image
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -57,6 +58,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
+
+bench: $(VENV)/workflow.stamp
+	$(BIN)/python tests/benchmark_training.py --write BENCHMARKS.md
 
 schema: $(VENV)/workflow.stamp
 	$(BIN)/python scripts/tools/config_docs.py

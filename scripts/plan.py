@@ -125,6 +125,9 @@ def plan(settings: dict, args, log) -> None:
             "as": "merged" if serve_reasons else "adapter or merged",
             "reasons": serve_reasons,
             "max_lora_rank": max(ranks),
+            # Not the base that the adapter was trained on. Elsewhere (serve.vllm.quantization) it is another model than the one
+            # that metrics.json is about.
+            "base": "not quantized" if quantization else None,
         },
     }
     write_json(args.out, result)
@@ -293,7 +296,7 @@ def check_packing(small, exact: dict, settings: dict, log) -> None:
 
 
 def check_shard(model, train: dict) -> None:
-    """transformers has a plan by which it can split this model over GPUs."""
+    """transformers has a plan by which it can split this model over GPUs, layer by layer."""
     if train["shard"] and (share := share_split(model)) < 1 - OUTSIDE:
         raise MoultError(
             f"train.shard: transformers splits only {share:.0%} of this model over the GPUs: its plan has other names for the "

@@ -86,6 +86,7 @@ def score(settings: dict, args, log) -> None:
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
         "quantization": cost,
+        "throughput": adapter["throughput"],
         "provenance": {
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [

@@ -142,6 +142,18 @@ REFUSED = [
         "train.shard: lora.bias trains weights of the base, which is in pieces; leave one of the two out",
     ),
     (
+        "{train: {shard: true, gpu: 2, per_device_train_batch_size: auto}}",
+        "train.shard: it cannot try batches out; set train.per_device_train_batch_size to a number",
+    ),
+    (
+        "{train: {shard: true, gpu: 2}, lora: {use_dora: true}}",
+        "train.shard: lora.use_dora reads whole weights of the base, which is in pieces; leave one of the two out",
+    ),
+    (
+        "{train: {shard: true, gpu: 2}, lora: {init_lora_weights: pissa}}",
+        "train.shard: lora.init_lora_weights: pissa reads whole weights of the base, which is in pieces; leave one of …",
+    ),
+    (
         "{model: {quantization: nf4}, lora: {init_lora_weights: olora}}",
         "lora.init_lora_weights: olora needs a base that is not quantized; set true or gaussian",
     ),

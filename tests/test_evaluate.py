@@ -7,12 +7,16 @@ import pyarrow.parquet
 import pytest
 import torch
 from merging import make_plan, run_merge
+from peft import PeftModel
 from planning import LORA
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
+from moult.errors import HOPELESS, MoultError
 from moult.measuring import likelihood as module
 from moult.measuring.likelihood import Likelihood, batches, likelihood
+from moult.model.device import load_model
+from moult.model.estimates import cache_bytes
 
 
 def mean_nll(results: list[Likelihood]) -> float:
@@ -90,6 +94,77 @@ def test_batching_does_not_change_it(budget, model, rows, expected, monkeypatch)
     assert [r.nll for r in found] == pytest.approx([nll for nll, _, _ in expected], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("qwen3", {"adapter": True}),
+    ],
+)
+def test_the_logits_of_a_long_row_come_in_parts(kind, changes, tmp_path, rows, monkeypatch):
+    """The layers run once, and the head keeps what the model does besides."""
+    adapter, changes = changes.get("adapter"), {key: value for key, value in changes.items() if key != "adapter"}
+    model = load(make_model(tmp_path / "base", kind=kind, max_position_embeddings=256, **changes))
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, make_adapter(tmp_path / "base", tmp_path / "adapter", LORA)).eval()
+    expected = likelihood(model, rows, 0)
+    calls: list[int] = []
+    backbone = (model.get_base_model() if adapter else model).base_model
+    backbone.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(module, "MAX_LOGITS", 7 * 128)
+    monkeypatch.setitem(module.MAX_TOKENS, "cpu", 1)
+    found = likelihood(model, rows, 0)
+    assert len(calls) == len(rows)
+    for one, other in zip(expected, found, strict=True):
+        assert (one.tokens, one.correct) == (other.tokens, other.correct)
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+    with torch.inference_mode():
+        parts = list(module.scored_logits(model, [rows[0]], 0))
+    assert len(parts) > 1 and all(len(logits) <= 7 for logits, _, _ in parts)
+    assert "forward" not in vars(backbone)
+
+
+def test_answers_are_batched_by_the_memory_of_keys_and_values(model, monkeypatch):
+    cost = evaluate_model.generation_cost(model)
+    assert cost(16384) == pytest.approx(1.0)  # a tiny model: the tokens are the limit
+    monkeypatch.setattr(evaluate_model, "CPU_CACHE", 4 * cache_bytes(model.config, 100, 4))
+    assert [len(batch) for batch in batches([100] * 9, 1.0, evaluate_model.generation_cost(model))] == [4, 4, 1]
+
+
+def test_on_a_gpu_the_memory_is_what_the_weights_leave(monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama"), dtype=torch.bfloat16)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    found = []
+    for gigabytes in (16, 80):
+        card = Namespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        plan = batches([1024] * 200, 1.0, evaluate_model.generation_cost(model))
+        found.append(len(plan[0]))
+    # Llama-2-7B has half a MiB for each token: 12.6 GiB of weights, and half of the rest.
+    assert found == [3, 67]
+
+
+def test_the_bytes_of_keys_and_values():
+    from transformers import AutoConfig, PretrainedConfig
+
+    llama = AutoConfig.for_model("llama", num_key_value_heads=8)
+    assert cache_bytes(llama, 100, 2) == 2 * 2 * 8 * 128 * 32 * 100
+    gemma = AutoConfig.for_model("gemma3_text")
+    short = sum(kind == "sliding_attention" for kind in gemma.layer_types)
+    per_token = 2 * 2 * gemma.num_key_value_heads * gemma.head_dim
+    full = len(gemma.layer_types) - short
+    assert short > 0 and cache_bytes(gemma, 10_000, 2) == per_token * (full * 10_000 + short * gemma.sliding_window)
+    unknown = PretrainedConfig(hidden_size=64, num_hidden_layers=2)
+    assert cache_bytes(unknown, 10, 4) == 2 * 4 * 64 * 2 * 10
+
+
 def test_batches_hold_every_sequence_once_within_the_budget():
     lengths = [3, 50, 7, 7, 20, 1, 49]
     plan = batches(lengths, 60)
@@ -141,15 +216,16 @@ def test_the_same_rows_are_chosen_each_time(rows):
     assert evaluate_model.chosen(rows, None) == evaluate_model.chosen(rows, 1000) == rows
 
 
-def merge_check(tmp_path, base, merged, adapter) -> dict:
+def merge_check(tmp_path, base, merged, adapter, quantization=None) -> dict:
     rows = evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet")
     settings = {
         "eval": {"merge_check_rows": 6},
+        "quantization": quantization,
         "dtype": "float32",
         "attn_implementation": None,
         "trust_remote_code": False,
     }
-    arguments = Namespace(base=str(base), adapter=str(adapter))
+    arguments = Namespace(base=str(base), adapter=str(adapter), gpus=1)
     return evaluate_model.compare_with_adapter(load(merged), rows, 0, "cpu", settings, arguments)
 
 
@@ -163,6 +239,36 @@ def test_merged_and_adapter_agree_and_another_merge_does_not(tmp_path):
     assert good["rows"] == 6 and good["positions"] > 50
     unmerged = merge_check(tmp_path, base, copy(base, tmp_path / "unmerged"), adapter)
     assert unmerged["mean_kl"] > 1e-2 > good["max_kl"] and unmerged["top1_agreement"] < 1.0
+
+
+def test_a_quantized_base_is_compared_with_the_merged_model_and_with_the_base(tmp_path):
+    """Computed again from whole models, in one piece."""
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", LORA, scale=0.3)
+    make_plan(base, tmp_path, LORA)
+    merged, _ = run_merge(base, adapter, tmp_path)
+    plain, mean = merge_check(tmp_path, base, merged, adapter), {}
+    for kind in ("int8", "nf4"):
+        found = merge_check(tmp_path, base, merged, adapter, kind)
+        cost = found.pop("quantization")
+        assert found == plain and cost["kind"] == kind
+        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet"), 6)
+        settings = {"dtype": "float32", "attn_implementation": None, "trust_remote_code": False}
+        trained = PeftModel.from_pretrained(load_model(str(base), "cpu", settings, kind), adapter).eval()
+        with torch.no_grad():
+            ours = [trained(torch.tensor([one["input_ids"]])).logits[0, :-1] for one in row]
+            theirs = [load(merged)(torch.tensor([one["input_ids"]])).logits[0, :-1] for one in row]
+        trainable = [torch.tensor(one["labels"][1:]) != -100 for one in row]
+        p, q = (
+            torch.cat([logits[mask] for logits, mask in zip(side, trainable, strict=True)]).double().log_softmax(-1)
+            for side in (ours, theirs)
+        )
+        assert cost["trained_vs_merged"]["mean_kl"] == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3
+        )
+        assert cost["base_vs_quantized"]["mean_kl"] > 10 * plain["mean_kl"]
+        mean[kind] = cost["trained_vs_merged"]["mean_kl"]
+    assert mean["nf4"] > 10 * mean["int8"]
 
 
 def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
@@ -179,3 +285,51 @@ def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
     assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
     assert [row["group"] for row in measured] == [row["group"] for row in rows]
     assert [row["tokens"] for row in measured] == [sum(label != -100 for label in row["labels"]) for row in rows]
+
+
+PLACES = {
+    "measure": (
+        "out of memory while measuring rows of up to 24 tokens: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+    "answer": (
+        "out of memory while answering questions of up to 9 tokens with up to 32 tokens: CUDA out of memory.",
+        "lower eval.max_new_tokens",
+    ),
+    "compare_with_adapter": (
+        "out of memory while comparing the merged model with base plus adapter: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. Of the allocated memory 1 GiB")
+
+    nothing = {
+        "limit_threads": lambda threads: None,
+        "pick": lambda gpus: "cpu",
+        "open_model": lambda path: (path, {}),
+        "Chat": lambda *_: Chat(),
+        "load_model": lambda *_, **__: Namespace(eval=lambda: None),
+        "measure": lambda *_: [],
+        "prompt_questions": lambda *_: [{"ids": [3] * 9}],
+        "row_questions": lambda *_: [],
+        "answer": lambda *_: [],
+        "compare_with_adapter": lambda *_: {"mean_kl": 0.0},
+    }
+    for name, stub in (nothing | {place: out_of_memory}).items():
+        monkeypatch.setattr(evaluate_model, name, stub)
+    asked = {"perplexity": True, "max_rows": None, "answer_rows": 0, "max_new_tokens": 32, "prompts": []}
+    settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
+    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "merge_check")}
+    arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
+    log = Namespace(info=lambda *_: None)
+    with pytest.raises(MoultError) as raised:
+        evaluate_model.evaluate(settings, arguments, log)
+    what, fix = PLACES[place]
+    assert raised.value.what.startswith(what) and "Of the allocated" not in raised.value.what
+    assert raised.value.fix.startswith(fix) and "eval.gpu" in raised.value.fix
+    assert raised.value.exit_code == HOPELESS

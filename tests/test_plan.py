@@ -275,6 +275,13 @@ def test_runs_that_fit_alone_and_not_together_are_told():
     )
 
 
+def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
+    shard = {"gpu": 2, "shard": True}
+    make(make_model(tmp_path / "base"), tmp_path, train=shard)
+    with pytest.raises(MoultError, match=r"train\.shard: transformers splits only 0% of this model over the GPUs"):
+        make(make_model(tmp_path / "other", kind="gpt2"), tmp_path, train=shard)
+
+
 # --- what the evaluation will show ---
 
 

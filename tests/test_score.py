@@ -14,6 +14,7 @@ from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
 from moult.measuring.intervals import bootstrap, paired_difference, wilson
 from moult.measuring.power import smallest_effect
+from moult.training.throughput import summary
 
 SETTINGS = {
     "lora": {"r": 4},
@@ -29,6 +30,7 @@ ADAPTER = {
     "versions": {},
     "hardware": {},
     "step": 7,
+    "throughput": summary([]),
 }
 EVAL = {
     "perplexity": True,

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moult.model import varlen
 from moult.model.shrunken import randomise, shrink
+from moult.training import batches
 from moult.training.arguments import trainer_config
 from moult.training.batches import Collator, choose_batches
 from moult.training.packing import try_batches
@@ -232,10 +233,12 @@ def test_what_goes_into_an_adapter_need_not_be_cast():
 # --- what is chosen ---------------------------------------------------------------------------------------------------
 
 
-def choose(device: str, exact=EXACT, attention=None, dtype="bfloat16", positions=2048, **train):
+def choose(device: str, exact=EXACT, attention=None, dtype="bfloat16", quantization=None, hidden_size=512, **train):
     train = {"packing": False, "padding_free": "auto", "train_sampling_strategy": "auto", **train}
-    config = AutoConfig.for_model("llama", max_position_embeddings=positions)
-    return choose_batches({"train": train, "attn_implementation": attention, "dtype": dtype}, exact, device, config)
+    positions = train.pop("positions", 2048)
+    config = AutoConfig.for_model("llama", max_position_embeddings=positions, hidden_size=hidden_size)
+    settings = {"train": train, "attn_implementation": attention, "dtype": dtype, "quantization": quantization}
+    return choose_batches(settings, exact, device, config)
 
 
 @pytest.fixture
@@ -280,6 +283,16 @@ def test_what_the_config_says_is_kept(ampere):
     assert forced.padding_free and forced.attention is None
     # Positions that are no multiple: a learned table of them has no row for padding beyond.
     assert choose("cuda", padding_free=False, positions=1000).multiple is None
+
+
+def test_a_cpu_computes_in_bfloat16_where_it_can_and_gains(monkeypatch, ampere):
+    for able in (True, False):
+        monkeypatch.setattr(batches, "computes_bfloat16", lambda able=able: able)
+        assert choose("cpu").bfloat16 is able
+    monkeypatch.setattr(batches, "computes_bfloat16", lambda: True)
+    for case in ({"dtype": "float32"}, {"dtype": "float16"}, {"quantization": "nf4"}, {"hidden_size": 96}):
+        assert not choose("cpu", **case).bfloat16
+    assert not choose("cuda", padding_free=False).bfloat16
 
 
 def test_a_batch_is_counted():

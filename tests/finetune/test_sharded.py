@@ -11,7 +11,7 @@ from moult.files import read_jsonl
 
 def config(**train) -> dict:
     """Without dropout, for which each process draws other zeros."""
-    made = settings(gradient_accumulation_steps=1, gradient_checkpointing=False, **train)
+    made = settings(**{"gradient_accumulation_steps": 1, "gradient_checkpointing": False, **train})
     return {**made, "lora": {**made["lora"], "lora_dropout": 0.0}}
 
 

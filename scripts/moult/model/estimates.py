@@ -77,8 +77,8 @@ def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
 def estimate_job(base: int, steps: dict, settings: dict, report: dict) -> dict:
     """What finetune asks of a cluster for its first attempt; a job that needs more gets more at the next, and goes on.
 
-    mem_mb, on each node: 6,000 for Python, CUDA and the data, and for each process what it loads at a time: the base goes straight
-    to the GPU, file by file, of 5 GB at most (transformers), beside 3 GB for CUDA.
+    mem_mb, on each node: 6,000 for Python, CUDA and the data, and for each process what it loads at a time: the base goes
+    straight to the GPU, file by file, of 5 GB at most (transformers), beside 3 GB for CUDA.
     runtime, minutes: 30, and 6 operations per parameter and token (forward, backward through the frozen base, and forward
     again with gradient checkpointing) and a quarter for validation, at 25 TFLOP/s on each GPU, which is slow; at most a day,
     the limit of many partitions.

@@ -74,11 +74,11 @@ def varlen_attention(
         cu_seq_lens_q = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=query.device)
         max_length_q = tokens
     kernel = flash if query.is_cuda else row_by_row
-    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
     out = kernel(
-        query,
-        key,
-        value,
+        flat[0],
+        flat[1],
+        flat[2],
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
@@ -99,10 +99,8 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, en
     size = -(-max(width, kept) // HEAD_STEP) * HEAD_STEP
     # The kernel is not among the operations that autocast knows. Some models rotate queries and keys in float32.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    query, key, value = (pad(part, (0, size - part.shape[-1])).to(dtype) for part in (query, key, value))
-    out = varlen_attn(
-        query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=enable_gqa
-    )
+    parts = (pad(part, (0, size - part.shape[-1])).to(dtype) for part in (query, key, value))
+    out = varlen_attn(*parts, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
     return out[..., :kept]
 
 

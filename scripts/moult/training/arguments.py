@@ -49,14 +49,14 @@ def trainer_config(
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
     train.setdefault("pad_to_multiple_of", batches.multiple)
+    # All of the adapter gets a gradient (the first batch shows it), and a frozen base has no buffers that change.
+    train.setdefault("ddp_find_unused_parameters", False)
+    train.setdefault("ddp_broadcast_buffers", False)
     if train["per_device_train_batch_size"] == "auto":
         size = batch_sizes(train, device, found)[0]
         train["gradient_accumulation_steps"] //= size
         train["per_device_train_batch_size"] = size
-    if device == "cuda":
-        half = settings["dtype"] != "float32"
-    else:
-        half = settings["dtype"] == "bfloat16" and not settings["quantization"] and computes_bfloat16()
+    half = settings["dtype"] != "float32" if device == "cuda" else batches.bfloat16
     own = {
         "output_dir": str(state),
         "seed": settings["seed"],
@@ -89,13 +89,6 @@ def refuse_on_cpu(train: dict) -> None:
         )
     if train.get("use_liger_kernel"):
         raise MoultError("train.use_liger_kernel: its kernels run only on a GPU", "leave it out, or use a GPU")
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself. Elsewhere autocast makes training slower."""
-    import torch
-
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def check_trainer(config, model) -> None:

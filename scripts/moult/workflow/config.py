@@ -422,23 +422,29 @@ def _quantization_problems(lora: dict) -> list[str]:
 
 def _sharding_problems(run: dict) -> list[str]:
     """What train.shard cannot go with. The base is then in pieces, which only LoRA's own tensors are not."""
-    lora, problems = run["lora"], []
-    if run["train"]["gpu"] == 1:
-        problems.append(
-            "train.shard: train.gpu is 1, so there is nothing to split the base over; raise it, or leave shard out"
-        )
+    lora, train, problems = run["lora"], run["train"], []
+    if train["gpu"] == 1:
+        problems.append("train.gpu is 1, so there is nothing to split the base over; raise it, or leave shard out")
     if run["model"]["quantization"]:
         # transformers 5.23 fails with every bnb_4bit_quant_storage; accelerate 1.15 leaves the weights whole (accelerate#3987).
-        problems.append(
-            "train.shard: a quantized base cannot be split; set model.quantization: null, or leave shard out"
-        )
+        problems.append("a quantized base cannot be split; set model.quantization: null, or leave shard out")
+    if train["per_device_train_batch_size"] == "auto":
+        # A pass that has run out of memory leaves the parts in a state from which nothing can be tried again.
+        problems.append("it cannot try batches out; set train.per_device_train_batch_size to a number")
     trained = [key for key in ("modules_to_save", "trainable_token_indices") if lora.get(key)]
     trained += ["bias"] if lora.get("bias", "none") != "none" else []
     problems += [
-        f"train.shard: lora.{key} trains weights of the base, which is in pieces; leave one of the two out"
-        for key in trained
+        f"lora.{key} trains weights of the base, which is in pieces; leave one of the two out" for key in trained
     ]
-    return problems
+    start = lora.get("init_lora_weights", True)
+    reading = ["use_dora"] if lora.get("use_dora") else []
+    reading += (
+        [f"init_lora_weights: {start}"] if isinstance(start, str) and start not in ("gaussian", "orthogonal") else []
+    )
+    problems += [
+        f"lora.{key} reads whole weights of the base, which is in pieces; leave one of the two out" for key in reading
+    ]
+    return [f"train.shard: {problem}" for problem in problems]
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
