@@ -1,4 +1,4 @@
-"""A model folder of any size without its weights: config.json, a small tokenizer, and a file with a header and a hole."""
+"""A model of any size without its weights: config.json, a small tokenizer, and a file with a header and a hole."""
 
 import json
 import math
@@ -9,7 +9,11 @@ from workflow import ROOT
 
 
 def make_config_only(folder: Path, shape: dict) -> Path:
-    """`shape`: fields of a config.json. The file of weights has its full length and takes no room on the disk."""
+    """The manifest of the model, beside `folder`. `shape`: fields of a config.json.
+
+    The file of weights has its full length and takes no room on the disk. It has no hash in the manifest: 140 GB of zeros
+    take minutes to read.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,4 +34,17 @@ def make_config_only(folder: Path, shape: dict) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
-    return folder
+    manifest = {
+        "schema_version": 1,
+        "name": "config-only",
+        "commit": None,
+        "folder": str(folder),
+        "files": {},
+        "ignored": [],
+    }
+    return write(folder.with_suffix(".json"), manifest)
+
+
+def write(path: Path, value: dict) -> Path:
+    path.write_text(json.dumps(value))
+    return path
