@@ -34,10 +34,29 @@ def planned(resource):
     return read
 
 
+def sized(wildcards, input, attempt):
+    """Resource of evaluate: memory for Python, CUDA and the data, and the weights once, growing with each attempt."""
+    # While the manifest or the weights are missing, this is an OSError: Snakemake asks again when they are there.
+    manifest = json.loads(Path(input.model).read_text(encoding="utf-8"))
+    folder = Path(manifest["folder"] or Path(input.model).with_suffix(""))
+    weights = sum((folder / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
+    return grown(max(16000, 8000 + weights // 1_000_000), attempt)
+
+
+def processes(run):
+    """How many processes finetune has on each node: one per GPU."""
+    return run["train"]["gpu"] // run["train"]["nodes"]
+
+
+def threads_of_process(wildcards, input, threads):
+    """Param: the threads of each process of finetune. Not tracked, like the launcher."""
+    return max(1, threads // processes(config["runs"][wildcards.run]))
+
+
 def launcher(wildcards, input, threads):
     """Param: the command that starts finetune, one process per GPU. Not tracked: plan and settings contain the numbers."""
     train = config["runs"][wildcards.run]["train"]
-    here, nodes = train["gpu"] // train["nodes"], train["nodes"]
+    here, nodes = processes(config["runs"][wildcards.run]), train["nodes"]
     # Seconds to end the step and save a checkpoint. torchrun's default is 30; Slurm kills 300 s after its warning.
     patience = "--shutdown-timeout ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
     if nodes == 1:
@@ -57,8 +76,8 @@ def launcher(wildcards, input, threads):
 
 
 def on_several_nodes(value):
-    """Resource that finetune requests only if it uses several nodes: `value` of the config's train section."""
-    return of_run(lambda run: value(run["train"]) if run["train"]["nodes"] > 1 else None)
+    """Resource that finetune requests only if it uses several nodes: `value`, called with the config of the run."""
+    return of_run(lambda run: value(run) if run["train"]["nodes"] > 1 else None)
 
 
 def on_slurm():

@@ -26,7 +26,7 @@ rule evaluate_base:
     threads: 4
     resources:
         gpu=of_run(evaluation_gpus),
-        mem_mb=growing(16000),
+        mem_mb=sized,
         runtime=growing(240),
     params:
         settings=settings("evaluate_base"),
@@ -62,7 +62,7 @@ rule evaluate_tuned:
     threads: 4
     resources:
         gpu=of_run(evaluation_gpus),
-        mem_mb=growing(16000),
+        mem_mb=sized,
         runtime=growing(240),
     params:
         settings=settings("evaluate_tuned"),

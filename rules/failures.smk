@@ -2,14 +2,19 @@
 
 import time
 
+from snakemake.logging import logger
+
 from moult.run.process import STARTED_BY, process_name
 from moult.workflow.config import dataset_slug
-from moult.workflow.failures import failures_since, table
+from moult.workflow.failures import NotAgain, failures_since, table
 
 started = time.time()
 
 # Stages end when the Snakemake that has started them does (moult/run/process.py), also when it is killed.
 os.environ[STARTED_BY] = process_name()
+
+if workflow.is_main_process:
+    logger.addFilter(NotAgain(lambda: workflow.scheduler.running, started))
 
 
 def tell_failures():

@@ -23,7 +23,7 @@ rule finetune:
         "<logs>/{run}/finetune.log",
     benchmark:
         "<benchmarks>/{run}/finetune.jsonl"
-    threads: 4
+    threads: of_run(lambda run: 4 * processes(run))
     resources:
         gpu=of_run(lambda run: run["train"]["gpu"]),
         mem_mb=planned("mem_mb"),
@@ -33,10 +33,10 @@ rule finetune:
         slurm_extra="--signal=TERM@300",
         # Otherwise Slurm may spread the GPUs over several nodes.
         nodes=of_run(lambda run: run["train"]["nodes"]),
-        gres=on_several_nodes(lambda train: f"gpu:{train['gpu'] // train['nodes']}"),  # the same number on each node
-        mpi=on_several_nodes(lambda train: "srun"),  # the rule calls srun itself
-        tasks=on_several_nodes(lambda train: train["nodes"]),
-        tasks_per_gpu=on_several_nodes(lambda train: 0),  # otherwise the plugin would use `tasks` for this
+        gres=on_several_nodes(lambda run: f"gpu:{processes(run)}"),  # the same number on each node
+        mpi=on_several_nodes(lambda run: "srun"),  # the rule calls srun itself
+        tasks=on_several_nodes(lambda run: run["train"]["nodes"]),
+        tasks_per_gpu=on_several_nodes(lambda run: 0),  # otherwise the plugin would use `tasks` for this
     params:
         settings=settings("finetune"),
         script=script_of("finetune"),
@@ -45,9 +45,10 @@ rule finetune:
         state=lambda wildcards, output: Path(output.summary).with_name(Path(at.trainer_state).name),
         image=image_identity(),
         launch=launcher,
+        threads=threads_of_process,
     shell:
         """
         {params.launch} {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --plan {input.plan:q} --state {params.state:q} --adapter {output.adapter:q} --summary {output.summary:q} \
-            --training-log {output.training_log:q} --image {params.image:q} --threads {threads} --log-file {log:q}
+            --training-log {output.training_log:q} --image {params.image:q} --threads {params.threads} --log-file {log:q}
         """

@@ -16,7 +16,7 @@ from moult.data.sequence import IGNORE
 from moult.files import read_json, sha256_text, write_json, write_jsonl
 from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, prompt_of
-from moult.model.device import limit_threads, load_model, pick
+from moult.model.device import enough_memory, limit_threads, load_model, pick
 from moult.model.estimates import cache_bytes
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
@@ -32,6 +32,8 @@ CPU_CACHE, GPU_CACHE_SHARE = 4 * 2**30, 0.5
 
 # Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
 KEPT_LOGITS = 2**27
+
+MORE_GPU = "use a GPU with more memory, or several (eval.gpu)"
 
 
 def main() -> None:
@@ -67,15 +69,29 @@ def evaluate(settings: dict, args, log) -> None:
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
-    write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
+    lengths = [len(row["input_ids"]) for row in measured]
+    with enough_memory(
+        f"measuring rows of up to {max(lengths, default=0):,} tokens",
+        f"lower datasets.<name>.max_length, or {MORE_GPU}",
+    ):
+        write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
     questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(
         rows, settings["eval"]["answer_rows"], chat
     )
-    answers = answer(model, questions, chat, report, settings["eval"]["max_new_tokens"])
+    room = settings["eval"]["max_new_tokens"]
+    longest = max((len(question["ids"]) for question in questions), default=0)
+    with enough_memory(
+        f"answering questions of up to {longest:,} tokens with up to {room:,} tokens",
+        f"lower eval.max_new_tokens, or {MORE_GPU}",
+    ):
+        answers = answer(model, questions, chat, report, room)
     write_jsonl(args.answers, answers)
     found = f"{len(measured):,} sequences measured, {len(answers):,} questions answered"
     if args.merge_check:
-        result = compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args)
+        with enough_memory(
+            "comparing the merged model with base plus adapter", f"lower datasets.<name>.max_length, or {MORE_GPU}"
+        ):
+            result = compare_with_adapter(model, rows, report["pad_token_id"], device, settings, args)
         write_json(args.merge_check, result)
         found += f"; merged model against base plus adapter: mean KL {result['mean_kl']:.2e}"
     log.info(found)
@@ -188,7 +204,8 @@ def generation_cost(model) -> Callable[[int], float]:
     device, config, width = model.device, model.config, model.dtype.itemsize
     room = CPU_CACHE
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+        cards = {parameter.device for parameter in model.parameters()}
+        total = sum(torch.cuda.get_device_properties(card).total_memory for card in cards)
         room = max(1, int(GPU_CACHE_SHARE * (total - model.get_memory_footprint())))
     most = GENERATION_TOKENS[device.type]
     return lambda length: max(length / most, cache_bytes(config, length, width) / room)

@@ -7,79 +7,41 @@
 First stage after fetch; needs no model. In this order: read -> normalise to one shape -> drop broken and empty rows ->
 drop exact duplicates -> language filter -> sample -> split by group -> check that train and val share nothing -> repeat
 by weight. Weights come last: a row repeated before the split would land on both sides. Same input and seed, same bytes.
+
+Rows are not held in memory. The first pass over the sources, in all processes, normalises each row, writes its finished line
+to a temporary file (about as large as the output), and keeps a small record of it. What follows is decided on the records.
+The second pass copies the lines of the rows that stay. So a row is parsed once, and a source that changes meanwhile does no harm.
 """
 
 import itertools
 import json
-import math
+import os
+from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from moult.data.conversation import content_of, find_format, normalise
-from moult.data.fields import BadRow, LeftOut, value_of
+from moult.data.first_pass import first_pass, set_first_pass
 from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
-from moult.data.readers import expand, read_rows
+from moult.data.ledger import Ledger
+from moult.data.readers import chunks_in, expand, read_chunks
 from moult.errors import MoultError, some
-from moult.files import canonical, read_json, sha256_file, sha256_text, write_json, write_jsonl
-from moult.parallel import ordered_map
+from moult.files import atomic_file, read_json, sha256_file, temporary_file, write_json
+from moult.parallel import ordered_stream
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
 
+# From this number of rows on, the exact language detector takes more than a minute or two (3 ms a row).
+MANY_ROWS = 50_000
 
-@dataclass
-class Row:
-    """One row on its way. `content` is its canonical JSON, `key` the hash of that."""
-
-    place: str
-    source: int
-    content: str
-    key: str
-    group: str
-    language: str = ""
-
-
-@dataclass
-class Ledger:
-    """Where each row that was read has gone, and what of a row has gone nowhere.
-
-    read: rows read. dropped: rows, by reason. examples: up to five places of each reason.
-    turns_cut: turns behind a row's last answer. turns_empty: assistant turns that say nothing and are not trained.
-    unused_columns, unused_keys: of how many rows a column, or a key of their messages, holds something and is not read.
-    columns: all columns of all rows.
-    """
-
-    read: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    turns_cut: int = 0
-    turns_empty: int = 0
-    unused_columns: Counter = field(default_factory=Counter)
-    unused_keys: Counter = field(default_factory=Counter)
-    columns: set[str] = field(default_factory=set)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, reason: str, place: str, message: str = "") -> None:
-        self.dropped[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < 5:
-            examples.append(f"{place}: {printable(message)}" if message else place)
-
-    def leave_out(self, left: LeftOut) -> None:
-        """Count what of a row that is kept is not trained, or not used."""
-        self.turns_cut += left.turns_cut
-        self.turns_empty += left.turns_empty
-        self.unused_columns.update(map(printable, left.columns))
-        self.unused_keys.update(map(printable, left.keys))
-
-
-def printable(text: str) -> str:
-    """It may quote what is no text."""
-    return text.encode(errors="backslashreplace").decode()
+if TYPE_CHECKING:  # it imports numpy
+    from moult.data.records import Rows
 
 
 def main() -> None:
-    parser = stage_parser(__doc__, "prepare", threads="processes for language detection")
+    parser = stage_parser(__doc__, "prepare", threads="processes")
     parser.add_argument("--train", required=True, help="training rows to write (.jsonl)")
     parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
     parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
@@ -90,25 +52,31 @@ def main() -> None:
 
 
 def prepare(settings: dict, args, log) -> None:
+    with temporary_file(args.train) as lines:
+        _prepare(settings, args, log, lines)
+
+
+def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
     ledger = Ledger()
-    rows, files = read(settings["sources"], settings, ledger)
+    rows, files = read(settings["sources"], settings, lines, args.threads, ledger)
     log.debug("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
     stop_at_broken_rows(ledger, settings["broken"])
     check_columns(settings, ledger)
     tell_left_out(ledger, log)
     rows = without_duplicates(rows, ledger)
+    sample = None if settings["sample_size"] == "full" else settings["sample_size"]
+    settings = {**settings, "language_detector": choose_detector(settings, len(rows) if sample is None else sample)}
     val_rows, val_ledger, val_files = None, None, []
     if settings["val_sources"]:
         val_ledger = Ledger()
-        val_rows, val_files = read(settings["val_sources"], settings, val_ledger)
+        val_rows, val_files = read(settings["val_sources"], settings, lines, args.threads, val_ledger)
         stop_at_broken_rows(val_ledger, settings["broken"])
         tell_left_out(val_ledger, log, "val_source: ")
         val_rows = without_duplicates(val_rows, val_ledger)
         val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
-    sample = None if settings["sample_size"] == "full" else settings["sample_size"]
     rows = in_languages(rows, settings, args.threads, sample, ledger)
     if val_rows is None:
-        train_rows, val_rows = split(rows, settings["val_size"], settings["seed"])
+        train_rows, val_rows = split(rows, settings["val_size"])
     else:
         train_rows = without_val_rows(rows, val_rows, ledger)
     check_ledger(ledger, len(train_rows) + (0 if val_ledger else len(val_rows)))
@@ -116,102 +84,101 @@ def prepare(settings: dict, args, log) -> None:
         check_ledger(val_ledger, len(val_rows))
     check_not_empty(train_rows, val_rows, ledger, val_ledger)
     overlap = check_overlap(train_rows, val_rows)
-    weights = [source["weight"] for source in settings["sources"]]
-    train_lines, weighting = weighted(train_rows, weights, settings["seed"])
-    if not train_lines:
+    times = train_rows.times([source["weight"] for source in settings["sources"]])
+    if not times.any():
         raise MoultError(
             f"the weights leave none of {len(train_rows):,} training rows", "raise datasets.<name>.source weight"
         )
 
-    write_jsonl(args.train, train_lines)
-    write_jsonl(args.val, (line(row) for row in val_rows))
+    weighting = {"repeated": int((times - 1).clip(0).sum()), "left_out_by_weight": int((times == 0).sum())}
+    train, val = summary(train_rows, times) | weighting, summary(val_rows, val_rows.once())
+    write_lines(args.train, train_rows, times)
+    write_lines(args.val, val_rows, val_rows.once())
     write_json(
         args.metadata,
         {
             "schema_version": 1,
             "sources": files,
             "val_sources": val_files,
-            "ledger": entry(ledger),
-            "val_ledger": entry(val_ledger) if val_ledger else None,
-            "train": summary(train_rows, written=len(train_lines), **weighting),
-            "val": summary(val_rows, written=len(val_rows)),
+            "ledger": ledger.entry(),
+            "val_ledger": val_ledger.entry() if val_ledger else None,
+            "train": train,
+            "val": val,
+            "language_detector": settings["language_detector"] if settings["languages"] else None,
             "overlap": overlap,
             "seed": settings["seed"],
         },
     )
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items()))
-    log.info(
-        "%s train and %s val rows; dropped: %s",
-        f"{len(train_lines):,}",
-        f"{len(val_rows):,}",
-        dropped or "none",
-    )
+    log.info("%s train and %s val rows; dropped: %s", f"{train['written']:,}", f"{val['written']:,}", dropped or "none")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(sources: list[dict], settings: dict, ledger: Ledger) -> tuple[list[Row], list[dict]]:
-    """All rows that can be training rows, and the files that they came from with their hashes."""
-    files = []
-    for index, source in enumerate(sources):
-        hub = {}
-        if "hub" in source:  # fetch_dataset writes beside the rows what they are
-            hub = {"hub": source["hub"], "commit": read_json(Path(source["path"]).with_suffix(".json"))["commit"]}
-        for path in expand(source["path"], settings["split"]):
-            facts = {"path": str(path), "source": index, "sha256": sha256_file(path), **hub}
-            files.append({**facts, "rows": 0, "format": None})
-    names = Counter(Path(file["path"]).name for file in files)
-    paths = Counter(file["path"] for file in files)
-    rows: list[Row] = []
-    for file in progress.over(files, "files"):
-        name = Path(file["path"]).name
-        # Ids must be distinct, so files of the same name go by their path; one file may be read twice, both ways.
-        name = name if names[name] == 1 else file["path"]
-        name = name if paths[file["path"]] == 1 else f"{name} (source {file['source']})"
-        source = sources[file["source"]]
-        for place, raw in itertools.islice(read_rows(Path(file["path"]), name), settings["max_rows"]):
-            ledger.read += 1
-            ledger.columns |= raw.keys()
-            file["rows"] += 1
-            row = to_row(place, raw, source, file, ledger)
-            if row is not None:
-                rows.append(row)
+def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, ledger: Ledger) -> tuple["Rows", list]:
+    """All rows that can be training rows, and the files that they came from with their hashes.
+
+    The finished lines are added to `lines`.
+    """
+    from moult.data.records import Rows
+
+    files = files_of(sources, settings["split"])
+    sizes = [Path(file["path"]).stat().st_size for file in files]
+    before = list(itertools.accumulate(sizes, initial=0))
+    workers = min(workers, chunks_in(before[-1]))
+    names = names_of(files)
+    start = lines.seek(0, os.SEEK_END)
+    records = []
+    chunks = (
+        (index, chunk)
+        for index, file in enumerate(files)
+        for chunk in read_chunks(Path(file["path"]), names[index], settings["max_rows"])
+    )
+    setup = (sources, files, names, settings)
+    with progress(max(1, before[-1] >> 20), "MB read") as bar:
+        for part in ordered_stream(first_pass, chunks, workers, "rows", set_first_pass, setup):
+            file = files[part.file]
+            file["rows"] += part.ledger.read
+            for name in part.formats:
+                file["format"] = name if file["format"] in (None, name) else "mixed"
+            ledger.add(part.ledger)
+            lines.write(part.lines)
+            records.append(part.records)
+            bar.update(((before[part.file] + part.end) >> 20) - bar.done, f"{ledger.read:,} rows")
     if ledger.read == 0:
         raise MoultError(
             f"{some([file['path'] for file in files])}: no rows",
             "the files are empty; check datasets.<name>.source",
         )
-    return rows, files
+    return Rows.of(records, lines, start), files
 
 
-def to_row(place: str, raw: dict, source: dict, file: dict, ledger: Ledger) -> Row | None:
-    """The row in the one shape, or None, counted in the ledger, if it cannot be a training row."""
-    columns = source["columns"]
-    try:
-        format_name = find_format(raw, columns, source["format"])
-        row, left = normalise(raw, columns, format_name)
-        content = content_of(row)
-    except BadRow as bad:
-        ledger.drop(bad.reason, place, str(bad))
-        return None
-    file["format"] = format_name if file["format"] in (None, format_name) else "mixed"
-    group_column = columns.get("group", "group")
-    group = value_of(raw.get(group_column))
-    left.columns.discard(group_column)
-    ledger.leave_out(left)
-    # pandas writes NaN for a missing number. A number and the same digits as text are one group.
-    group = prompt_of(row) if group is None or group != group else ascii(str(group))
-    return Row(place, file["source"], content, sha256_text(content), sha256_text(canonical(group)))
+def files_of(sources: list[dict], split: str) -> list[dict]:
+    """What metadata.json says of each file, its rows not counted yet."""
+    files = []
+    for index, source in enumerate(sources):
+        hub = {}
+        if "hub" in source:  # fetch_dataset writes beside the rows what they are
+            hub = {"hub": source["hub"], "commit": read_json(Path(source["path"]).with_suffix(".json"))["commit"]}
+        for path in expand(source["path"], split):
+            files.append({"path": str(path), "source": index, **hub, "rows": 0, "format": None})
+    for file in progress.over(files, "files: hash"):
+        file["sha256"] = sha256_file(file["path"])
+    return files
 
 
-def prompt_of(row: dict):
-    """What makes rows belong together where no group is given: everything before the first answer to the user."""
-    if "text" in row:
-        return row["text"]
-    roles = [message["role"] for message in row["messages"]]
-    first = roles.index("assistant", roles.index("user") if "user" in roles else 0)
-    return [message["content"] for message in row["messages"][:first]]
+def names_of(files: list[dict]) -> list[str]:
+    """What each file is called in places. Ids must be distinct, so files of the same name go by their path."""
+    names = Counter(Path(file["path"]).name for file in files)
+    paths = Counter(file["path"] for file in files)
+    found = []
+    for file in files:
+        name = Path(file["path"]).name
+        name = name if names[name] == 1 else file["path"]
+        # One file may be read twice, both ways.
+        found.append(name if paths[file["path"]] == 1 else f"{name} (source {file['source']})")
+    return found
 
 
 def stop_at_broken_rows(ledger: Ledger, policy: str) -> None:
@@ -249,61 +216,67 @@ def tell_left_out(ledger: Ledger, log, of: str = "") -> None:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def without_duplicates(rows: list[Row], ledger: Ledger) -> list[Row]:
+def without_duplicates(rows: "Rows", ledger: Ledger) -> "Rows":
     """The first row of each content. A copy in another source counts as well."""
-    seen: set[str] = set()
-    kept = []
-    for row in rows:
-        if row.key in seen:
-            ledger.drop("duplicate", row.place)
-        else:
-            seen.add(row.key)
-            kept.append(row)
-    return kept
+    is_first = rows.is_first("key")
+    ledger.drop_all("duplicate", rows.take(~is_first))
+    return rows.take(is_first)
 
 
-def draw(seed: int, *what: str) -> float:
-    """A number in [0, 1) that depends on nothing but the seed and the words: no order, no library, no version."""
-    return int(sha256_text("\0".join([str(seed), *what]))[:16], 16) / 2**64
+def choose_detector(settings: dict, wanted: int) -> str:
+    """The language detector of the config; of `auto` the more exact one, or the fast one where many rows are wanted."""
+    if settings["language_detector"] != "auto":
+        return settings["language_detector"]
+    return "langdetect" if wanted < MANY_ROWS else "py3langid"
 
 
-def in_languages(rows: list[Row], settings: dict, workers: int, sample: int | None, ledger: Ledger) -> list[Row]:
+def in_languages(rows: "Rows", settings: dict, workers: int, sample: int | None, ledger: Ledger) -> "Rows":
     """The rows in the wanted languages; at most `sample` of them, drawn by hash, in the order in which they were read.
 
     Rows are looked at in the drawn order until there are enough, so a small sample of a large dataset is cheap.
     """
-    order = (
-        list(rows)
-        if sample is None
-        else sorted(rows, key=lambda row: (draw(settings["seed"], "sample", row.key), row.place))
-    )
-    enough = len(order) if sample is None else sample
-    kept: list[Row] = []
+    import numpy as np
+
+    order = np.arange(len(rows)) if sample is None else rows.drawn()
+    enough = len(rows) if sample is None else sample
+    if not settings["languages"]:
+        ledger.drop_all("not_sampled", rows.take(order[enough:]))
+        return rows.take(np.sort(order[:enough]))
+    kept, codes = array("q"), array("q")
+    names = {"": 0}
     start = 0
     while start < len(order) and len(kept) < enough:
         part = order[start : start + max(enough - len(kept), 512)]
         start += len(part)
-        for row in with_language(part, settings, workers):
-            if row.language and not wanted(row.language, settings):
-                ledger.drop(f"language_{row.language}", row.place)
+        for index, language in zip(part, languages_in(rows, part, settings, workers), strict=True):
+            if not wanted(language, settings):
+                ledger.drop_all(f"language_{language}", rows.take([index]))
             elif len(kept) < enough:
-                kept.append(row)
+                kept.append(index)
+                codes.append(names.setdefault(language, len(names)))
             else:
-                ledger.drop("not_sampled", row.place)
-    for row in order[start:]:
-        ledger.drop("not_sampled", row.place)
-    position = {row.place: index for index, row in enumerate(rows)}
-    return sorted(kept, key=lambda row: position[row.place])
+                ledger.drop_all("not_sampled", rows.take([index]))
+    ledger.drop_all("not_sampled", rows.take(order[start:]))
+    in_order = np.argsort(kept)
+    found = rows.take(np.array(kept)[in_order])
+    found.records["language"] = np.array(codes)[in_order]
+    found.languages = list(names)
+    return found
 
 
-def with_language(rows: list[Row], settings: dict, workers: int) -> list[Row]:
-    if settings["languages"]:
-        contents = [row.content for row in rows]
-        detector = settings["language_detector"]
-        found = ordered_map(language_of, contents, workers, "rows: language", set_detector, (detector,))
-        for row, language in zip(rows, found, strict=True):
-            row.language = language
-    return rows
+def languages_in(rows: "Rows", which, settings: dict, workers: int) -> Iterator[str]:
+    """The language of each of the rows at the indices `which`, or languages: "en+zh"."""
+    batches = [which[start : start + BATCH] for start in range(0, len(which), BATCH)]
+    lines = ([rows.line(index) for index in batch] for batch in batches)
+    what = "rows: language"
+    setup = (settings["language_detector"],)
+    with progress(len(which), what) as bar:
+        for found in ordered_stream(languages_of_lines, lines, min(workers, len(batches)), what, set_detector, setup):
+            yield from found
+            bar.update(len(found))
+
+
+BATCH = 256  # rows
 
 
 def set_detector(name: str) -> None:
@@ -312,9 +285,8 @@ def set_detector(name: str) -> None:
     _detect = detector(name)
 
 
-def language_of(content: str) -> str:
-    """The row's language, or languages: "en+zh"."""
-    return "+".join(languages_of(spoken_texts(json.loads(content)), _detect))
+def languages_of_lines(lines: list[bytes]) -> list[str]:
+    return ["+".join(languages_of(spoken_texts(json.loads(line)), _detect)) for line in lines]
 
 
 def wanted(language: str, settings: dict) -> bool:
@@ -326,25 +298,27 @@ def wanted(language: str, settings: dict) -> bool:
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 
-def split(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(rows: "Rows", val_size: float) -> tuple["Rows", "Rows"]:
     """(train, val): whole groups go to val in the order of their hashes until it has `val_size`, a share or a number.
 
     A group that would overshoot by more than val_size is left in train.
     """
+    import numpy as np
+
     if not rows:
-        return [], []
+        return rows, rows
     target = max(1, round(val_size * len(rows))) if val_size < 1 else int(val_size)
-    sizes = Counter(row.group for row in rows)
-    chosen: set[str] = set()
+    group, sizes, order = rows.groups()
+    chosen = np.zeros(len(sizes), bool)
     count = 0
-    for group in sorted(sizes, key=lambda group: (draw(seed, "split", group), group)):
+    for number in order:
         if count >= target:
             break
-        if count + sizes[group] <= max(target + target // 2, 1):
-            chosen.add(group)
-            count += sizes[group]
-    train = [row for row in rows if row.group not in chosen]
-    val = [row for row in rows if row.group in chosen]
+        if count + sizes[number] <= max(target + target // 2, 1):
+            chosen[number] = True
+            count += sizes[number]
+    is_val = chosen[group]
+    train, val = rows.take(~is_val), rows.take(is_val)
     if not train or not val:
         raise MoultError(
             f"{len(rows):,} rows in {len(sizes):,} groups cannot be split into train and {target:,} val rows",
@@ -353,16 +327,11 @@ def split(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[
     return train, val
 
 
-def without_val_rows(rows: list[Row], val_rows: list[Row], ledger: Ledger) -> list[Row]:
+def without_val_rows(rows: "Rows", val_rows: "Rows", ledger: Ledger) -> "Rows":
     """The training rows that share neither content nor group with a given validation set."""
-    keys, groups = {row.key for row in val_rows}, {row.group for row in val_rows}
-    kept = []
-    for row in rows:
-        if row.key in keys or row.group in groups:
-            ledger.drop("in_val", row.place)
-        else:
-            kept.append(row)
-    return kept
+    in_val = rows.is_in(val_rows, "key") | rows.is_in(val_rows, "group")
+    ledger.drop_all("in_val", rows.take(in_val))
+    return rows.take(~in_val)
 
 
 def check_ledger(ledger: Ledger, kept: int) -> None:
@@ -374,7 +343,7 @@ def check_ledger(ledger: Ledger, kept: int) -> None:
         )
 
 
-def check_not_empty(train: list[Row], val: list[Row], ledger: Ledger, val_ledger: Ledger | None) -> None:
+def check_not_empty(train: "Rows", val: "Rows", ledger: Ledger, val_ledger: Ledger | None) -> None:
     for name, rows, counts in (("training", train, ledger), ("validation", val, val_ledger or ledger)):
         if not rows:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.most_common())
@@ -385,10 +354,9 @@ def check_not_empty(train: list[Row], val: list[Row], ledger: Ledger, val_ledger
             )
 
 
-def check_overlap(train: list[Row], val: list[Row]) -> dict[str, int]:
+def check_overlap(train: "Rows", val: "Rows") -> dict[str, int]:
     """How many rows and groups are on both sides: none, or the run stops."""
-    rows = len({row.key for row in train} & {row.key for row in val})
-    groups = len({row.group for row in train} & {row.group for row in val})
+    rows, groups = (train.take(train.is_in(val, column)).count_of(column) for column in ("key", "group"))
     if rows or groups:
         raise MoultError(f"train and val share {rows:,} rows and {groups:,} groups", "this is a bug in prepare")
     return {"rows": rows, "groups": groups}
@@ -397,55 +365,27 @@ def check_overlap(train: list[Row], val: list[Row]) -> dict[str, int]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def weighted(rows: list[Row], weights: list[float], seed: int) -> tuple[list[dict], dict[str, int]]:
-    """The training lines, each row as often as its source's weight says, and how many that added and left out."""
-    lines: list[dict] = []
-    repeated = left_out = 0
-    for row in rows:
-        weight = weights[row.source]
-        times = math.floor(weight) + (draw(seed, "weight", row.key) < weight % 1)
-        left_out += times == 0
-        repeated += max(times - 1, 0)
-        lines += [line(row, copy) for copy in range(times)]
-    return lines, {"repeated": repeated, "left_out_by_weight": left_out}
-
-
-def line(row: Row, copy: int = 0) -> dict:
-    identity = {
-        "id": f"{row.place}#{copy + 1}" if copy else row.place,
-        "group": row.group[:16],
-        "source": row.source,
-    }
-    language = {"language": row.language} if row.language else {}
-    return {**identity, **language, **json.loads(row.content)}
-
-
-def entry(ledger: Ledger) -> dict:
-    return {
-        "read": ledger.read,
-        "dropped": dict(ledger.dropped),
-        "kept": ledger.read - sum(ledger.dropped.values()),
-        "turns_cut": ledger.turns_cut,
-        "turns_empty": ledger.turns_empty,
-        "unused_columns": shares(ledger.unused_columns, ledger.read),
-        "unused_keys": shares(ledger.unused_keys, ledger.read),
-        "examples": ledger.examples,
-    }
-
-
-def shares(counts: Counter, of: int) -> dict[str, dict]:
-    return {name: {"rows": count, "share": round(count / of, 4)} for name, count in counts.items()}
-
-
-def summary(rows: list[Row], written: int, **weighting: int) -> dict:
+def summary(rows: "Rows", times) -> dict:
+    """What metadata.json says of a part whose rows are written so many `times` each."""
+    languages = rows.counts("language")
     return {
         "rows": len(rows),
-        "groups": len({row.group for row in rows}),
-        "written": written,
-        "by_source": dict(Counter(str(row.source) for row in rows)),
-        "by_language": dict(Counter(row.language for row in rows if row.language)),
-        **weighting,
+        "groups": rows.count_of("group"),
+        "written": int(times.sum()),
+        "by_source": {str(source): count for source, count in rows.counts("source").items()},
+        "by_language": {rows.languages[code]: count for code, count in languages.items() if code},
     }
+
+
+def write_lines(path: str, rows: "Rows", times) -> None:
+    with (
+        atomic_file(path) as partial,
+        partial.open("wb") as file,
+        progress(len(rows), f"{Path(path).stem} rows written") as bar,
+    ):
+        for count, lines in rows.finished(times):
+            file.write(lines)
+            bar.update(count)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,16 @@ def record_loading(monkeypatch) -> list[dict]:
     return calls
 
 
-# --- for a fork or a process of torchrun: `before` of forked.run, or a hook of hooked.py ---------------------------------
+# --- for a fork or a process of torchrun: `before` of forked.run, or run as a script ---------------------------------------
 
 
 def small_memory(tokens: int, rank: int | None = None) -> None:
     """Let training run out of memory with batches of more than `tokens` tokens, or four times as many with checkpointing."""
     import torch
-    from trl import SFTTrainer
 
-    whole = SFTTrainer.compute_loss
+    from moult.training.trainer import Finetuner
+
+    whole = Finetuner.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         limit = tokens * (4 if self.args.gradient_checkpointing else 1)
@@ -60,7 +61,7 @@ def small_memory(tokens: int, rank: int | None = None) -> None:
             )
         return whole(self, model, inputs, *args, **kwargs)
 
-    SFTTrainer.compute_loss = compute_loss
+    Finetuner.compute_loss = compute_loss
 
 
 def without_trial() -> None:
@@ -80,9 +81,14 @@ def run_out(target: str, call: int = 1, rank: int | None = None) -> None:
     _at(target, call, rank, run_out_now)
 
 
-def die(target: str, call: int = 1, rank: int | None = None) -> None:
-    """Let the process be killed before the `call`-th call of `target`."""
-    _at(target, call, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def die(target: str, mark: str, call: int = 1, rank: int | None = None) -> None:
+    """Let the process be killed before the `call`-th call of `target`. The file `mark` says when."""
+
+    def die_now():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _at(target, call, rank, die_now)
 
 
 def _at(target: str, call: int, rank: int | None, act: Callable[[], None]) -> None:

@@ -1,11 +1,18 @@
 """Rows of every format in the one shape; and what is no training row, by the name that the ledger gives it."""
 
+import contextlib
 import json
 
 import pytest
+from examples import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data import conversation
+from moult.data.conversation import BadRow, find_format, normalise
+from moult.data.first_pass import joined, json_of
 from moult.data.readers import read_rows
+from moult.files import canonical
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -16,7 +23,7 @@ def shape(row: dict, columns: dict | None = None, wanted: str = "auto") -> dict:
     """The row as prepare sees it: its format found, normalised, fit for JSON."""
     columns = columns or {}
     normalised, _ = normalise(row, columns, find_format(row, columns, wanted))
-    return json.loads(content_of(normalised))
+    return json.loads(joined(json_of(normalised)))
 
 
 def messages(*row_messages: dict, **row) -> list[dict]:
@@ -399,3 +406,34 @@ def test_real_reasoning_with_tools(shared):
 def test_real_text(shared):
     rows = real(shared, "c4_demo.jsonl")
     assert [shape(row) for row in rows] == [{"text": row["text"]} for row in rows]
+
+
+# --- the usual turn takes a shorter way -------------------------------------------------------------------------------
+
+SAID = st.sampled_from(
+    ["", " ", "a", 'q"\\\n\u2028', "天气", "\ud800", None, 5, True, ["a"], [{"type": "text", "text": "b"}], {}]
+)
+ODD_ROLES = st.sampled_from(["user", "human", "gpt", "User", "tool", "function_call", "alien", None, 5, []])
+
+
+@examples(300)
+@given(
+    item=st.dictionaries(st.sampled_from(["role", "from", "content", "value", "name"]), SAID | ODD_ROLES, max_size=3)
+    | st.fixed_dictionaries({"role": ODD_ROLES, "content": SAID})
+    | st.fixed_dictionaries({"from": ODD_ROLES, "value": SAID}),
+)
+def test_the_shorter_way_leads_to_the_same(item):
+    def outcome(value):
+        try:
+            keys = set()
+            return conversation._from_messages([value], keys), keys
+        except BadRow as bad:
+            return bad.reason, str(bad)
+
+    class Other(dict):
+        """No plain dict: it takes the long way."""
+
+    assert outcome(item) == outcome(Other(item))
+    with contextlib.suppress(BadRow):
+        row = {"messages": conversation._from_messages([item, item], set()), "tools": [{"b": 1, "a": 1e-7}]}
+        assert joined(json_of(row)).decode() == canonical(row)

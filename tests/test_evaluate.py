@@ -12,6 +12,7 @@ from planning import LORA
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
+from moult.errors import HOPELESS, MoultError
 from moult.measuring import likelihood as module
 from moult.measuring.likelihood import Likelihood, batches, likelihood
 from moult.model.device import load_model
@@ -148,6 +149,10 @@ def test_on_a_gpu_the_memory_is_what_the_weights_leave(monkeypatch):
         found.append(len(plan[0]))
     # Llama-2-7B has half a MiB for each token: 12.6 GiB of weights, and half of the rest.
     assert found == [3, 67]
+    # On two of 16 GiB, the weights are there once. Here one of the two devices is `cpu`, the other `meta`.
+    model.lm_head = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=16 * 2**30))
+    assert len(batches([1024] * 200, 1.0, evaluate_model.generation_cost(model))[0]) == 19
 
 
 def test_the_bytes_of_keys_and_values():
@@ -284,3 +289,51 @@ def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
     assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
     assert [row["group"] for row in measured] == [row["group"] for row in rows]
     assert [row["tokens"] for row in measured] == [sum(label != -100 for label in row["labels"]) for row in rows]
+
+
+PLACES = {
+    "measure": (
+        "out of memory while measuring rows of up to 24 tokens: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+    "answer": (
+        "out of memory while answering questions of up to 9 tokens with up to 32 tokens: CUDA out of memory.",
+        "lower eval.max_new_tokens",
+    ),
+    "compare_with_adapter": (
+        "out of memory while comparing the merged model with base plus adapter: CUDA out of memory.",
+        "lower datasets.<name>.max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. Of the allocated memory 1 GiB")
+
+    nothing = {
+        "limit_threads": lambda threads: None,
+        "pick": lambda gpus: "cpu",
+        "open_model": lambda path: (path, {}),
+        "Chat": lambda *_: Chat(),
+        "load_model": lambda *_, **__: Namespace(eval=lambda: None),
+        "measure": lambda *_: [],
+        "prompt_questions": lambda *_: [{"ids": [3] * 9}],
+        "row_questions": lambda *_: [],
+        "answer": lambda *_: [],
+        "compare_with_adapter": lambda *_: {"mean_kl": 0.0},
+    }
+    for name, stub in (nothing | {place: out_of_memory}).items():
+        monkeypatch.setattr(evaluate_model, name, stub)
+    asked = {"perplexity": True, "max_rows": None, "answer_rows": 0, "max_new_tokens": 32, "prompts": []}
+    settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
+    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "merge_check")}
+    arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
+    log = Namespace(info=lambda *_: None)
+    with pytest.raises(MoultError) as raised:
+        evaluate_model.evaluate(settings, arguments, log)
+    what, fix = PLACES[place]
+    assert raised.value.what.startswith(what) and "Of the allocated" not in raised.value.what
+    assert raised.value.fix.startswith(fix) and "eval.gpu" in raised.value.fix
+    assert raised.value.exit_code == HOPELESS

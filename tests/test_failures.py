@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from running import begin, lay_out, run_stage
 from moult.run.attempt import Attempt
 from moult.workflow.failures import failures_since, table
 
+ROOT = Path(__file__).resolve().parent.parent
 LOG = "logs/d/demo.log"
 KILLED = ("demo", "killed without an error message (usually out of memory)", "give it more memory")
 
@@ -136,3 +139,46 @@ def test_table_fits_the_terminal_and_breaks_no_path(attempt, tmp_path):
     assert all(len(line) <= 100 for line in lines if path not in line)
     assert "and 22 more" in " ".join(line[:24].strip() for line in lines)
     assert any(line.endswith(f"   log: {LOG}") for line in lines)
+
+
+SNAKEFILE = """
+import sys, time
+sys.path.insert(0, {scripts!r})
+from snakemake.logging import logger
+from moult.workflow.failures import NotAgain
+
+if workflow.is_main_process:
+    logger.addFilter(NotAgain(lambda: workflow.scheduler.running, time.time() - 1))
+
+rule all:
+    input: "hopeless.out", "passing.out"
+
+rule stage:
+    output: "{{name}}.out"
+    log: "logs/{{name}}/stage.log"
+    params: lambda wildcards: "HOPELESS" if wildcards.name == "hopeless" else "1"
+    shell: "{python} stage.py {{log}} {{params}}"
+"""
+
+STAGE = """
+import sys
+sys.path.insert(0, {scripts!r})
+from moult import errors
+from moult.run.stage import stage
+with stage("stage", sys.argv[1]):
+    raise errors.MoultError("it failed", "fix it", getattr(errors, sys.argv[2], 1))
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_what_would_fail_in_the_same_way_is_not_tried_again(group, tmp_path):
+    """With retries, as on Slurm: an error that may pass is tried three times, one that cannot once."""
+    scripts = str(ROOT / "scripts")
+    (tmp_path / "Snakefile").write_text(SNAKEFILE.format(scripts=scripts, python=sys.executable))
+    (tmp_path / "stage.py").write_text(STAGE.format(scripts=scripts))
+    grouped = ["--groups", "stage=all", "--group-components", "all=1"] if group else []
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--retries", "2", "--keep-going", *grouped]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    tried = {name: len(list((tmp_path / f"logs/{name}/attempts").glob("*.json"))) for name in ("hopeless", "passing")}
+    assert tried == {"hopeless": 1, "passing": 3}, done.stderr

@@ -1,5 +1,6 @@
 """prepare: every gate with what trips it, every choice with its count, and the same bytes from the same input."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from preparing import ANSWER, OUTPUTS, SPOKEN, USER, arguments, lines, pairs, pr
 from workflow import ROOT
 
 import prepare
+from moult.data.records import Rows, record
 from moult.errors import MoultError
 
 # --- what stops it ----------------------------------------------------------------------------------------------------
@@ -127,9 +129,9 @@ def test_a_validation_set_that_loses_all_rows(tmp_path):
 def test_a_bug_of_ours_would_be_seen():
     with pytest.raises(MoultError, match="the ledger does not add up: read 3, kept 2, dropped 0"):
         prepare.check_ledger(prepare.Ledger(read=3), 2)
-    row = prepare.Row("rows.jsonl:1", 0, "{}", "key", "group")
+    rows = Rows.of([record(b"k" * 32, b"g" * 32, 0.0, 0.0, False, 0, 2)], io.BytesIO(b"{}"), 0)
     with pytest.raises(MoultError, match="train and val share 1 rows and 1 groups"):
-        prepare.check_overlap([row], [row])
+        prepare.check_overlap(rows, rows)
 
 
 # --- what is dropped --------------------------------------------------------------------------------------------------
@@ -241,6 +243,15 @@ def test_the_demo(tmp_path, monkeypatch):
 
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_many_rows_get_the_fast_language_detector(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl", pairs(40))
+    for many, sample, detector in ((41, "full", "langdetect"), (40, "full", "py3langid"), (40, 20, "langdetect")):
+        monkeypatch.setattr(prepare, "MANY_ROWS", many)
+        found = run(tmp_path, source=source, languages=["en"], unknown_language="keep", sample_size=sample)
+        assert found.language_detector == detector
+    assert run(tmp_path, source=source).language_detector is None
 
 
 @pytest.mark.parametrize("detector", ["langdetect", "py3langid"])

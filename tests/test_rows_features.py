@@ -8,8 +8,9 @@ import pytest
 from preparing import ANSWER, USER, run, write
 
 from moult.data.conversation import find_format, normalise
-from moult.data.readers import JsonText, expand, read_rows
+from moult.data.readers import expand, read_rows
 from moult.data.row_file import columns_of, write_rows
+from moult.data.tables import JsonText
 
 datasets = pytest.importorskip("datasets")
 from datasets import Features, Json, LargeList, List, Value  # noqa: E402

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from workflow import ROOT
 
+from moult.data import readers
 from moult.data.readers import expand, read_rows
 from moult.errors import MoultError
 
@@ -49,17 +50,32 @@ def write(file: Path, rows: list[dict]) -> None:
     file.write_bytes(gzip.compress(data) if file.name.endswith(".gz") else data)
 
 
+SIZES = (readers.SIZE, 1, 40)  # of chunks
+
+
 def read(file: Path) -> list[tuple[str, dict]]:
-    return list(read_rows(file, file.name))
+    """The rows, which are the same in chunks of any size."""
+    found = []
+    for size in SIZES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(readers, "SIZE", size)
+            found.append(list(read_rows(file, file.name)))
+    assert found[0] == found[1] == found[2]
+    return found[0]
 
 
 def refused(file: Path, data: bytes | str) -> str:
-    """What is said of a file with these contents."""
+    """What is said of a file with these contents, which does not depend on the size of chunks either."""
     file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    with pytest.raises(MoultError) as error:
-        read(file)
-    assert error.value.fix
-    return error.value.what
+    said = set()
+    for size in SIZES:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MoultError) as error:
+            patch.setattr(readers, "SIZE", size)
+            list(read_rows(file, file.name))
+        assert error.value.fix
+        said.add(error.value.what)
+    [what] = said
+    return what
 
 
 # --- kinds of files ---------------------------------------------------------------------------------------------------
@@ -80,6 +96,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, gz):
         ("a.json", '[{"a": 1},\n\n{"a": 2}]', [1, 2]),
         ("a.json", '{"a": 1}\n{"a": 2}\n', [1, 2]),  # many a .json holds JSON Lines
         ("a.json", '{"version": 3, "data": [{"a": 1}]}', [1]),
+        ("a.json", ' [\n{"a": "]"} , {"a": [1, 23]}\t] \n', [1, 2]),
+        ("a.json", "[ ]", []),
         ("a.csv", 'a,b\n"x\ny",1\n\nz,2\n', [2, 5]),
         ("a.tsv", 'a\tb\nhe said "x"\t1\n', [2]),
     ],
@@ -163,6 +181,10 @@ BAD = [
     ("a.jsonl", '{"a": 1}'.encode("utf-16")[:-1], "a.jsonl:1: not UTF-16 (byte 0x7d)"),
     ("a.csv", b"a,b\n1,\xe9\n", "a.csv:2: not UTF-8 (byte 0xe9)"),
     ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: not JSON: Expecting value (column 7)"),
+    ("a.json", '[{"a": 1},\n{"a": NaN}]', "a.json:2: NaN is not JSON"),
+    ("a.json", '[{"a": 1}, {"a": 2} {"a": 3}]', "a.json:1: not JSON: Expecting ',' delimiter (column 21)"),
+    ("a.json", '[{"a": 1}] [{"a": 2}]', "a.json:1: not JSON: Extra data (column 12)"),
+    ("a.json", '[{"a": 1}, ', "a.json:1: not JSON: Expecting value (column 12)"),
     ("a.json", '{"a": 1}', "a.json: an object, where a list of rows belongs"),
     ("a.json", '{"a": [], "b": []}', "a.json: an object, where a list of rows belongs"),
     ("a.json", '"text"', "a.json: str, where a list of rows belongs"),

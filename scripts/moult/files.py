@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from moult.errors import MoultError
+
+# json.dumps would make one for each value.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def canonical(value) -> str:
     """Canonical JSON: sorted keys, no spaces. NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def sha256_text(text: str) -> str:
@@ -109,6 +114,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         for left in (partial, outgoing):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_file(beside: str | Path) -> Iterator[BinaryIO]:
+    """Yields a file without a name, on the disk of `beside`: whatever ends the process, nothing of it is left."""
+    path = Path(beside)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path), tempfile.TemporaryFile(dir=path.parent) as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -4,6 +4,23 @@ from bad_inputs.case import Case, edit_json, problems
 
 CASES = [
     Case(
+        "kernels that are not installed",
+        (
+            "plan failed: train.use_liger_kernel: the package liger-kernel is not installed\n"
+            "what to do: fix the train section of the config, or install the missing package"
+        ),
+        {"train": {"use_liger_kernel": True}},
+    ),
+    Case(
+        "compiled on a CPU",
+        (
+            "finetune failed: train.torch_compile: on a CPU a step takes a hundred times as long with it\n"
+            "what to do: leave it out, or use a GPU"
+        ),
+        {"train": {"torch_compile": True}},
+        target="finetune",
+    ),
+    Case(
         "targets that match nothing",
         (
             "plan failed: lora.target_modules: Target modules {'nope'} not found in the base model. Please check "

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, DEMO, assistant, system, turns, user
 
 import encode
-from moult.data.conversation import BadRow, content_of, find_format, normalise
+from moult.data.conversation import BadRow, find_format, normalise
+from moult.data.first_pass import joined, json_of
 from moult.data.labels import sequences_of
 from moult.errors import MoultError
 from moult.model.chat import Chat, Unrenderable, check_syntax
@@ -111,7 +112,7 @@ def test_any_row_is_encoded_or_refused(raw, demo):
     """What prepare lets through, however odd its tools and calls, comes out as sequences or as a reason."""
     try:
         row, _ = normalise(raw, {}, find_format(raw, {}, "auto"))
-        row = json.loads(content_of(row))
+        row = json.loads(joined(json_of(row)))
     except BadRow:
         return
     result = encode.encode_row({"id": "odd:1", "group": "0", "source": 0, **row})

@@ -1,189 +1,460 @@
-"""The pipeline on a GPU: a Qwen2.5-0.5B-shaped model of random weights, Qwen3's tokenizer, GSM8K, bfloat16.
+"""All of Moult on one GPU, in 25 minutes: is it right, does it fit as predicted, how fast is it?
 
-    python tests/gpu/benchmark.py --data ../shared/data --out /tmp/gpu            # on a machine with a GPU
-    python tests/gpu/benchmark.py --data ../shared/data --out /tmp/cpu --tiny     # the same script on a CPU, in a minute
+    python tests/gpu/benchmark.py --out /tmp/gpu                                   # needs envs/train.txt and one GPU
+    python tests/gpu/benchmark.py --out /tmp/gpu --vllm-python /opt/vllm/bin/python   # serves as well
+    python tests/gpu/benchmark.py --out /tmp/cpu --tiny                            # the same script on a CPU: tries the script
 
-Calls the stages by hand, as their docstrings say, so it needs no Snakemake. For each case (plain, packed, gradient
-checkpointing) it reports tokens per second, peak memory against the plan's estimate, and whether a run that is stopped
-and resumed ends with the same adapter; prints a Markdown table for BENCHMARKS.md and writes figures.json.
+It downloads nothing: two models of random weights, in the shape of Qwen3-0.6B and Qwen3-8B, and rows made of the demo's words.
+Each case is a process of its own. A case that does not fit the card is skipped, one that fails does not stop the others, and no
+case starts after --minutes. After each, /tmp/gpu/result.json and result.md are written: please send result.json to us.
+--write puts the table into BENCHMARKS.md.
 """
 
 import argparse
 import json
+import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "tools"))
 
-from moult.files import canonical
+from recipe_tables import SHAPES
+from report import table, write_into
+
+from moult.files import canonical, read_json, read_jsonl, write_json, write_jsonl
 from moult.workflow.config import load_schema, resolve
 from moult.workflow.stages import stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 
-SHAPE = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-}
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 2048,
-}
-CASES = {
-    "plain": {},
-    "packed": {"packing": True},
-    "gradient checkpointing": {"gradient_checkpointing": True},
-}
+TINY = {**SHAPES["Qwen/Qwen3-0.6B"], "vocab_size": 768, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+SMALL_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+LARGE_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+PADDED = {"padding_free": False, "train_sampling_strategy": "random"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training to measure. model: `small` or `large`."""
+
+    name: str
+    model: str
+    train: dict = field(default_factory=dict)
+    quantization: str | None = None
+
+
+TRAININGS = [
+    Training("padding-free", "small"),
+    Training("padded", "small", PADDED),
+    Training("packed", "small", {"packing": True}),
+    Training("packed, checkpointed", "small", {"packing": True, "gradient_checkpointing": True}),
+    Training("8 B", "large"),
+    Training("8 B, checkpointed", "large", {"gradient_checkpointing": True}),
+    Training("8 B, QLoRA", "large", {"gradient_checkpointing": True}, "nf4"),
+    Training("QLoRA", "small", {}, "nf4"),
+]
+
+
+class Skipped(Exception):
+    """A case that cannot be run here, and why."""
+
+
+class Failed(Exception):
+    """A command that failed, and the end of what it said."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with datasets/gsm8k and tokenizers/qwen3")
-    parser.add_argument("--out", type=Path, required=True, help="folder to work in")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each case")
+    parser.add_argument("--out", type=Path, required=True, help="folder to work in: 25 GB")
+    parser.add_argument("--minutes", type=float, default=25, help="no case starts after these")
     parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model and few rows: to try the script itself on a CPU"
+        "--steps", type=int, default=40, help="training steps of the small model; the large one has a half"
     )
+    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it nothing is served")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few rows, also without a GPU")
+    parser.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    base = make_base(args.out / "base", args.data, TINY if args.tiny else SHAPE)
-    tokens = make_tokens(args, base)
-    figures = {name: run_case(name, changes, args, base, tokens) for name, changes in CASES.items()}
-    figures["packed"]["resume"] = resume_case(args, base, tokens)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
-    print(table(figures))
+    bench = Bench(args)
+    for name, case in bench.cases():
+        bench.do(name, case)
+    print(table(bench.result))
+    if args.write:
+        write_into(ROOT / "BENCHMARKS.md", table(bench.result))
+    print(f"\nAll figures are in {bench.result_file}. Please send us this file.")
 
 
-def stage(script: str, *arguments) -> float:
-    """Run a stage; returns its wall time in seconds. Stops the benchmark if it fails."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *map(str, arguments)], check=True)
-    return time.monotonic() - started
+class Bench:
+    """The state of the benchmark: where things are, how much time is left, what was found."""
 
+    def __init__(self, args):
+        self.args, self.out, self.tiny = args, args.out.resolve(), args.tiny
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.result_file = self.out / "result.json"
+        self.started = time.monotonic()
+        self.result: dict = {"schema_version": 1, "machine": self.probe("machine"), "tiny": args.tiny, "cases": {}}
 
-def make_base(folder: Path, data: Path, shape: dict) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    def cases(self) -> list[tuple[str, Callable[[], dict]]]:
+        """In the order of what a reader wants to know first."""
 
-    if not (folder / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen3")
-        tokenizer.save_pretrained(folder)
-        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = AutoConfig.for_model("qwen2", vocab_size=151936, tie_word_embeddings=True, **ids, **shape)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+        def trainings(model: str):
+            return [(case.name, lambda case=case: self.train(case)) for case in TRAININGS if case.model == model]
 
+        return [
+            ("model, small", lambda: self.make_model("small")),
+            ("data", self.make_data),
+            *trainings("small")[:2],
+            ("TRL's own script", lambda: self.trl("small", "padded")),
+            *trainings("small")[2:4],
+            ("resume", self.resume),
+            ("merge", lambda: self.merge("padding-free")),
+            ("evaluate and merge check", lambda: self.evaluate("padding-free")),
+            ("serve", lambda: self.serve("padding-free")),
+            ("model, large", lambda: self.make_model("large")),
+            *trainings("large"),
+            *(
+                (
+                    f"validation, {model}, {length // 1024}k",
+                    lambda model=model, length=length: self.validation(model, length),
+                )
+                for model in ("large", "small")
+                for length in (8192, 32768)
+            ),
+            ("TRL's own script, 8 B", lambda: self.trl("large", "8 B, checkpointed")),
+            *trainings("small")[4:],
+        ]
 
-def settings(stage_name: str, args, train: dict) -> str:
-    """What the rule of a stage would pass it, for a config with these differences from the defaults."""
-    dataset = {
-        "source": str(args.data.resolve() / "datasets/gsm8k/train.jsonl"),
-        "columns": {"prompt": "question", "completion": "answer"},
-        "max_length": 1024,
-        "val_size": 0.02,
-    }
-    config = {
-        "model": {"name": str(args.out.resolve() / "base"), "chat_template_kwargs": {"enable_thinking": False}},
-        "datasets": {"gsm8k": dataset},
-        "train": {
-            "max_steps": args.steps,
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 2,
-            "eval_steps": 0.5,
-            "save_steps": 0.25,
-            "logging_steps": 5,
-            **train,
-        },
-    }
-    if args.tiny:
-        dataset["max_rows"] = 100
-        config["train"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
-    return canonical(stage_settings(resolve(config, load_schema(str(ROOT / "config"))), stage_name, "gsm8k"))
+    def do(self, name: str, case: Callable[[], dict]) -> None:
+        """Run a case and keep what it found, whatever happens."""
+        minutes = (time.monotonic() - self.started) / 60
+        started, found = time.monotonic(), {}
+        if minutes > self.args.minutes:
+            found = {"status": "no time"}
+        else:
+            print(f"[{minutes:4.1f} min] {name} ...", flush=True)
+            try:
+                found = {"status": "done", **case()}
+            except Skipped as why:
+                found = {"status": "skipped", "why": str(why)}
+            except Failed as why:
+                found = {"status": "failed", "why": str(why)}
+            found["wall_seconds"] = time.monotonic() - started
+        if found["status"] != "done":
+            print(f"           {found['status']}: {found.get('why', '')[-300:]}", flush=True)
+        self.result["cases"][name] = found
+        write_json(self.result_file, self.result)
+        (self.out / "result.md").write_text(table(self.result) + "\n", encoding="utf-8")
 
+    # --- commands ---
 
-def make_tokens(args, base: Path) -> Path:
-    prepared = args.out / "prepared"
-    files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
-    log = ("--log-file", args.out / "stage.log")
-    stage(
-        "prepare", "--settings", settings("prepare", args, {}), *files, "--metadata", prepared / "metadata.json", *log
-    )
-    out = ("--out", args.out / "tokens")
-    stage("encode", "--settings", settings("encode", args, {}), "--model", base, *files, *out, "--threads", 4, *log)
-    return args.out / "tokens"
+    def run(self, *command, name: str = "command") -> str:
+        """What the command prints. Raises Failed if it fails, or takes longer than is left and ten minutes."""
+        left = max(60.0, self.args.minutes * 60 - (time.monotonic() - self.started)) + 600
+        log = self.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+        words = [sys.executable, *map(str, command)]
+        with log.open("w") as file:
+            try:
+                done = subprocess.run(words, stdout=subprocess.PIPE, stderr=file, text=True, timeout=left, cwd=self.out)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"took more than {left:.0f} s") from None
+        if done.returncode:
+            said = f"{log.read_text(errors='replace')}\n{done.stdout}".strip()
+            raise Failed(f"exit code {done.returncode}: {said[-2000:]}")
+        return done.stdout
 
+    def probe(self, part: str, *options) -> dict:
+        said = self.run(ROOT / "tests" / "gpu" / "probe.py", part, *options, name=f"probe {part}")
+        return json.loads(said.strip().splitlines()[-1])
 
-def finetune_arguments(folder: Path, train: dict, args, base: Path, tokens: Path) -> list:
-    read, plan, log = ("--model", base, "--tokens", tokens), folder / "plan.json", ("--log-file", folder / "stage.log")
-    stage("plan", "--settings", settings("plan", args, train), *read, "--out", plan, *log)
-    return [
-        *("--settings", settings("finetune", args, train), *read, "--plan", plan),
-        *("--state", folder / "state", "--adapter", folder / "adapter", "--summary", folder / "adapter.json"),
-        *("--training-log", folder / "training_log.jsonl", "--threads", 8, *log),
-    ]
+    def stage(self, script: str, *options, case: str) -> None:
+        self.run(SCRIPTS / f"{script}.py", *options, "--log-file", self.out / "stage.log", name=f"{case} {script}")
 
+    def need(self, *names: str) -> None:
+        """Raises Skipped if a case that this one builds on has not come out."""
+        for name in names:
+            if self.result["cases"].get(name, {}).get("status") != "done":
+                raise Skipped(f"'{name}' has not come out")
 
-def run_case(name: str, changes: dict, args, base: Path, tokens: Path) -> dict:
-    folder = args.out / name.replace(" ", "-")
-    seconds = stage("finetune", *finetune_arguments(folder, changes, args, base, tokens))
-    history = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    speeds = sorted(entry["tokens_per_second"] for entry in history[1:] if "tokens_per_second" in entry)
-    memory = json.loads((folder / "plan.json").read_text())["memory"]
-    kind = "total_with_gradient_checkpointing" if changes.get("gradient_checkpointing") else "total"
-    return {
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "seconds": seconds,
-        "peak_gib": max((entry.get("peak_memory_allocated", 0) for entry in history), default=0) / 2**30,
-        "planned_gib": memory[kind] / 2**30,
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-    }
+    # --- what the cases share ---
 
+    def base(self, model: str) -> Path:
+        return self.out / f"{model}-base"
 
-def resume_case(args, base: Path, tokens: Path) -> str:
-    """Stop the packed run in the middle, go on, and compare with the undisturbed one."""
-    folder = args.out / "resumed"
-    arguments = finetune_arguments(folder, CASES["packed"], args, base, tokens)
-    process = subprocess.Popen([sys.executable, SCRIPTS / "finetune.py", *map(str, arguments)])
-    log = folder / "state" / "training_log.jsonl"
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    stopped = process.wait()
-    stage("finetune", *arguments)
-    files = [args.out / name / "adapter" / "adapter_model.safetensors" for name in ("packed", "resumed")]
-    same = files[0].read_bytes() == files[1].read_bytes()
-    return (
-        f"stopped with {stopped}, then {'the same bytes' if same else f'largest difference {difference(*files):.1e}'}"
-    )
+    def make_model(self, model: str) -> dict:
+        shape = TINY if self.tiny else SHAPES["Qwen/Qwen3-8B" if model == "large" else "Qwen/Qwen3-0.6B"]
+        memory = self.result["machine"].get("memory", 0)
+        if model == "large" and not self.tiny and memory < 15e9:
+            raise Skipped("the card is too small for 8 B, even in 4 bits")
+        return self.probe("model", "--shape", json.dumps(shape), "--out", self.base(model))
 
-
-def difference(one: Path, other: Path) -> float:
-    from safetensors.torch import load_file
-
-    a, b = load_file(one), load_file(other)
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def table(figures: dict) -> str:
-    lines = ["| case | tokens/s | peak GiB | planned GiB | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, f in figures.items():
-        lines.append(
-            f"| {name} | {f['tokens_per_second']:,.0f} | {f['peak_gib']:.1f} | {f['planned_gib']:.1f} | {f['seconds']:.0f} |"
+    def make_data(self) -> dict:
+        self.need("model, small")
+        rows = 120 if self.tiny else 2000
+        write_jsonl(self.out / "rows.jsonl", made_up_rows(rows))
+        prepared = self.out / "prepared"
+        files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
+        options = ("--settings", self.settings("prepare", "small"), *files, "--metadata", prepared / "metadata.json")
+        self.stage("prepare", *options, case="data")
+        tokens = ("--out", self.out / "tokens", "--threads", 4)
+        options = ("--settings", self.settings("encode", "small"), "--model", self.base("small"), *files, *tokens)
+        self.stage("encode", *options, case="data")
+        (self.out / "for-trl").mkdir(exist_ok=True)
+        write_jsonl(
+            self.out / "for-trl" / "train.jsonl",
+            ({"messages": row["messages"]} for row in read_jsonl(prepared / "train.jsonl")),
         )
-    return "\n".join([*lines, "", f"Resume: {figures['packed']['resume']}."])
+        report = read_json(self.out / "tokens" / "report.json")
+        return {"sequences": report["train"]["sequences"], "tokens": report["train"]["tokens"]}
+
+    def train_settings(self, model: str, changes: dict) -> dict:
+        steps = 6 if self.tiny else self.args.steps // (2 if model == "large" else 1)
+        own = {"max_steps": steps, "eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 1 if self.tiny else 4}
+        batch = LARGE_BATCH if model == "large" else SMALL_BATCH
+        if self.tiny:
+            batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+        return {**own, **batch, **changes}
+
+    def settings(self, stage: str, model: str, train: dict | None = None, quantization: str | None = None) -> str:
+        """What the rule of a stage would pass it."""
+        dataset = {"source": str(self.out / "rows.jsonl"), "max_length": 1024, "max_token_loss": 0.5, "val_size": 0.05}
+        config = {
+            "model": {"name": str(self.base(model)), "quantization": quantization},
+            "datasets": {"rows": dataset},
+            "train": self.train_settings(model, train or {}),
+            "eval": {"answer_rows": 16, "max_new_tokens": 32},
+            "serve": {"engine": "transformers" if self.tiny else "vllm", "python": self.args.vllm_python},
+        }
+        return canonical(stage_settings(resolve(config, load_schema(str(ROOT / "config"))), stage, "rows"))
+
+    def plan(self, case: Training, folder: Path) -> dict:
+        """plan.json; Skipped where the plan refuses the run because it cannot fit."""
+        folder.mkdir(exist_ok=True)
+        options = ("--model", self.base(case.model), "--tokens", self.out / "tokens", "--out", folder / "plan.json")
+        settings = self.settings("plan", case.model, case.train, case.quantization)
+        try:
+            self.stage("plan", "--settings", settings, *options, case=case.name)
+        except Failed as why:
+            if "this run needs about" in str(why):
+                raise Skipped("does not fit: " + re.search(r"this run needs[^:]*", str(why))[0]) from None
+            raise
+        return read_json(folder / "plan.json")
+
+    def finetune_options(self, case: Training, folder: Path) -> list:
+        return [
+            *("--settings", self.settings("finetune", case.model, case.train, case.quantization)),
+            *("--model", self.base(case.model), "--tokens", self.out / "tokens", "--plan", folder / "plan.json"),
+            *("--state", folder / "state", "--adapter", folder / "adapter", "--summary", folder / "adapter.json"),
+            *("--training-log", folder / "training_log.jsonl", "--threads", min(8, os.cpu_count() or 1)),
+        ]
+
+    def folder(self, name: str) -> Path:
+        return self.out / re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+    # --- the cases ---
+
+    def train(self, case: Training) -> dict:
+        self.need(f"model, {case.model}", "data")
+        folder = self.folder(case.name)
+        memory = self.plan(case, folder)["memory"]
+        with Watch() as watch:
+            self.stage("finetune", *self.finetune_options(case, folder), case=case.name)
+        history = list(read_jsonl(folder / "training_log.jsonl"))
+        lines = [entry for entry in history if "tokens_per_second" in entry][1:]
+        checkpointed = "turning gradient checkpointing on" in (self.out / "stage.log").read_text(errors="replace")
+        if case.train.get("gradient_checkpointing"):
+            checkpointed = True
+        key = "total_with_gradient_checkpointing" if checkpointed else "total"
+        return {
+            **{
+                name: middle([line[name] for line in lines if name in line])
+                for name in ("tokens_per_second", "mfu", "tflops")
+            },
+            "peak_allocated": max((entry.get("peak_memory_allocated", 0) for entry in history), default=0) or None,
+            "peak_reserved": max((entry.get("peak_memory_reserved", 0) for entry in history), default=0) or None,
+            "peak_used": watch.peak,
+            "predicted": memory[key],
+            "checkpointed": checkpointed,
+            "plan": memory,
+            "losses": [entry["loss"] for entry in history if "loss" in entry],
+        }
+
+    def trl(self, model: str, like: str) -> dict:
+        """`trl sft` with TRL's defaults, besides what makes it the same work: LoRA, batch, steps, dtype."""
+        self.need(f"model, {model}", "data")
+        case = next(case for case in TRAININGS if case.name == like)
+        train = self.train_settings(model, case.train)
+        out = self.folder(f"trl {model}")
+        checkpointed = case.train.get("gradient_checkpointing", False)
+        half = self.result["machine"]["device"] == "cuda"
+        options = {
+            "model_name_or_path": self.base(model),
+            "dataset_name": self.out / "for-trl",
+            "output_dir": out,
+            "max_steps": train["max_steps"],
+            "per_device_train_batch_size": train["per_device_train_batch_size"],
+            "gradient_accumulation_steps": train["gradient_accumulation_steps"],
+            "learning_rate": 2e-4,
+            "lora_r": 16,
+            "lora_alpha": 32,
+            "lora_target_modules": "all-linear",
+            "dtype": "bfloat16" if half else "float32",
+            "bf16": half,
+            "gradient_checkpointing": checkpointed,
+            "logging_steps": train["logging_steps"],
+            "save_steps": train["max_steps"],
+            "report_to": "none",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with Watch() as watch:
+            said = self.run("-m", "trl.scripts.sft", *words, "--use_peft", name=f"trl {model}")
+        seconds = float(re.search(r"'train_runtime': '?([\d.]+)", said)[1])
+        state = read_json(out / f"checkpoint-{train['max_steps']}" / "trainer_state.json")
+        tokens = max(entry.get("num_tokens", 0) for entry in state["log_history"])
+        return {
+            "tokens_per_second": tokens / seconds,
+            "peak_used": watch.peak,
+            "seconds": seconds,
+            "checkpointed": checkpointed,
+        }
+
+    def resume(self) -> dict:
+        """Stop the packed run in the middle, go on, and compare with the undisturbed one."""
+        self.need("packed")
+        case = next(case for case in TRAININGS if case.name == "packed")
+        folder = self.folder("resumed")
+        self.plan(case, folder)
+        options = self.finetune_options(case, folder)
+        command = [sys.executable, str(SCRIPTS / "finetune.py"), *map(str, options)]
+        with (self.out / "resume.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.out)
+            lines = folder / "state" / "training_log.jsonl"
+            while process.poll() is None and (not lines.exists() or len(lines.read_text().splitlines()) < 2):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            stopped = process.wait(600)
+        self.stage("finetune", *options, case="resumed")
+        files = [place / "adapter" / "adapter_model.safetensors" for place in (self.folder("packed"), folder)]
+        same = files[0].read_bytes() == files[1].read_bytes()
+        losses = [
+            [entry["loss"] for entry in read_jsonl(place / "training_log.jsonl") if "loss" in entry]
+            for place in (self.folder("packed"), folder)
+        ]
+        apart = max(abs(one - other) for one, other in zip(*losses, strict=True))
+        return {"exit_code": stopped, "same_bytes": same, "largest_difference_of_losses": apart}
+
+    def merge(self, name: str) -> dict:
+        self.need(name)
+        folder, started = self.folder(name), time.monotonic()
+        read = ("--model", self.base("small"), "--plan", folder / "plan.json", "--tokens", self.out / "tokens")
+        write = ("--adapter", folder / "adapter", "--merged", folder / "merged", "--summary", folder / "merge.json")
+        self.stage("merge", "--settings", self.settings("merge", "small"), *read, *write, "--threads", 4, case="merge")
+        return {"seconds": time.monotonic() - started, "how": read_json(folder / "merge.json")["how"]}
+
+    def evaluate(self, name: str) -> dict:
+        self.need("merge")
+        folder, started = self.folder(name), time.monotonic()
+        (folder / "tuned").mkdir(exist_ok=True)
+        check = folder / "tuned" / "merge_check.json"
+        with Watch() as watch:
+            self.stage(
+                "evaluate_model",
+                *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
+                *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
+                *("--answers", folder / "tuned" / "answers.jsonl", "--base", self.base("small")),
+                *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
+                case="evaluate",
+            )
+        found = {key: value for key, value in read_json(check).items() if isinstance(value, int | float | str)}
+        return {"seconds": time.monotonic() - started, "peak_used": watch.peak, "merge_check": found}
+
+    def validation(self, model: str, length: int) -> dict:
+        self.need(f"model, {model}")
+        length = length // 256 if self.tiny else length
+        return self.probe("validation", "--model", self.base(model), "--length", length)
+
+    def serve(self, name: str) -> dict:
+        self.need("evaluate and merge check")
+        if not self.tiny and not self.args.vllm_python:
+            raise Skipped("give --vllm-python")
+        folder, started = self.folder(name), time.monotonic()
+        self.stage(
+            "smoke_test",
+            *("--run", "rows", "--settings", self.settings("smoke_test", "small"), "--base", self.base("small")),
+            *("--answers", folder / "tuned" / "answers.jsonl", "--merge-check", folder / "tuned" / "merge_check.json"),
+            *(
+                "--rows",
+                self.out / "prepared" / "val.jsonl",
+                "--adapter",
+                folder / "adapter",
+                "--merged",
+                folder / "merged",
+            ),
+            *("--merge", folder / "merge.json", "--plan", folder / "plan.json", "--result", folder / "smoke_test.json"),
+            *("--threads", 4),
+            case="serve",
+        )
+        result = read_json(folder / "smoke_test.json")
+        checks = {check: outcome["passed"] for check, outcome in result["checks"].items()}
+        return {
+            "seconds": time.monotonic() - started,
+            "engine": result["engine"],
+            "checks": checks,
+            "speed": result["speed"],
+        }
+
+
+class Watch:
+    """Bytes of the GPU's memory that are used at the most, as nvidia-smi sees it; None without one."""
+
+    QUERY = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
+
+    def __init__(self):
+        self.peak: int | None = None
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+
+    def look(self) -> None:
+        while not self.ended.wait(0.5):
+            try:
+                said = subprocess.run(self.QUERY, capture_output=True, text=True, check=True, timeout=10).stdout
+                self.peak = max(self.peak or 0, int(said.split()[0]) * 2**20)
+            except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+                return
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def made_up_rows(count: int) -> list[dict]:
+    """Prompts and answers of the demo's words, as long as those of GSM8K: most are short, some are five times as long."""
+    chance = random.Random(0)
+    words = sorted(
+        {word for row in read_jsonl(ROOT / "config/demo/data/house_format.jsonl") for word in row["question"].split()}
+    )
+
+    def text(mean: float) -> str:
+        return " ".join(chance.choices(words, k=max(4, min(300, int(chance.lognormvariate(mean, 0.5))))))
+
+    return [{"prompt": text(3.2), "completion": text(3.6)} for _ in range(count)]
+
+
+def middle(numbers: list[float]) -> float | None:
+    return sorted(numbers)[len(numbers) // 2] if numbers else None
 
 
 if __name__ == "__main__":

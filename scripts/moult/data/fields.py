@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from moult.data.readers import JsonText
+from moult.data.tables import JsonText
 
 
 class BadRow(Exception):
@@ -51,11 +51,11 @@ class Fields:
 
         `where` is the place of this object in its row, "messages[3]"; its numbers are left out.
         """
-        unread = {key for key in self.values.keys() - self.read if not is_nothing(self.values[key])}
-        if not unread:
+        unread = {key for key, value in self.values.items() if key not in self.read and not is_nothing(value)}
+        if not unread or not where:
             return unread
-        prefix = re.sub(r"\[\d+\]", "[]", where) + "." if where else ""
-        return {f"{prefix}{key}" for key in unread}
+        prefix = re.sub(r"\[\d+\]", "[]", where)
+        return {f"{prefix}.{key}" for key in unread}
 
 
 def is_nothing(value) -> bool:

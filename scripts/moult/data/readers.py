@@ -5,31 +5,27 @@ they cannot read one. Every row comes with the place that it was read from, `nam
 JSON Lines, CSV and TSV, and the position of the row, from 1, elsewhere.
 """
 
+import contextlib
 import csv
 import glob
 import gzip
 import io
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
+from moult.data.tables import Table, tables_in
 from moult.errors import MoultError, some
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
-# Metadata of the schema of a Parquet file that moult/data/row_file.py has written: JSON of every value, texts in quotes.
-QUOTED = {b"moult": b"json of every value"}
-
-
-class JsonText(str):
-    """JSON of a value in a column that `datasets` calls Json: columns of mixed types, such as content that is text or blocks.
-
-    A text that was JSON already is held without quotes there: 42 and "42" look the same. Which of the two it is, tells
-    only what is asked for: where text is, this is the text; elsewhere it stands for a number, a list or an object.
-    """
+SIZE = 1 << 20  # characters, or bytes of a table, in a chunk of a file; a row is never cut
 
 
 def expand(path: str, split: str = "train") -> list[Path]:
@@ -99,23 +95,162 @@ def _suffix(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Json:
+    """Rows as JSON, `separator` between them. first: the number of the first one. end: how far into the file, in bytes."""
+
+    text: str
+    first: int
+    end: int
+    separator: str = "\n"
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        for number, piece in enumerate(self.text.split(self.separator), self.first):
+            if piece.strip():
+                yield number, piece
+
+    @property
+    def count(self) -> int:
+        return sum(1 for _ in self.pieces())
+
+    def rows(self, name: str) -> Iterator[tuple[int, dict]]:
+        for number, piece in self.pieces():
+            yield number, _checked(_parse_json(piece, name, number), f"{name}:{number}")
+
+
+@dataclass
+class Cells:
+    """Rows of a CSV or TSV: the line of each, and its cells."""
+
+    header: list[str]
+    lines: list[tuple[int, list[str]]]
+    end: int
+
+    @property
+    def count(self) -> int:
+        return len(self.lines)
+
+    def rows(self, name: str) -> Iterator[tuple[int, dict]]:
+        for number, cells in self.lines:
+            yield number, dict(zip(self.header, cells, strict=True))
+
+
+@dataclass
+class Document:
+    """What a JSON file holds that is more than a list, or not right: whoever reads it parses all of it at once.
+
+    skip: how many of its rows have been in chunks already.
+    """
+
+    file: Path
+    skip: int
+    end: int
+    count: int = 0  # known only when it is read; nothing comes after it
+
+    def rows(self, name: str) -> Iterator[tuple[int, dict]]:
+        with _damage(name):
+            text = _read_text(self.file, name)
+        if not text.strip():
+            return
+        value = _parse_json(text, name)
+        if isinstance(value, dict):
+            lists = [key for key, item in value.items() if isinstance(item, list)]
+            if len(lists) != 1:
+                raise MoultError(
+                    f"{name}: an object, where a list of rows belongs",
+                    "make it a list, or JSON Lines with the suffix .jsonl",
+                )
+            value = value[lists[0]]
+        if not isinstance(value, list):
+            what = type(value).__name__
+            raise MoultError(f"{name}: {what}, where a list of rows belongs", "make it a list of objects")
+        for number, row in enumerate(value[self.skip :], self.skip + 1):
+            yield number, _checked(row, f"{name}:{number}")
+
+
+@dataclass
+class Unreadable:
+    """The place in a file from which on it cannot be read: whoever comes there raises the error, after all rows before it."""
+
+    error: MoultError
+    count: int = 0
+    end: int = 0
+
+    def rows(self, name: str) -> Iterator[tuple[int, dict]]:
+        raise self.error
+
+
+@dataclass
+class Chunk:
+    """Some rows of a file, to be parsed in any process. limit: no more than so many of them; None: all."""
+
+    content: Json | Cells | Document | Table | Unreadable
+    limit: int | None = None
+
+    def rows(self, name: str) -> Iterator[tuple[int, dict]]:
+        """(number, row) for each row. `name` is what the file is called in messages.
+
+        The number is a line for JSON Lines, CSV and TSV, and the position of the row, from 1, elsewhere.
+        Raises MoultError with the place for what cannot be read.
+        """
+        return itertools.islice(self.content.rows(name), self.limit)
+
+
+def chunks_in(size: int) -> int:
+    """About how many chunks there are in files of so many bytes: more processes than these have nothing to do."""
+    return 1 + size // SIZE
+
+
+def read_chunks(file: Path, name: str, limit: int | None = None) -> Iterator[Chunk]:
+    """All of a file, or its first `limit` rows, in chunks of about SIZE. What is wrong with it comes out of their rows."""
+    left = limit
+    for content in _contents(file, name):
+        yield Chunk(content, left)
+        if left is not None:
+            left -= content.count
+            if left <= 0:
+                return
+
+
 def read_rows(file: Path, name: str) -> Iterator[tuple[str, dict]]:
     """(place, row) for each row of a file. `name` is what places begin with.
 
     Raises MoultError with the place for what cannot be read; a row that is read is a dict, its contents unchecked.
     """
+    for chunk in read_chunks(file, name):
+        for number, row in chunk.rows(name):
+            yield f"{name}:{number}", row
+
+
+def _contents(file: Path, name: str) -> Iterator[Json | Cells | Document | Table | Unreadable]:
     suffix = _suffix(file)
     try:
-        if suffix in (".parquet", ".arrow"):
-            yield from _read_table(file, name, suffix)
-        elif suffix in (".jsonl", ".ndjson"):
-            yield from _read_json_lines(file, name)
-        elif suffix == ".json":
-            yield from _read_json(file, name)
-        elif suffix in (".csv", ".tsv"):
-            yield from _read_csv(file, name, "\t" if suffix == ".tsv" else ",")
-        else:
-            raise MoultError(f"{name}: unknown kind of file", f"supported: {', '.join(SUFFIXES)}, each also with .gz")
+        with _damage(name):
+            if suffix in (".parquet", ".arrow"):
+                data = _read_bytes(file) if _is_gzip(file) else None
+                yield from tables_in(file, data, suffix.removeprefix(".").capitalize(), name, SIZE)
+            elif suffix in (".jsonl", ".ndjson"):
+                yield from _json_lines(file, name)
+            elif suffix == ".json":
+                yield from _json(file, name)
+            elif suffix in (".csv", ".tsv"):
+                yield from _csv(file, name, "\t" if suffix == ".tsv" else ",")
+            else:
+                raise MoultError(
+                    f"{name}: unknown kind of file", f"supported: {', '.join(SUFFIXES)}, each also with .gz"
+                )
+    except MoultError as error:
+        yield Unreadable(error)
+
+
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Raises MoultError for what gzip and the disk say of a file."""
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise MoultError(f"{name}: not a whole gzip file ({error})", "download or compress it again") from None
     except OSError as error:
@@ -125,9 +260,16 @@ def read_rows(file: Path, name: str) -> Iterator[tuple[str, dict]]:
         ) from None
 
 
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _is_gzip(file: Path) -> bool:
+    return file.name.lower().endswith(".gz")
+
+
 def _read_bytes(file: Path) -> bytes:
     data = file.read_bytes()
-    return gzip.decompress(data) if file.name.lower().endswith(".gz") else data
+    return gzip.decompress(data) if _is_gzip(file) else data
 
 
 def _read_text(file: Path, name: str) -> str:
@@ -145,26 +287,36 @@ def _read_text(file: Path, name: str) -> str:
     raise MoultError(found, "save it again, as UTF-8")
 
 
-def _lines(file: Path, name: str) -> Iterator[str]:
-    """The lines of a text file, which is not held in memory."""
+@contextlib.contextmanager
+def _open(file: Path, name: str, newline: str) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
+    """(its text, the file as it is on the disk): neither is held in memory. Raises MoultError where it is not text."""
     try:
-        with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as data:
+        with file.open("rb") as raw, gzip.open(raw) if _is_gzip(file) else raw as data:
             encoding = json.detect_encoding(data.read(4))
             data.seek(0)
-            # Only \n ends a line: U+2028 and the like may stand unescaped in a JSON string.
-            for line in io.TextIOWrapper(data, encoding, newline="\n"):
-                yield line.removesuffix("\n")
+            yield io.TextIOWrapper(data, encoding, newline=newline), raw
     except UnicodeDecodeError:
         _read_text(file, name)  # which says where
         raise
 
 
-def _parse_json(text: str, name: str, first_line: int = 1):
-    def refuse(constant: str):
-        raise MoultError(f"{name}:{first_line}: {constant} is not JSON", "write null instead")
+class _Constant(Exception):
+    """NaN or Infinity, which Python takes for JSON."""
 
+
+def _refuse(constant: str):
+    raise _Constant(constant)
+
+
+# json.loads would make one for each text. It also has a message of its own for a byte order mark.
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def _parse_json(text: str, name: str, first_line: int = 1):
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text) if text.startswith("\ufeff") else _decode(text)
+    except _Constant as constant:
+        raise MoultError(f"{name}:{first_line}: {constant} is not JSON", "write null instead") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise MoultError(f"{name}:{line}: not JSON: {error.msg} (column {error.colno})", "fix that line") from None
@@ -174,184 +326,125 @@ def _parse_json(text: str, name: str, first_line: int = 1):
         raise MoultError(f"{name}:{first_line}: {error}", "write it as text") from None
 
 
-def _read_json_lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(_lines(file, name), start=1):
-        if line.strip():
-            yield _checked(_parse_json(line, name, number), f"{name}:{number}")
-
-
-def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict]]:
-    text = _read_text(file, name)
-    if not text.strip():
-        return
-    if text.lstrip().startswith("{") and _holds_lines(text):
-        yield from _read_json_lines(file, name)
-        return
-    value = _parse_json(text, name)
-    if isinstance(value, dict):
-        lists = [key for key, item in value.items() if isinstance(item, list)]
-        if len(lists) != 1:
-            raise MoultError(
-                f"{name}: an object, where a list of rows belongs",
-                "make it a list, or JSON Lines with the suffix .jsonl",
-            )
-        value = value[lists[0]]
-    if not isinstance(value, list):
-        raise MoultError(f"{name}: {type(value).__name__}, where a list of rows belongs", "make it a list of objects")
-    for number, row in enumerate(value, start=1):
-        yield _checked(row, f"{name}:{number}")
-
-
-def _holds_lines(text: str) -> bool:
-    """Whether a .json file is JSON Lines, as many are: its first line is an object, and more follows."""
-    first, _, rest = text.lstrip().partition("\n")
-    try:
-        return isinstance(json.loads(first), dict) and bool(rest.strip())
-    except (ValueError, RecursionError):
-        return False
-
-
-def _checked(row, place: str) -> tuple[str, dict]:
+def _checked(row, place: str) -> dict:
     if not isinstance(row, dict):
         raise MoultError(f"{place}: {type(row).__name__}, where an object with columns belongs", "fix that row")
-    return place, row
+    return row
 
 
-def _read_csv(file: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_read_text(file, name), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
+def _json_lines(file: Path, name: str) -> Iterator[Json]:
+    # Only \n ends a line: U+2028 and the like may stand unescaped in a JSON string.
+    with _open(file, name, "\n") as (stream, raw):
+        line = 1
+        while text := stream.read(SIZE) + stream.readline():
+            yield Json(text, line, raw.tell())
+            line += text.count("\n")
+
+
+# Between rows of a JSON list. No JSON holds it unescaped: RFC 7464 takes it to separate JSON texts.
+_SEPARATOR = "\x1e"
+
+
+def _json(file: Path, name: str) -> Iterator[Json | Document]:
+    """A list of rows, in pieces; or JSON Lines, as many a .json is; or anything else, at once."""
+    if _holds_lines(file, name):
+        yield from _json_lines(file, name)
+        return
+    done, waiting, size = 0, [], 0
+    with _open(file, name, "\n") as (stream, raw):
+        try:
+            for row in _elements(stream):
+                waiting.append(row)
+                size += len(row)
+                if size > SIZE:
+                    yield Json(_SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
+                    done, waiting, size = done + len(waiting), [], 0
+            yield Json(_SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError):
+            yield Document(file, done, file.stat().st_size)
+
+
+def _holds_lines(file: Path, name: str) -> bool:
+    """Whether a .json file is JSON Lines: its first line is an object, and more follows."""
+    with _open(file, name, "\n") as (stream, _):
+        lines = (line.lstrip() for line in stream if line.strip())
+        first = next(lines, "")
+        try:
+            return first.startswith("{") and isinstance(json.loads(first), dict) and next(lines, None) is not None
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError):
+            return False
+
+
+def _elements(stream: TextIO) -> Iterator[str]:
+    """The JSON of each element of a list. Raises ValueError or RecursionError for anything but a whole list of JSON."""
+    decode = json.JSONDecoder().raw_decode
+    window, separator = stream.read(SIZE), "["
+    at = _after_space(window, 0)
+    if not window.startswith("[", at):
+        raise ValueError
+    while True:
+        start, end = _after_space(window, at + 1), 0
+        if window.startswith(separator, at):
+            with contextlib.suppress(ValueError, RecursionError):  # not JSON, or cut off
+                _, end = decode(window, start)
+        behind = _after_space(window, end)
+        if end and behind < len(window):  # more follows, so it is not a number that goes on
+            yield window[start:end]
+            at, separator = behind, ","
+        elif separator == "," and window.startswith("]", at):
+            rest = window[at + 1 :] + stream.read()
+            if _after_space(rest, 0) < len(rest):
+                raise ValueError
             return
-        if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
-            raise MoultError(
-                f"{name}:1: the header is one column, {header[0][:60]!r}: the delimiter is not {delimiter!r}",
-                "save it with commas as .csv, or with tabs as .tsv",
-            )
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise MoultError(f"{name}:1: the header has {some(twice)} twice", "give each column a name of its own")
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                if len(cells) != len(header):
-                    raise MoultError(
-                        f"{name}:{line}: {len(cells)} cells, the header has {len(header)}",
-                        "quote cells that hold the delimiter; use .tsv for tabs",
-                    )
-                yield f"{name}:{line}", dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise MoultError(f"{name}:{reader.line_num}: not CSV: {error}", "fix that line's quotes") from None
-
-
-def _read_table(file: Path, name: str, suffix: str) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if file.name.lower().endswith(".gz"):
-            source = pyarrow.BufferReader(_read_bytes(file))
+        elif more := stream.read(max(SIZE, len(window))):
+            window, at = window[at:] + more, 0
         else:
-            source = pyarrow.memory_map(str(file))
-        if suffix == ".parquet":
-            batches = pyarrow.parquet.ParquetFile(source).iter_batches()
-        else:
-            batches = _arrow_batches(source)
-        number = 0
-        for batch in batches:
-            is_quoted = QUOTED.items() <= (batch.schema.metadata or {}).items()
-            decoders = {field.name: _json_decoder(field.type, is_quoted) for field in batch.schema}
-            for row in _python_rows(batch, name, number):
-                number += 1
-                row = {
-                    column: _without_nulls(value) for column, value in row.items() if not (is_quoted and value is None)
-                }
-                yield f"{name}:{number}", {column: _decoded(row[column], decoders[column]) for column in row}
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter in the name of a column
-        kind = suffix.removeprefix(".").capitalize()
-        raise MoultError(
-            f"{name}: not a whole {kind} file ({str(error).splitlines()[0]})", "write or download it again"
-        ) from None
+            raise ValueError
 
 
-def _python_rows(batch, name: str, before: int) -> list[dict]:
-    """The rows of a batch, `before` of which there were others. Raises MoultError for a value that Python cannot hold."""
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 5,881,580
-        for index, column in itertools.product(range(batch.num_rows), batch.column_names):
-            try:
-                batch.column(column)[index].as_py()
-            except (ValueError, OverflowError) as error:
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls space
+
+
+def _csv(file: Path, name: str, delimiter: str) -> Iterator[Cells]:
+    csv.field_size_limit(sys.maxsize)
+    with _open(file, name, "") as (stream, raw):
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
                 raise MoultError(
-                    f"{name}:{before + index + 1}: column {column}: {error}", "fix that value, or take the column out"
-                ) from None
-        raise
-
-
-def _without_nulls(value):
-    """The value without fields that are null: Arrow gives each object in a column the fields of all the others.
-
-    A tool's parameters would otherwise list those of every other tool.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _json_decoder(kind, is_quoted: bool) -> Callable | None:
-    """What turns the Python values of the Arrow type `kind` into those that it holds as JSON; None where it holds none.
-
-    The type says it, not the metadata that `datasets` leaves in its files: others write JSON columns too (DuckDB).
-    """
-    import pyarrow as pa
-
-    if isinstance(kind, pa.JsonType):
-        return json.loads if is_quoted else _of_json
-    if isinstance(kind, pa.BaseExtensionType):
-        return _json_decoder(kind.storage_type, is_quoted)
-    if pa.types.is_dictionary(kind):
-        return _json_decoder(kind.value_type, is_quoted)
-    if pa.types.is_struct(kind):
-        decoders = {field.name: _json_decoder(field.type, is_quoted) for field in kind}
-        if any(decoders.values()):
-            return lambda value: {key: _decoded(item, decoders[key]) for key, item in value.items()}
-    elif pa.types.is_map(kind):
-        if decode := _json_decoder(kind.item_type, is_quoted):
-            return lambda value: [(key, _decoded(item, decode)) for key, item in value]
-    elif hasattr(kind, "value_type") and (decode := _json_decoder(kind.value_type, is_quoted)):
-        return lambda value: [_decoded(item, decode) for item in value]
-    return None
-
-
-def _decoded(value, decode: Callable | None):
-    return value if value is None or decode is None else decode(value)
-
-
-def _of_json(text: str):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if value is None or isinstance(value, str) else JsonText(text)
-
-
-def _arrow_batches(source):
-    import pyarrow
-
-    # datasets writes the stream format; other tools write the file format.
-    try:
-        reader = pyarrow.ipc.open_stream(source)
-        batches = iter(reader)
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        reader = pyarrow.ipc.open_file(source)
-        batches = map(reader.get_batch, range(reader.num_record_batches))
-    for batch in batches:
-        # pyarrow believes the offsets of a damaged file, and ends the process where they lead.
-        batch.validate(full=True)
-        yield batch
+                    f"{name}:1: the header is one column, {header[0][:60]!r}: the delimiter is not {delimiter!r}",
+                    "save it with commas as .csv, or with tabs as .tsv",
+                )
+            twice = sorted({column for column in header if header.count(column) > 1})
+            if twice:
+                raise MoultError(f"{name}:1: the header has {some(twice)} twice", "give each column a name of its own")
+            lines: list[tuple[int, list[str]]] = []
+            size, line = 0, reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    if len(cells) != len(header):
+                        raise MoultError(
+                            f"{name}:{line}: {len(cells)} cells, the header has {len(header)}",
+                            "quote cells that hold the delimiter; use .tsv for tabs",
+                        )
+                    lines.append((line, cells))
+                    size += sum(map(len, cells))
+                if size > SIZE:
+                    yield Cells(header, lines, raw.tell())
+                    lines, size = [], 0
+                line = reader.line_num + 1
+            yield Cells(header, lines, raw.tell())
+        except csv.Error as error:
+            raise MoultError(f"{name}:{reader.line_num}: not CSV: {error}", "fix that line's quotes") from None

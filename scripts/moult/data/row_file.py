@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moult.data.readers import QUOTED
+from moult.data.tables import QUOTED
 from moult.errors import MoultError
 
 BATCH = 1000  # rows

@@ -22,6 +22,8 @@ from moult.data.sequence import IGNORE
 from moult.errors import MoultError
 from moult.measuring.likelihood import likelihood
 from moult.model.device import enough_memory
+from moult.model.lora import lora_layers
+from moult.model.shrunken import of_one_layer
 from moult.training.batches import Collator
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
 from moult.training.first_batch import FirstBatch, OtherBatch
@@ -94,10 +96,21 @@ class Finetuner(SFTTrainer):
             for module in self.model.modules():
                 if hasattr(module, "cast_input_dtype_enabled"):
                     module.cast_input_dtype_enabled = False
+        self._choose_ddp()
         # A checkpoint does not need the tokenizer, which can be ten times as large as the adapter.
         self.processing_class = None
         self.add_callback(FirstBatch(self, checkpointing, sizes))
         self.add_callback(Watch(self))
+
+    def _choose_ddp(self) -> None:
+        """What the config leaves to transformers (5.23), whose defaults for a model of peft's cost time in each pass: it looks
+        for parameters that got no gradient, and sends the buffers of the first process to the others."""
+        if self.args.ddp_find_unused_parameters is None:
+            names = [name for name, _ in lora_layers(self.model)]
+            # An expert that no token was sent to gets none.
+            self.args.ddp_find_unused_parameters = any(of_one_layer(name) != name for name in names)
+        if self.args.ddp_broadcast_buffers is None:
+            self.args.ddp_broadcast_buffers = False
 
     def train(self, *args, **kwargs):
         try:
@@ -109,7 +122,8 @@ class Finetuner(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         def doing() -> str:
             rows, length = inputs["input_ids"].shape
-            return f"training step {self.state.global_step + 1:,} (a batch of {rows} x {length:,} tokens)"
+            size = f"{length:,} tokens, without padding" if self.padding_free else f"{rows} x {length:,} tokens"
+            return f"training step {self.state.global_step + 1:,} (a batch of {size})"
 
         with enough_memory(
             doing,

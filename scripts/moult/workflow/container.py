@@ -19,7 +19,8 @@ from moult.workflow.config import is_local, local_model, source_entries
 # Environment variables for the stages and their libraries. All others stay outside, for example PYTHONPATH, LD_LIBRARY_PATH
 # and settings of the host's compilers. (Apptainer itself passes TERM and the proxy variables.)
 _PASSED_ON = re.compile(
-    r"(HF|HUGGING_FACE|HUGGINGFACE|MOULT|SLURM|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|NVIDIA|OMP|MKL|WANDB|MLFLOW)_\w+"
+    r"(HF|HUGGING_FACE|HUGGINGFACE|MOULT|SLURM|NCCL|GLOO|UCX|TORCH|PYTORCH|TORCHELASTIC|TORCHINDUCTOR|TRITON|ACCELERATE|VLLM"
+    r"|NVIDIA|OMP|MKL|CUBLAS|KERNELS|WANDB|MLFLOW)_\w+"
     r"|CUDA_(?!HOME|PATH|ROOT)\w+|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TZ"
     r"|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
 )

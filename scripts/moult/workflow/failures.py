@@ -1,9 +1,11 @@
 """What has failed, from the records of the stages' attempts (moult/run/attempt.py): one table over all runs."""
 
+import logging
 import shutil
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -28,13 +30,50 @@ class Failure(NamedTuple):
 
 def failures_since(started: float, logs: Path) -> list[Failure]:
     """The stages whose last attempt since `started` (seconds since the epoch) has failed, in the order of their logs."""
+    attempts = _attempts(logs.glob("**/attempts/*.json"), started)
+    found = [_failure_of_last(attempts[log]) for log in sorted(attempts)]
+    return [failure for failure in found if failure]
+
+
+class NotAgain(logging.Filter):
+    """A filter of Snakemake's logger, which lets every line pass. When a job has failed, it keeps Snakemake from trying again
+    what would fail in the same way (`Attempt.again`): a retry on a cluster waits in the queue, and takes a GPU, for nothing.
+
+    Snakemake (9.27) decides by the number of attempts only, after it has logged the error.
+
+    Args:
+        running: returns Snakemake's running jobs.
+        started: attempts before this time (seconds since the epoch) do not count.
+    """
+
+    def __init__(self, running: Callable[[], Iterable[Any]], started: float):
+        super().__init__()
+        self.running, self.started = running, started
+
+    def filter(self, record: Any) -> bool:
+        if getattr(record, "event", None) in ("job_error", "group_error"):
+            for job in list(self.running()):
+                logs = [Path(log) for part in getattr(job, "jobs", [job]) for log in part.log]
+                if any(_is_hopeless(log, self.started) for log in logs):
+                    job.attempt = job.restart_times + 1
+        return True
+
+
+def _is_hopeless(log: Path, started: float) -> bool:
+    """Whether the last attempt with this log of a rule has failed, and would fail again."""
+    attempts = _attempts(log.parent.glob(f"attempts/{log.stem}-*.json"), started).get(str(log), [])
+    last = max((attempt.begun for attempt, _ in attempts), default="")
+    return any(not attempt.again for attempt, heard in attempts if heard >= last)
+
+
+def _attempts(records: Iterable[Path], started: float) -> dict[str, list[tuple[Attempt, str]]]:
+    """By the log of the rule: the attempts since `started`, each with when it was heard of last."""
     attempts: dict[str, list[tuple[Attempt, str]]] = {}
-    for record in logs.glob("**/attempts/*.json"):
+    for record in records:
         attempt = Attempt.read(record)
         if attempt and record.stat().st_mtime >= started:
             attempts.setdefault(attempt.log, []).append((attempt, attempt.ended or _last_line(record)))
-    found = [_failure_of_last(attempts[log]) for log in sorted(attempts)]
-    return [failure for failure in found if failure]
+    return attempts
 
 
 def _last_line(record: Path) -> str:

@@ -1,0 +1,89 @@
+"""What is set for several processes, without starting them; tests/finetune/test_ranks.py starts two."""
+
+import signal
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from moult.errors import UNFINISHED, MoultError
+from moult.training import ranks
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """The arguments that the process group is started with. No other process is there."""
+    import accelerate
+
+    started: list[dict] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", lambda **arguments: started.append(arguments))
+    lines = SimpleNamespace(
+        close=lambda: None, tell=lambda content: told.append(content), failure_within=lambda seconds: None
+    )
+    told: list[dict] = []
+    ended: list[BaseException] = []
+    monkeypatch.setattr(ranks, "Lifelines", lambda: lines)
+    monkeypatch.setattr(ranks, "end_at_once", ended.append)
+    return SimpleNamespace(started=started, told=told, ended=ended, lines=lines)
+
+
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        ({}, {"timeout": timedelta(seconds=1800)}),
+        ({"ddp_timeout": 77, "ddp_backend": "gloo"}, {"timeout": timedelta(seconds=77), "backend": "gloo"}),
+    ],
+)
+def test_the_group_has_the_timeout_and_backend_of_the_config(train, wanted, group):
+    """Whoever starts the group sets its timeout. It was started without one, and train.ddp_timeout was ignored."""
+    with ranks.together(True, train):
+        pass
+    assert group.started == [{"cpu": True, **wanted}]
+
+
+def test_one_process_needs_no_group(group, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="mine"), ranks.together(True, {}):
+        raise ValueError("mine")
+    assert group.started == group.told == group.ended == []
+
+
+def test_a_failure_is_told_and_an_earlier_one_comes_first(group):
+    error = MoultError("no room", "lower it", 78)
+    with ranks.together(True, {}):
+        raise error
+    assert group.told == [{"rank": 0, "what": "no room", "fix": "lower it", "code": 78}] and group.ended == [error]
+    first = MoultError("rank 1: no room", "lower it", 78)
+    group.lines.failure_within = lambda seconds: first
+    with ranks.together(True, {}):
+        raise RuntimeError("connection closed by peer")
+    assert group.ended == [error, first] and len(group.told) == 1
+
+
+def test_a_stop_that_all_make_is_no_failure(group):
+    with pytest.raises(MoultError, match="stopped"), ranks.together(True, {}):
+        raise MoultError("stopped at step 3", "go on", UNFINISHED)
+    assert group.told == group.ended == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "unused"),
+    [
+        ("model.layers.0.mlp.up_proj", None, False),
+        ("model.layers.0.mlp.experts.3.up_proj", None, True),
+        ("model.layers.0.mlp.up_proj", True, True),
+    ],
+)
+def test_ddp_does_not_look_for_what_is_not_there(name, given, unused, monkeypatch):
+    """An expert that no token was sent to gets no gradient; everything else does."""
+    from moult.training import trainer
+
+    monkeypatch.setattr(trainer, "lora_layers", lambda model: [(name, None)])
+    args = SimpleNamespace(ddp_find_unused_parameters=given, ddp_broadcast_buffers=None)
+    trainer.Finetuner._choose_ddp(SimpleNamespace(args=args, model=None))
+    assert args.ddp_find_unused_parameters is unused and args.ddp_broadcast_buffers is False
+
+
+def test_signals_are_those_that_ask_to_stop():
+    assert set(ranks.STOPS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
