@@ -19,8 +19,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from preparing import OUTPUTS, arguments, lines, pairs, stage_input, write
-from test_sources import write as write_as
+from preparing import OUTPUTS, arguments, lines, pairs, stage_input, write, write_as
 from workflow import ROOT
 
 import prepare
