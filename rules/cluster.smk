@@ -10,7 +10,6 @@ import subprocess
 
 from snakemake.logging import logger
 
-from moult.model.manifest import open_model
 from moult.workflow.slurm import ENDED, jobs_of, refusals, stop, watch
 
 
@@ -37,7 +36,9 @@ def planned(resource):
 
 def sized(wildcards, input, attempt):
     """Resource of evaluate: memory for Python, CUDA and the data, and the weights once, growing with each attempt."""
-    folder, manifest = open_model(str(input.model))  # a missing manifest, which fetch_model will write, is an OSError
+    # While the manifest or the weights are missing, this is an OSError: Snakemake asks again when they are there.
+    manifest = json.loads(Path(input.model).read_text(encoding="utf-8"))
+    folder = Path(manifest["folder"] or Path(input.model).with_suffix(""))
     weights = sum((folder / name).stat().st_size for name in manifest["files"] if name.endswith(".safetensors"))
     return grown(max(16000, 8000 + weights // 1_000_000), attempt)
 

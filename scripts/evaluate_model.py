@@ -204,7 +204,8 @@ def generation_cost(model) -> Callable[[int], float]:
     device, config, width = model.device, model.config, model.dtype.itemsize
     room = CPU_CACHE
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+        cards = {parameter.device for parameter in model.parameters()}
+        total = sum(torch.cuda.get_device_properties(card).total_memory for card in cards)
         room = max(1, int(GPU_CACHE_SHARE * (total - model.get_memory_footprint())))
     most = GENERATION_TOKENS[device.type]
     return lambda length: max(length / most, cache_bytes(config, length, width) / room)

@@ -6,7 +6,8 @@
         --training-log results/demo/training_log.jsonl
 
 After plan, before merge. On several GPUs, put `torchrun --nproc-per-node N` before it. Checkpoints are written to --state, and
-the same command continues from the newest complete one. After SIGTERM, SIGINT or SIGUSR2 (for Slurm's --signal), it saves at the
+the same command continues from the newest complete one: on a CPU to the same bytes, on a GPU with the same rows and random
+numbers, where kernels round in an order of their own. After SIGTERM, SIGINT or SIGUSR2 (for Slurm's --signal), it saves at the
 end of the step and exits with 75; torchrun turns this into 1. The adapter is a copy of a checkpoint: the one with the lowest
 validation loss, or the last.
 """

@@ -195,6 +195,8 @@ def template_note(template: str | None, settings: dict) -> str:
 def provenance(metrics: dict) -> str:
     made = metrics["provenance"]
     rows = {f"LoRA {key}": value for key, value in sorted(made["training"]["lora"].items())}
+    if quantization := made["training"].get("quantization"):
+        rows["base, in training"] = f"quantized to {quantization}"
     keys = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps")
     rows |= {key: made["training"]["train"][key] for key in keys if key in made["training"]["train"]}
     rows |= {

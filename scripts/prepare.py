@@ -33,6 +33,9 @@ from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
 
+# From this number of rows on, the exact language detector takes more than a minute or two (3 ms a row).
+MANY_ROWS = 50_000
+
 if TYPE_CHECKING:  # it imports numpy
     from moult.data.records import Rows
 
@@ -61,6 +64,8 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
     check_columns(settings, ledger)
     tell_left_out(ledger, log)
     rows = without_duplicates(rows, ledger)
+    sample = None if settings["sample_size"] == "full" else settings["sample_size"]
+    settings = {**settings, "language_detector": choose_detector(settings, len(rows) if sample is None else sample)}
     val_rows, val_ledger, val_files = None, None, []
     if settings["val_sources"]:
         val_ledger = Ledger()
@@ -69,7 +74,6 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
         tell_left_out(val_ledger, log, "val_source: ")
         val_rows = without_duplicates(val_rows, val_ledger)
         val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
-    sample = None if settings["sample_size"] == "full" else settings["sample_size"]
     rows = in_languages(rows, settings, args.threads, sample, ledger)
     if val_rows is None:
         train_rows, val_rows = split(rows, settings["val_size"])
@@ -100,6 +104,7 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
             "val_ledger": val_ledger.entry() if val_ledger else None,
             "train": train,
             "val": val,
+            "language_detector": settings["language_detector"] if settings["languages"] else None,
             "overlap": overlap,
             "seed": settings["seed"],
         },
@@ -216,6 +221,13 @@ def without_duplicates(rows: "Rows", ledger: Ledger) -> "Rows":
     is_first = rows.is_first("key")
     ledger.drop_all("duplicate", rows.take(~is_first))
     return rows.take(is_first)
+
+
+def choose_detector(settings: dict, wanted: int) -> str:
+    """The language detector of the config; of `auto` the more exact one, or the fast one where many rows are wanted."""
+    if settings["language_detector"] != "auto":
+        return settings["language_detector"]
+    return "langdetect" if wanted < MANY_ROWS else "py3langid"
 
 
 def in_languages(rows: "Rows", settings: dict, workers: int, sample: int | None, ledger: Ledger) -> "Rows":

@@ -149,6 +149,10 @@ def test_on_a_gpu_the_memory_is_what_the_weights_leave(monkeypatch):
         found.append(len(plan[0]))
     # Llama-2-7B has half a MiB for each token: 12.6 GiB of weights, and half of the rest.
     assert found == [3, 67]
+    # On two of 16 GiB, the weights are there once. Here one of the two devices is `cpu`, the other `meta`.
+    model.lm_head = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=16 * 2**30))
+    assert len(batches([1024] * 200, 1.0, evaluate_model.generation_cost(model))[0]) == 19
 
 
 def test_the_bytes_of_keys_and_values():

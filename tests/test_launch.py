@@ -80,3 +80,8 @@ def test_evaluate_asks_for_memory_by_the_size_of_the_weights(folder):
     (folder / "Sized").write_text(script)
     output = snakemake(folder, "-n", "-s", "Sized", code=None)
     assert "asked [36000, 54000, 72000]" in output, output
+
+
+def test_a_model_that_is_yet_to_be_fetched_is_no_error(folder):
+    output = snakemake(folder, "-n", "-p", "results/demo/metrics.json", "--config", "model={name: some/model}")
+    assert "mem_mb=<TBD>" in block(output, "evaluate_tuned")["resources"]

@@ -13,7 +13,7 @@ import yaml
 from fake_hub import TOKEN, FakeHub, environment
 from workflow import ROOT, snakemake
 
-from model_card import card, front_matter, with_vllm
+from model_card import card, front_matter, provenance, with_vllm
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,14 @@ def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, 
         (tmp_path / name).touch()
     text = with_vllm(kind, "demo", str(tmp_path), "org/base", serve, {"chat_template_kwargs": kwargs})
     assert command in text and ("```" in text) == (not reasons)
+
+
+@pytest.mark.parametrize(("quantization", "told"), [("nf4", True), (None, False)])
+def test_a_base_that_was_quantized_in_training_is_told(quantization, told):
+    training = {"lora": {"r": 4}, "train": {}, "quantization": quantization}
+    made = {"training": training, "step": 1, "seed": 0, "template_sha256": "t", "adapter_sha256": "a"}
+    made["versions"] = dict.fromkeys(("torch", "transformers", "trl", "peft"), "1")
+    assert ("| base, in training | quantized to nf4 |" in provenance({"provenance": made})) == told
 
 
 def test_an_adapter_without_a_template_names_none(tmp_path):

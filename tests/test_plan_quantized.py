@@ -40,7 +40,9 @@ def test_what_is_quantized_is_counted(kind, quantization, tmp_path):
         "parameters": linear,
         "share": linear / everything,
     }
-    assert make(tmp_path / "base", tmp_path)[0]["quantization"] is None
+    assert plan["serve"]["base"] == "not quantized"
+    plain, _ = make(tmp_path / "base", tmp_path)
+    assert plain["quantization"] is None and plain["serve"]["base"] is None
 
 
 def test_experts_stay_in_16_bits_and_that_is_said(make_kind, tmp_path):

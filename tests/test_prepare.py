@@ -248,6 +248,15 @@ def test_the_demo(tmp_path, monkeypatch):
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
+def test_many_rows_get_the_fast_language_detector(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl", pairs(40))
+    for many, sample, detector in ((41, "full", "langdetect"), (40, "full", "py3langid"), (40, 20, "langdetect")):
+        monkeypatch.setattr(prepare, "MANY_ROWS", many)
+        found = run(tmp_path, source=source, languages=["en"], unknown_language="keep", sample_size=sample)
+        assert found.language_detector == detector
+    assert run(tmp_path, source=source).language_detector is None
+
+
 @pytest.mark.parametrize("detector", ["langdetect", "py3langid"])
 def test_the_same_input_gives_the_same_bytes(tmp_path, run_script, detector):
     rows = [{**SPOKEN, "prompt": f"Could you please tell me more about the number {n} now?"} for n in range(270)]

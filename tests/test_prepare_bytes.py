@@ -181,12 +181,14 @@ FIRST = {
 
 
 def outcome(folder: Path, threads: int, dataset: dict) -> list[str]:
-    """Hashes of what is written; in the metadata those of the files are left out, which the libraries' versions change."""
+    """Hashes of what is written. Of the metadata are left out: hashes of the files, which the libraries' versions change, and
+    what is newer than FIRST."""
     paths = arguments(folder, threads)
     prepare.prepare(stage_input(**dataset), SimpleNamespace(**paths), logging.getLogger("test"))
     metadata = json.loads(Path(paths["metadata"]).read_text())
     for file in metadata["sources"] + metadata["val_sources"]:
         del file["sha256"]
+    del metadata["language_detector"]
     texts = [Path(paths[part]).read_text() for part in ("train", "val")]
     return [sha256_text(text)[:16] for text in (*texts, canonical(metadata))]
 

@@ -42,6 +42,11 @@ CASES = [
         problems("train.output_dir: not yours to set: checkpoints go to results/<run>/trainer_state"),
         {"train": {"output_dir": "x"}},
     ),
+    Case(
+        "a quantized base that is to be split",
+        problems("train.shard: a quantized base cannot be split; set model.quantization: null, or leave shard out"),
+        {"model": {"quantization": "nf4"}, "train": {"gpu": 2, "shard": True}},
+    ),
     Case("a float where an integer belongs", problems("lora.r: expected integer, got 8.5"), {"lora": {"r": 8.5}}),
     Case(
         "text where a number belongs",

@@ -4,6 +4,23 @@ from bad_inputs.case import Case, edit_json, problems
 
 CASES = [
     Case(
+        "kernels that are not installed",
+        (
+            "plan failed: train.use_liger_kernel: the package liger-kernel is not installed\n"
+            "what to do: fix the train section of the config, or install the missing package"
+        ),
+        {"train": {"use_liger_kernel": True}},
+    ),
+    Case(
+        "compiled on a CPU",
+        (
+            "finetune failed: train.torch_compile: on a CPU a step takes a hundred times as long with it\n"
+            "what to do: leave it out, or use a GPU"
+        ),
+        {"train": {"torch_compile": True}},
+        target="finetune",
+    ),
+    Case(
         "targets that match nothing",
         (
             "plan failed: lora.target_modules: Target modules {'nope'} not found in the base model. Please check "
@@ -58,6 +75,16 @@ CASES = [
             "what to do: leave it out"
         ),
         {"lora": {"lora_bias": True}},
+    ),
+    Case(
+        "a quantized layer that is to be trained itself",
+        (
+            "plan failed: model.quantization: these LoRA settings fail on a quantized model: only Tensors of floating "
+            "point dtype can require gradients\n"
+            "what to do: leave out what lora has beyond r, lora_alpha, lora_dropout and target_modules, or set "
+            "model.quantization: null"
+        ),
+        {"model": {"quantization": "nf4"}, "lora": {"target_modules": ["k_proj"], "modules_to_save": ["q_proj"]}},
     ),
     Case(
         "attention that is not installed",

@@ -14,6 +14,7 @@ from finetuning import Run, settings
 from forked import send_at
 
 from moult.files import read_jsonl
+from moult.training.throughput import SPEED
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def attempt(run: Run, fault: tuple | None = None, code: int = 0) -> str:
 
 def log_of(run: Run) -> list[dict]:
     rows = read_jsonl(run.folder / "training_log.jsonl")
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
 
 
 def check_same(run: Run, whole: Run) -> None:

@@ -109,7 +109,11 @@ PLACES = {
         1,
         "out of memory while loading {base} to cpu: CUDA out of memory",
     ),
-    "in a step": ("moult.training.trainer:Finetuner.compute_loss", 6, "training step 3 (a batch of 2 x "),
+    "in a step": (
+        "moult.training.trainer:Finetuner.compute_loss",
+        6,
+        "out of memory while training step 3 (a batch of ",
+    ),
     "in the optimizer": ("torch.optim:AdamW.step", 2, "out of memory while training: CUDA out of memory"),
     "in a validation": (
         "moult.training.trainer:likelihood",

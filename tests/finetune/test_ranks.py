@@ -77,7 +77,6 @@ def test_the_error_of_one_process_is_that_of_all(run):
     stopped = run(settings(**TWO))
     began = time.time()
     said = go(stopped, "run_out", code=1, target="moult.training.trainer:Finetuner.compute_loss", call=4, rank=1).stderr
-    error = "out of memory while training step 3 (a batch of 2 x 24 tokens) (rank 1): CUDA out of memory."
     assert "finetune failed: out of memory while training step" in said and "(rank 1)" in said, said
     (failure,) = failures_since(began, stopped.folder)
     assert failure.cause == "failed" and "(rank 1): CUDA out of memory" in failure.what
@@ -87,7 +86,6 @@ def test_the_error_of_one_process_is_that_of_all(run):
         (0, "failed", False),
         (1, "failed", False),
     }
-    assert error  # the shape depends on the shuffling
 
 
 def test_an_error_of_the_main_process_reaches_the_others(run, whole):

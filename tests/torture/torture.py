@@ -32,10 +32,13 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from watching import STAGES, Changes, Command, processes_in, say
 from workflow import checkout
+
+from moult.training.throughput import SPEED
 
 KILLS_PER_ROUND = 10
 PATIENCE = 120  # seconds for what was killed to end; a trainer may be saving
@@ -232,8 +235,6 @@ def end_all(folder: Path) -> None:
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
-TIMINGS = ("tokens_per_second",)
-
 
 def published(folder: Path) -> dict[str, bytes]:
     """{path: content} of results/ without the checkpoints, and without what differs between equal runs."""
@@ -244,8 +245,12 @@ def published(folder: Path) -> dict[str, bytes]:
             found[name] = path.read_bytes()
             if path.name == "training_log.jsonl":
                 rows = [json.loads(line) for line in path.read_text().splitlines()]
-                kept = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+                kept = [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
                 found[name] = json.dumps(kept).encode()
+            elif path.name in ("adapter.json", "metrics.json"):
+                content = json.loads(path.read_text())
+                del content["throughput"]
+                found[name] = json.dumps(content).encode()
     return found
 
 

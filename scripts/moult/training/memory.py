@@ -138,6 +138,7 @@ def steps_of(run: Run) -> tuple[Step, Step]:
         attention=attention_of(run),
         dtype=run.settings["dtype"],
         quantization=run.settings.get("quantization"),
+        cast_inputs=False,  # moult.training.trainer
     )
     rows, length = validation_batch(run)
     attention = "dense" if rows > 1 and step.attention == "flash" else step.attention  # it gives the model a mask

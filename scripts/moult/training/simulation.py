@@ -45,7 +45,8 @@ class Step:
     checkpointing: whether activations are computed again in the backward pass.
     training: False for the validation: no gradients.
     fused: whether the loss is TRL's fused one, which never holds the logits of all tokens.
-    autocast, float32_adapter, cast_inputs: as finetune trains (True); others are for comparison with published figures.
+    autocast, float32_adapter: as finetune trains; False is for comparison with published figures.
+    cast_inputs: whether peft casts what goes into the adapter to float32, where autocast casts it back; finetune does not.
     """
 
     rows: int

@@ -130,6 +130,9 @@ def line(work: Work, seconds: float, cost: Cost, checkpointed: bool, processes: 
 MEANS = ("tokens_per_second", "padding_share", "data_wait_share", "tflops", "mfu")
 LARGEST = ("peak_memory_allocated", "peak_memory_reserved")
 
+# What differs between two runs that are otherwise the same.
+SPEED = ("seconds", *MEANS, *LARGEST)
+
 
 def summary(history: list[dict]) -> dict[str, float | None]:
     """The same for a whole run, from the lines of its log; null for what they do not say."""

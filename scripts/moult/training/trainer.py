@@ -122,7 +122,8 @@ class Finetuner(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         def doing() -> str:
             rows, length = inputs["input_ids"].shape
-            return f"training step {self.state.global_step + 1:,} (a batch of {rows} x {length:,} tokens)"
+            size = f"{length:,} tokens, without padding" if self.padding_free else f"{rows} x {length:,} tokens"
+            return f"training step {self.state.global_step + 1:,} (a batch of {size})"
 
         with enough_memory(
             doing,
