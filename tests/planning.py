@@ -1,11 +1,14 @@
 """Plans of small models, made in this process."""
 
+import contextlib
 from argparse import Namespace
+from unittest.mock import patch
 
 from tiny import make_tokens
 
 import plan
 from moult.files import read_json
+from moult.training import memory
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 TRAIN = {
@@ -46,7 +49,9 @@ def make(
     prompts=(),
     quantization=None,
     questions=None,
+    simulated=False,
 ):
+    """What plan writes, and its log. Its memory is by the formula, which takes no time, unless `simulated`."""
     settings = {
         "lora": {**LORA, **(lora or {})},
         "train": {**TRAIN, **(train or {})},
@@ -66,5 +71,6 @@ def make(
         eval={"prompts": prompts, **(questions or {})},
         out=str(tmp_path / "plan.json"),
     )
-    plan.plan(settings, arguments, log)
+    with contextlib.nullcontext() if simulated else patch.object(memory, "simulate", side_effect=RuntimeError):
+        plan.plan(settings, arguments, log)
     return read_json(tmp_path / "plan.json"), log

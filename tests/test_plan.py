@@ -149,10 +149,10 @@ def test_how_it_is_merged_and_whether_vllm_serves_the_adapter(lora, merge, refus
 
 def test_memory_grows_with_what_it_is_made_of(tmp_path):
     base = make_model(tmp_path / "base")
-    small, log = make(base, tmp_path)
+    small, log = make(base, tmp_path, simulated=True)
     small = small["memory"]
-    wide = make(base, tmp_path, train={"per_device_train_batch_size": 4})[0]["memory"]
-    full = make(base, tmp_path, dtype="float32")[0]["memory"]
+    wide = make(base, tmp_path, train={"per_device_train_batch_size": 4}, simulated=True)[0]["memory"]
+    full = make(base, tmp_path, dtype="float32", simulated=True)[0]["memory"]
     assert wide["activations"] > small["activations"] and wide["weights"] == small["weights"]
     assert full["weights"] > 1.9 * small["weights"] - 4 * 10_000
     assert small["activations_with_gradient_checkpointing"] < small["activations"]

@@ -252,7 +252,7 @@ def test_many_rows_get_the_fast_language_detector(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", pairs(40))
     for many, sample, detector in ((41, "full", "langdetect"), (40, "full", "py3langid"), (40, 20, "langdetect")):
         monkeypatch.setattr(prepare, "MANY_ROWS", many)
-        found = run(tmp_path, source=source, languages=["en"], unknown_language="keep", sample_size=sample)
+        found = run(tmp_path, source=source, languages=["en", "fr"], unknown_language="keep", sample_size=sample)
         assert found.language_detector == detector
     assert run(tmp_path, source=source).language_detector is None
 

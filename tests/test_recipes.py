@@ -40,7 +40,7 @@ def test_a_recipe_is_planned(path, tmp_path):
     assert (base / "model.safetensors").stat().st_blocks < 10_000  # a hole
     tokens = make_tokens(tmp_path / "tokens", length=length, vocabulary=shape["vocab_size"])
     log, out = Log(), tmp_path / "plan.json"
-    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), prompts=(), out=str(out)), log)
+    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), eval={"prompts": ()}, out=str(out)), log)
     result = read_json(out)
     memory = result["memory"]
     assert memory["how"] == "simulated" and memory["attention"] == "flash"

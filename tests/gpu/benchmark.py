@@ -177,7 +177,10 @@ class Bench:
         return json.loads(said.strip().splitlines()[-1])
 
     def stage(self, script: str, *options, case: str) -> None:
-        self.run(SCRIPTS / f"{script}.py", *options, "--log-file", self.out / "stage.log", name=f"{case} {script}")
+        self.run(SCRIPTS / f"{script}.py", *options, "--log-file", self.log_of(case, script), name=f"{case} {script}")
+
+    def log_of(self, case: str, script: str) -> Path:
+        return self.out / "logs" / f"{self.folder(case).name}-{script}.log"
 
     def need(self, *names: str) -> None:
         """Raises Skipped if a case that this one builds on has not come out."""
@@ -270,7 +273,8 @@ class Bench:
             self.stage("finetune", *self.finetune_options(case, folder), case=case.name)
         history = list(read_jsonl(folder / "training_log.jsonl"))
         lines = [entry for entry in history if "tokens_per_second" in entry][1:]
-        checkpointed = "turning gradient checkpointing on" in (self.out / "stage.log").read_text(errors="replace")
+        said = self.log_of(case.name, "finetune").read_text(errors="replace")
+        checkpointed = "turning gradient checkpointing on" in said
         if case.train.get("gradient_checkpointing"):
             checkpointed = True
         key = "total_with_gradient_checkpointing" if checkpointed else "total"

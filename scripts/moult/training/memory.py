@@ -158,7 +158,8 @@ def activations_of(run: Run, steps: list[Step]) -> tuple[list[int], str] | None:
             if estimate is None:
                 return None
             found.append(estimate[step.checkpointing or not step.training])
-    heads = [0 if step.training else logits_of_validation(config.vocab_size, step) for step in steps]
+    vocabulary = largest(config, "vocab_size") or 0
+    heads = [0 if step.training else logits_of_validation(vocabulary, step) for step in steps]
     return [activations + head for activations, head in zip(found, heads, strict=True)], how
 
 
