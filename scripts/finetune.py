@@ -29,7 +29,7 @@ from moult.files import (
     sha256_text,
     write_json,
 )
-from moult.model.device import enough_memory, hardware, limit_threads, load_model, pick, versions
+from moult.model.device import check_compiler, enough_memory, hardware, limit_threads, load_model, pick, versions
 from moult.model.export import adapter_config, copy_tokenizer, write_generation_config
 from moult.model.lora import lora_config
 from moult.model.manifest import open_model
@@ -170,7 +170,10 @@ def pick_device(threads: int, gpus: int) -> str:
             f"start with: torchrun --nproc-per-node {gpus} scripts/finetune.py ...",
         )
     limit_threads(threads)
-    return pick()
+    device = pick()
+    if device == "cuda":
+        check_compiler()
+    return device
 
 
 def check_given(folder: Path, fingerprint: dict, keep_best: bool) -> None:
@@ -257,14 +260,11 @@ def make_trainer(
 
 
 def read_sequences(path: Path):
-    """The token ids, labels and lengths of one part, as a datasets.Dataset."""
-    import pyarrow.compute
+    """The token ids, labels and lengths (for group_by_length) of one part, as a datasets.Dataset."""
     import pyarrow.parquet
     from datasets import Dataset
 
-    table = pyarrow.parquet.read_table(path, columns=["input_ids", "labels"])
-    # For group_by_length. transformers would make a Python list of each row to count its tokens.
-    return Dataset(table.append_column("length", pyarrow.compute.list_value_length(table["input_ids"])))
+    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels", "length"]))
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:

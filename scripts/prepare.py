@@ -33,11 +33,11 @@ from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
 
-# From this number of rows on, the exact language detector takes more than a minute or two (3 ms a row).
-MANY_ROWS = 50_000
-
 if TYPE_CHECKING:  # it imports numpy
     from moult.data.records import Rows
+
+# From this number of rows on, the exact language detector takes more than a minute or two (3 ms a row).
+MANY_ROWS = 50_000
 
 
 def main() -> None:
@@ -237,6 +237,8 @@ def in_languages(rows: "Rows", settings: dict, workers: int, sample: int | None,
     """
     import numpy as np
 
+    if sample is None and not settings["languages"]:
+        return rows
     order = np.arange(len(rows)) if sample is None else rows.drawn()
     enough = len(rows) if sample is None else sample
     if not settings["languages"]:

@@ -91,6 +91,11 @@ def die(target: str, mark: str, call: int = 1, rank: int | None = None) -> None:
     _at(target, call, rank, die_now)
 
 
+def stop_all(target: str, call: int = 1, rank: int | None = None) -> None:
+    """Let torchrun get SIGTERM, as from Slurm, before the `call`-th call of `target`. It passes it on to all processes."""
+    _at(target, call, rank, lambda: os.kill(os.getppid(), signal.SIGTERM))
+
+
 def _at(target: str, call: int, rank: int | None, act: Callable[[], None]) -> None:
     module, _, name = target.partition(":")
     *path, last = name.split(".")

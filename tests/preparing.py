@@ -1,9 +1,15 @@
 """prepare, run in this process on rows made on the spot."""
 
+import csv
+import gzip
+import io
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from workflow import ROOT
 
 import prepare
@@ -47,6 +53,30 @@ def write(file, rows) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(lines(*rows))
     return str(file)
+
+
+def write_as(file: Path, rows: list[dict]) -> None:
+    """`rows` in the form that the file's name asks for."""
+    kind = Path(file.name.removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode()
+    elif kind in (".parquet", ".arrow"):
+        table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+        if kind == ".parquet":
+            pq.write_table(table, sink)
+        else:
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+    elif kind == ".json":
+        data = json.dumps(rows, indent=1).encode()
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(data) if file.name.endswith(".gz") else data)
 
 
 def prompts(rows: list[dict]) -> list[str]:

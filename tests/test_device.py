@@ -149,6 +149,20 @@ def test_too_few_gpus_are_named_before_anything_is_loaded(machine):
         device.pick()
 
 
+def test_a_missing_compiler_is_named_before_anything_is_loaded(machine, tmp_path):
+    machine.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    machine.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "cc" else None)
+    machine.delenv("CC", raising=False)
+    device.check_compiler()
+    machine.setattr(device.shutil, "which", lambda name: None)
+    with pytest.raises(MoultError, match="training on a GPU needs a C compiler: Triton"):
+        device.check_compiler()
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(MoultError, match=r"needs a C compiler and Python's header files \(.*/Python\.h\)"):
+        device.check_compiler()
+
+
 # --- which GPU ----------------------------------------------------------------------------------------------------------
 
 TAKES = """

@@ -82,6 +82,18 @@ def test_of_several_processes_the_one_that_has_failed_counts(codes, what, tmp_pa
     assert {path.name for path in (tmp_path / "logs/d").glob("*.log*")} == {"demo.log", "demo.log.rank1"}
 
 
+def test_a_process_that_was_killed_before_another_has_begun_counts(tmp_path):
+    """On a busy machine rank 1 was gone before rank 0 had its log, and `terminated` was all that the table said."""
+    records = tmp_path / "logs/d/attempts"
+    records.mkdir(parents=True)
+    killed = Attempt("demo", LOG, rank=1, process="1 0 elsewhere x", begun="2026-01-01T00:00:00.000+00:00")
+    killed.outcome, killed.what = "failed", "no room"
+    other = Attempt("demo", LOG, begun="2026-01-01T00:00:09.000+00:00", outcome="terminated", what="terminated")
+    killed.ended = "2026-01-01T00:00:01.000+00:00"
+    killed.write(records / "demo-1.json"), other.write(records / "demo-2.json")
+    assert [failure.what for failure in failures_since(0.0, tmp_path / "logs")] == ["no room"]
+
+
 def test_killed_without_an_error_message(attempt, tmp_path):
     attempt(DIES)
     assert found(tmp_path) == [KILLED]

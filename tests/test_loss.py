@@ -60,8 +60,11 @@ def test_rows_grouped_by_length_take_the_lengths_from_their_column(tmp_path):
     assert longest in order[:4]
 
 
-def test_the_log_says_how_fast_it_was(tmp_path):
-    trainer = moult_trainer(make_model(TINY), make_rows(8, seed=2), tmp_path / "state", logging_steps=1)
+@pytest.mark.parametrize("free", ["auto", False])
+def test_the_log_says_how_fast_it_was(free, tmp_path):
+    trainer = moult_trainer(
+        make_model(TINY), make_rows(8, seed=2), tmp_path / "state", logging_steps=1, padding_free=free
+    )
     (tmp_path / "state" / "training_log.jsonl").touch()
     trainer.train()
     first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -70,5 +73,6 @@ def test_the_log_says_how_fast_it_was(tmp_path):
     seen = sum(entry["tokens_per_second"] * entry["seconds"] for entry in (first, second))
     assert seen == pytest.approx(total)
     for entry in (first, second):
-        assert entry["padding_share"] == 0.0 and 0 <= entry["data_wait_share"] < 1 and entry["tflops"] > 0
+        assert (entry["padding_share"] == 0.0) is (free == "auto")
+        assert entry["padding_share"] < 0.5 and 0 <= entry["data_wait_share"] < 1 and entry["tflops"] > 0
         assert 0 <= entry["mean_token_accuracy"] <= 1

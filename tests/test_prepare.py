@@ -15,6 +15,7 @@ from preparing import ANSWER, OUTPUTS, SPOKEN, USER, arguments, lines, pairs, pr
 from workflow import ROOT
 
 import prepare
+from moult.data import readers
 from moult.data.records import Rows, record
 from moult.errors import MoultError
 
@@ -192,8 +193,10 @@ def test_an_odd_path_is_a_path(tmp_path):
     assert run(tmp_path, source=f"{tmp_path}/it's a/*.jsonl").ledger["kept"] == 10
 
 
-def test_max_rows_reads_the_first_rows_of_each_file(tmp_path):
+def test_max_rows_reads_the_first_rows_of_each_file(tmp_path, monkeypatch):
     sources = [write(tmp_path / name, pairs(20, start)) for name, start in (("a.jsonl", 0), ("b.jsonl", 50))]
+    (tmp_path / "a.jsonl").write_text("\u00a0\n\n" + lines(*pairs(20)))  # lines that are blank are not rows
+    monkeypatch.setattr(readers, "SIZE", 1)
     result = run(tmp_path, source=sources, max_rows=4, val_size=2, columns={"system": "in_later_rows"})
     assert sorted(prompts(result.train + result.val)) == [f"question {n}" for n in (0, 1, 2, 3, 50, 51, 52, 53)]
 
@@ -249,7 +252,7 @@ def test_many_rows_get_the_fast_language_detector(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", pairs(40))
     for many, sample, detector in ((41, "full", "langdetect"), (40, "full", "py3langid"), (40, 20, "langdetect")):
         monkeypatch.setattr(prepare, "MANY_ROWS", many)
-        found = run(tmp_path, source=source, languages=["en"], unknown_language="keep", sample_size=sample)
+        found = run(tmp_path, source=source, languages=["en", "fr"], unknown_language="keep", sample_size=sample)
         assert found.language_detector == detector
     assert run(tmp_path, source=source).language_detector is None
 

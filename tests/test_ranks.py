@@ -1,4 +1,4 @@
-"""What is set for several processes, without starting them; tests/finetune/test_ranks.py starts two."""
+"""What is set for several processes, without starting them; tests/finetune/test_processes.py starts two."""
 
 import signal
 from datetime import timedelta

@@ -38,7 +38,7 @@ EVAL = {
     "resamples": 500,
     "merge_kl_limit": 0.05,
     "merge_top1_limit": 0.95,
-    "quantization_kl_limit": 0.02,
+    "quantization_kl_limit": 0.05,
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
 }
@@ -337,7 +337,7 @@ def test_a_merged_model_that_is_not_what_was_trained_is_said_and_stops_nothing(t
         add_quantization(tmp_path, kl)
         log = Log()
         run(tmp_path, log=log)
-        assert any("above eval.quantization_kl_limit 0.02" in line for line in log.lines) == said
+        assert any("above eval.quantization_kl_limit 0.05" in line for line in log.lines) == said
 
 
 def test_nothing_measured_is_no_verdict(tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from preparing import write_as
 from workflow import ROOT
 
 from moult.data import readers
@@ -18,36 +18,6 @@ from moult.data.readers import expand, read_rows
 from moult.errors import MoultError
 
 ROWS = [{"prompt": "Grüße, 世界", "completion": 'two\nlines, "quoted"'}, {"prompt": "q", "completion": "\ttab"}]
-
-
-def write(file: Path, rows: list[dict]) -> None:
-    """`rows` in the form that the file's name asks for."""
-    kind = Path(file.name.removesuffix(".gz")).suffix
-    if kind in (".csv", ".tsv"):
-        import csv
-        import io
-
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
-        writer.writeheader()
-        writer.writerows(rows)
-        data = text.getvalue().encode()
-    elif kind in (".parquet", ".arrow"):
-        import pyarrow
-        import pyarrow.parquet
-
-        table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
-        if kind == ".parquet":
-            pyarrow.parquet.write_table(table, sink)
-        else:
-            with pyarrow.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
-        data = sink.getvalue().to_pybytes()
-    elif kind == ".json":
-        data = json.dumps(rows, indent=1).encode()
-    else:
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    file.write_bytes(gzip.compress(data) if file.name.endswith(".gz") else data)
 
 
 SIZES = (readers.SIZE, 1, 40)  # of chunks
@@ -85,7 +55,7 @@ def refused(file: Path, data: bytes | str) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "JSONL"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, gz):
     file = tmp_path / f"rows.{kind}{gz}"
-    write(file, ROWS)
+    write_as(file, ROWS)
     assert [row for _, row in read(file)] == ROWS
 
 
@@ -127,7 +97,7 @@ def test_arrow_does_not_give_a_row_the_fields_of_the_others(tmp_path):
         {"tools": [{"name": "f", "parameters": {"x": {"type": "number"}}}], "system": None},
         {"tools": [{"name": "g", "parameters": {"y": {"type": "string"}}}], "system": "be brief"},
     ]
-    write(tmp_path / "a.parquet", rows)
+    write_as(tmp_path / "a.parquet", rows)
     assert [row for _, row in read(tmp_path / "a.parquet")] == rows
 
 
@@ -215,7 +185,7 @@ def test_a_bad_file_is_said_to_be_bad_where_it_is(tmp_path, name, data, message)
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_cut_table_is_no_table(tmp_path, kind):
-    write(tmp_path / f"whole.{kind}", ROWS * 100)
+    write_as(tmp_path / f"whole.{kind}", ROWS * 100)
     data = (tmp_path / f"whole.{kind}").read_bytes()
     assert f"a.{kind}: not a whole {kind.capitalize()} file" in refused(tmp_path / f"a.{kind}", data[:-10])
 

@@ -125,6 +125,23 @@ def test_the_kernel_is_called_as_torch_wants_it(window, monkeypatch):
     assert (found - expected).abs().max() < 0.02
 
 
+def test_torchs_own_operation_takes_what_it_is_given():
+    """On fake tensors: shapes and dtypes, forward and backward, through the operation that needs a GPU to compute."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (
+            torch.empty(26, heads, size, dtype=torch.bfloat16, requires_grad=True)
+            for heads, size in ((6, 12), (2, 12), (2, 8))
+        )
+        bounds = torch.zeros(4, dtype=torch.int32)
+        options = {"scale": 0.3, "window_size": (3, 0), "enable_gqa": True}
+        found = varlen.flash(query, key, value, bounds, bounds, 12, 12, **options)
+        assert found.shape == (26, 6, 8) and found.dtype == torch.bfloat16
+        found.float().sum().backward()
+        assert [part.grad.shape for part in (query, key, value)] == [part.shape for part in (query, key, value)]
+
+
 def test_the_signature_is_that_of_torchs_kernel():
     import inspect
 

@@ -55,6 +55,7 @@ def make_tokens(
                     "id": f"{part}:{index}",
                     "group": f"{part}{index}",
                     "source": 0,
+                    "length": size,
                     "input_ids": ids,
                     "labels": [-100] * context + ids[context:],
                     "answer_start": context,

@@ -5,6 +5,7 @@ they cannot read one. Every row comes with the place that it was read from, `nam
 JSON Lines, CSV and TSV, and the position of the row, from 1, elsewhere.
 """
 
+import codecs
 import contextlib
 import csv
 import glob
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 from moult.data.tables import Table, tables_in
 from moult.errors import MoultError, some
@@ -100,25 +101,30 @@ def _suffix(file: Path) -> str:
 
 @dataclass
 class Json:
-    """Rows as JSON, `separator` between them. first: the number of the first one. end: how far into the file, in bytes."""
+    """Rows as JSON, `separator` between them.
 
-    text: str
+    text: bytes are UTF-8 that nobody has looked at. first: the number of the first one. end: how far into the file, in bytes.
+    """
+
+    file: Path
+    text: str | bytes
     first: int
     end: int
     separator: str = "\n"
 
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        for number, piece in enumerate(self.text.split(self.separator), self.first):
-            if piece.strip():
-                yield number, piece
-
     @property
     def count(self) -> int:
-        return sum(1 for _ in self.pieces())
+        text = self.text.decode(errors="replace") if isinstance(self.text, bytes) else self.text
+        return sum(bool(piece.strip()) for piece in text.split(self.separator))
 
     def rows(self, name: str) -> Iterator[tuple[int, dict]]:
-        for number, piece in self.pieces():
-            yield number, _checked(_parse_json(piece, name, number), f"{name}:{number}")
+        try:
+            text = self.text.decode() if isinstance(self.text, bytes) else self.text
+        except UnicodeDecodeError as error:
+            raise _not_text(error, "utf-8", self.file, name, self.first) from None
+        for number, piece in enumerate(text.split(self.separator), self.first):
+            if piece.strip():
+                yield number, _checked(_parse_json(piece, name, number), f"{name}:{number}")
 
 
 @dataclass
@@ -279,21 +285,32 @@ def _read_text(file: Path, name: str) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        data = error.object  # without the byte order mark
-        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
-        found = f"{name}:{line}: not {encoding.removesuffix('-sig').upper()} (byte 0x{data[error.start]:02x})"
+        raise _not_text(error, encoding, file, name) from None
+
+
+def _not_text(error: UnicodeDecodeError, encoding: str, file: Path, name: str, first_line: int = 1) -> MoultError:
+    data = error.object  # without the byte order mark
+    line = first_line + data[: error.start].decode(encoding, "replace").count("\n")
+    found = f"{name}:{line}: not {encoding.removesuffix('-sig').upper()} (byte 0x{data[error.start]:02x})"
     if encoding.startswith("utf-8"):
-        raise MoultError(found, f"convert it, for example: iconv -f latin1 -t utf-8 {file.name} > fixed{file.suffix}")
-    raise MoultError(found, "save it again, as UTF-8")
+        return MoultError(found, f"convert it, for example: iconv -f latin1 -t utf-8 {file.name} > fixed{file.suffix}")
+    return MoultError(found, "save it again, as UTF-8")
 
 
 @contextlib.contextmanager
-def _open(file: Path, name: str, newline: str) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
+def _open_bytes(file: Path) -> Iterator[tuple[gzip.GzipFile | io.BufferedReader, io.BufferedReader, str]]:
+    """(its contents, the file as it is on the disk, the encoding that it seems to have)."""
+    with file.open("rb") as raw, gzip.open(raw) if _is_gzip(file) else raw as data:
+        encoding = json.detect_encoding(data.read(4))
+        data.seek(0)
+        yield data, raw, encoding
+
+
+@contextlib.contextmanager
+def _open(file: Path, name: str, newline: str) -> Iterator[tuple[io.TextIOWrapper, io.BufferedReader]]:
     """(its text, the file as it is on the disk): neither is held in memory. Raises MoultError where it is not text."""
     try:
-        with file.open("rb") as raw, gzip.open(raw) if _is_gzip(file) else raw as data:
-            encoding = json.detect_encoding(data.read(4))
-            data.seek(0)
+        with _open_bytes(file) as (data, raw, encoding):
             yield io.TextIOWrapper(data, encoding, newline=newline), raw
     except UnicodeDecodeError:
         _read_text(file, name)  # which says where
@@ -334,10 +351,17 @@ def _checked(row, place: str) -> dict:
 
 def _json_lines(file: Path, name: str) -> Iterator[Json]:
     # Only \n ends a line: U+2028 and the like may stand unescaped in a JSON string.
+    line = 1
+    with _open_bytes(file) as (data, raw, encoding):
+        if encoding.startswith("utf-8"):
+            data.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+            while lines := data.read(SIZE) + data.readline():
+                yield Json(file, lines, line, raw.tell())
+                line += lines.count(b"\n")
+            return
     with _open(file, name, "\n") as (stream, raw):
-        line = 1
         while text := stream.read(SIZE) + stream.readline():
-            yield Json(text, line, raw.tell())
+            yield Json(file, text, line, raw.tell())
             line += text.count("\n")
 
 
@@ -357,9 +381,9 @@ def _json(file: Path, name: str) -> Iterator[Json | Document]:
                 waiting.append(row)
                 size += len(row)
                 if size > SIZE:
-                    yield Json(_SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
+                    yield Json(file, _SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
                     done, waiting, size = done + len(waiting), [], 0
-            yield Json(_SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
+            yield Json(file, _SEPARATOR.join(waiting), done + 1, raw.tell(), _SEPARATOR)
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError):

@@ -5,7 +5,9 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import socket
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +104,20 @@ def check_gpus(device: str, gpus: int) -> None:
             f"{torch.cuda.get_device_name(device)} has compute capability {has}, and torch {torch.__version__} needs {needs} or "
             "higher",
             f"use a newer GPU, or a torch for an older CUDA; {ON_CPU}",
+            HOPELESS,
+        )
+
+
+def check_compiler() -> None:
+    """Raises MoultError if Triton, in which TRL's loss is written, could not compile it for a GPU."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [] if compiler else ["a C compiler"]
+    missing += [] if header.exists() else [f"Python's header files ({header})"]
+    if missing:
+        raise MoultError(
+            f"training on a GPU needs {' and '.join(missing)}: Triton compiles the loss",
+            "install gcc and python3-dev, or run the stages in the image (--use-singularity), which has them",
             HOPELESS,
         )
 

@@ -49,9 +49,6 @@ def trainer_config(
     train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
     train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
     train.setdefault("pad_to_multiple_of", batches.multiple)
-    # All of the adapter gets a gradient (the first batch shows it), and a frozen base has no buffers that change.
-    train.setdefault("ddp_find_unused_parameters", False)
-    train.setdefault("ddp_broadcast_buffers", False)
     if train["per_device_train_batch_size"] == "auto":
         size = batch_sizes(train, device, found)[0]
         train["gradient_accumulation_steps"] //= size

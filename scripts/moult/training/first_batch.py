@@ -149,6 +149,8 @@ def try_batch(trainer, batch: dict) -> tuple[bool, float, list[str], str]:
             room = optimizer_room(trainer)
             inputs = trainer._prepare_inputs(dict(batch))
             trained = (inputs["labels"] != IGNORE).sum()
+            # Trainer sets it in a step; TRL's loss of a model with experts divides by it.
+            trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
             with trainer.maybe_activation_offload_context:
                 loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=trained)
                 trainer.accelerator.backward(loss)

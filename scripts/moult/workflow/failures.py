@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,34 +61,31 @@ class NotAgain(logging.Filter):
 def _is_hopeless(log: Path, started: float) -> bool:
     """Whether the last attempt with this log of a rule has failed, and would fail again."""
     attempts = _attempts(log.parent.glob(f"attempts/{log.stem}-*.json"), started).get(str(log), [])
-    last = max((attempt.begun for attempt, _ in attempts), default="")
-    return any(not attempt.again for attempt, heard in attempts if heard >= last)
+    return any(not attempt.again for attempt in _last_of_each(attempts))
 
 
-def _attempts(records: Iterable[Path], started: float) -> dict[str, list[tuple[Attempt, str]]]:
-    """By the log of the rule: the attempts since `started`, each with when it was heard of last."""
-    attempts: dict[str, list[tuple[Attempt, str]]] = {}
+def _attempts(records: Iterable[Path], started: float) -> dict[str, list[Attempt]]:
+    """By the log of the rule: the attempts since `started`."""
+    attempts: dict[str, list[Attempt]] = {}
     for record in records:
         attempt = Attempt.read(record)
         if attempt and record.stat().st_mtime >= started:
-            attempts.setdefault(attempt.log, []).append((attempt, attempt.ended or _last_line(record)))
+            attempts.setdefault(attempt.log, []).append(attempt)
     return attempts
 
 
-def _last_line(record: Path) -> str:
-    """When the attempt was heard of last: of one that was killed, when its log was written to last."""
-    log = record.with_suffix(".log")
-    seconds = (log if log.exists() else record).stat().st_mtime
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def _failure_of_last(attempts: list[tuple[Attempt, str]]) -> Failure | None:
-    """Why the last attempt has failed, or None. `attempts` at one stage, each with when it was heard of last."""
-    last = max((attempt for attempt, _ in attempts), key=lambda attempt: attempt.begun)
+def _failure_of_last(attempts: list[Attempt]) -> Failure | None:
+    """Why the last attempt has failed, or None. `attempts` at one stage."""
+    last = max(attempts, key=lambda attempt: attempt.begun)
     if last.outcome == "done":
         return None
-    together = [_failure(attempt) for attempt, heard in attempts if heard >= last.begun]
-    return min(filter(None, together), key=lambda failure: CAUSES.index(failure.cause), default=None)
+    failures = filter(None, map(_failure, _last_of_each(attempts)))
+    return min(failures, key=lambda failure: CAUSES.index(failure.cause), default=None)
+
+
+def _last_of_each(attempts: list[Attempt]) -> list[Attempt]:
+    """The last attempt of each of the stage's processes. They begin together, and one may be gone before another is there."""
+    return list({attempt.rank: attempt for attempt in sorted(attempts, key=lambda attempt: attempt.begun)}.values())
 
 
 def _failure(attempt: Attempt) -> Failure | None:

@@ -73,6 +73,16 @@ def test_the_death_of_one_process_ends_all_within_30_seconds(instant, run, tmp_p
     assert killed.adapter() == whole.adapter()
 
 
+def test_a_wanted_stop_saves_a_checkpoint(run, whole):
+    stopped = run(settings(**TWO))
+    said = go(
+        stopped, "stop_all", code=1, target="moult.training.trainer:Finetuner.compute_loss", call=4, rank=0
+    ).stderr
+    assert "stopped by SIGTERM at step 3 of 15; checkpoint saved" in said, said
+    assert "continuing from" in go(stopped).stderr
+    assert stopped.adapter() == whole.adapter()
+
+
 def test_the_error_of_one_process_is_that_of_all(run):
     stopped = run(settings(**TWO))
     began = time.time()
