@@ -200,7 +200,7 @@ CASES = [
             "    -> lower it; below 1 it is a share of all steps\n"
             "  - train.report_to: CometCallback requires comet-ml>=3.43.2 to be installed. Run `pip install "
             "comet-ml>=3.43.2`.\n"
-            "    train.optim: Trainer tried to instantiate apex FusedAdam but apex is not installed!\n"
+            "    train.optim: You need to install `galore_torch` in order to use GaLore optimizers. Install it with <...>\n"
             "    -> fix the train section of the config, or install the missing package\n"
             "  - lora.target_modules: Target modules {'nope'} not found in the base model. Please check the "
             "target modules and try again.\n"
@@ -209,7 +209,7 @@ CASES = [
         {
             "model": {"attn_implementation": "flash_attention_2"},
             "lora": {"target_modules": ["nope"]},
-            "train": {"warmup_steps": 5, "optim": "adamw_apex_fused", "report_to": "comet_ml"},
+            "train": {"warmup_steps": 5, "optim": "galore_adamw", "report_to": "comet_ml"},
         },
     ),
     Case(
