@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moult.data.sequence import IGNORE
 from moult.files import read_json, sha256_text, write_json, write_jsonl
-from moult.measuring.likelihood import MAX_LOGITS, batches, likelihood, scored_logits
+from moult.measuring.likelihood import MAX_TOKENS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, prompt_of
 from moult.model.device import enough_memory, limit_threads, load_model, pick
 from moult.model.estimates import cache_bytes
@@ -191,8 +191,8 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
     answers = [results[index] for index in range(len(questions))]
     likelihoods = prompt_nll(model, answers, chat.pad_id)
     return [
-        {**answer, "prompt_nll": nll, "margins": margins(model, answer, chat.pad_id)}
-        for answer, nll in zip(answers, likelihoods, strict=True)
+        {**answer, "prompt_nll": nll, "margins": leads}
+        for answer, nll, leads in zip(answers, likelihoods, margins(model, answers, chat.pad_id), strict=True)
     ]
 
 
@@ -218,19 +218,30 @@ def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
     return [result.nll for result in likelihood(model, sequences, pad_id, "prompts: likelihood")]
 
 
-def margins(model, answer: dict, pad_id: int) -> list[float]:
-    """The lead of the best token over the second one, in nats, at each token of an answer. If it is nearly a tie, another kernel
-    or another batch may choose the second one."""
+def margins(model, answers: list[dict], pad_id: int) -> list[list[float]]:
+    """The lead of the best token over the second one, in nats, at each token of each answer. If it is nearly a tie, another
+    kernel or another batch may choose the second one."""
     import torch
 
-    prompt = answer["prompt_ids"]
-    ids = answer["token_ids"][: MAX_LOGITS // model.config.get_text_config().vocab_size]
-    if not ids:
-        return []
-    sequence = {"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}
-    with torch.inference_mode():
-        best = torch.cat([logits.topk(2).values for logits, _, _ in scored_logits(model, [sequence], pad_id)])
-    return [round(margin, 4) for margin in (best[:, 0] - best[:, 1]).tolist()]
+    sequences = [
+        {
+            "input_ids": row["prompt_ids"] + row["token_ids"],
+            "labels": [IGNORE] * len(row["prompt_ids"]) + row["token_ids"],
+        }
+        for row in answers
+    ]
+    found: list[list[float]] = [[] for _ in answers]
+    spoken = [index for index, row in enumerate(answers) if row["token_ids"]]
+    lengths = [len(sequences[index]["input_ids"]) for index in spoken]
+    with progress(len(spoken), "answers: margins") as bar, torch.inference_mode():
+        for batch in batches(lengths, MAX_TOKENS[model.device.type]):
+            indices = [spoken[place] for place in batch]
+            for logits, _, rows in scored_logits(model, [sequences[index] for index in indices], pad_id):
+                best = logits.topk(2).values
+                for row, lead in zip(rows.tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True):
+                    found[indices[row]].append(round(lead, 4))
+            bar.update(len(indices))
+    return found
 
 
 def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_new_tokens: int) -> list[list[int]]:

@@ -206,6 +206,28 @@ def test_an_answer_ends_with_its_first_stop_token(model):
     assert not answer["stopped"]
 
 
+@pytest.mark.parametrize("limit", [1, 40, 4096])
+def test_margins_do_not_depend_on_the_batch(limit, model, monkeypatch):
+    monkeypatch.setitem(evaluate_model.MAX_TOKENS, "cpu", limit)
+    monkeypatch.setattr(module, "MAX_LOGITS", 3 * model.config.vocab_size)  # in parts
+    generator = torch.Generator().manual_seed(3)
+    answers = []
+    for size, spoken in ((5, 7), (9, 0), (3, 1), (12, 4)):
+        ids = torch.randint(3, model.config.vocab_size, (size + spoken,), generator=generator).tolist()
+        answers.append({"prompt_ids": ids[:size], "token_ids": ids[size:]})
+    expected = []
+    for answer in answers:
+        start = len(answer["prompt_ids"])
+        with torch.inference_mode():
+            logits = model(torch.tensor([answer["prompt_ids"] + answer["token_ids"]])).logits[0, start - 1 : -1]
+        best = logits.topk(2).values
+        expected.append((best[:, 0] - best[:, 1]).tolist())
+    found = evaluate_model.margins(model, answers, 0)
+    assert [len(leads) for leads in found] == [7, 0, 1, 4]
+    for leads, wanted in zip(found, expected, strict=True):
+        assert leads == pytest.approx(wanted, abs=2e-4)
+
+
 def test_answers_stay_within_the_models_window(model):
     question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
     (answer,) = evaluate_model.answer(model, [question], Chat(), {"stop": {"generation_stop_ids": [999]}}, 40)
