@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_writes_its_table(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- make bench -->\nold\n<!-- end of make bench -->\nafter\n")

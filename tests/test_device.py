@@ -206,6 +206,7 @@ def stage():
         process.communicate()
 
 
+@pytest.mark.slow
 def test_stages_beside_each_other_have_different_gpus(stage):
     """With --resources gpu=4, all took the first one."""
     assert [stage(3) for _ in range(3)] == [("0", "cuda:0"), ("1", "cuda:0"), ("2", "cuda:0")]

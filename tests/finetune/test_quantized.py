@@ -68,6 +68,7 @@ def test_two_processes_train_as_one(run):
     assert training_losses(two) == pytest.approx(training_losses(one), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_needs_no_bitsandbytes_does_not_import_it():
     """It takes a second, in every stage that imports peft."""
     code = (

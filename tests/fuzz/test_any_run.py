@@ -67,6 +67,7 @@ class Tags(HTMLParser):
         self.seen.add((tag, *(name for name, _ in attributes)))
 
 
+@pytest.mark.slow
 @examples(25)
 @given(
     rows=st.lists(
