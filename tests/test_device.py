@@ -77,7 +77,7 @@ def machine(monkeypatch, tmp_path):
     before = dict(os.environ)
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_JOB_ID", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(device, "_held", [])
     yield monkeypatch
@@ -109,7 +109,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu(name, value, machine):
         f"there is a GPU ({name} is {value}), but torch cannot use it: CUDA initialization: The NVIDIA driver" in said
     )
     assert "built for CUDA 13.0" in said and "NVIDIA driver" in said and "update the driver" in said
-    assert "to compute on the CPU, set CUDA_VISIBLE_DEVICES to nothing" in said
+    assert "to compute on the CPU, set ACCELERATE_USE_CPU" in said
     assert raised.value.exit_code == HOPELESS
 
 
@@ -118,10 +118,13 @@ def test_the_device_file_tells_of_a_gpu_too(machine):
     assert device.sign_of_gpu() == "/dev/nvidiactl exists"
 
 
-@pytest.mark.parametrize("value", ["", "-1"])
-def test_the_cpu_can_be_asked_for(value, machine):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("ACCELERATE_USE_CPU", "true")],
+)
+def test_the_cpu_can_be_asked_for(name, value, machine):
     machine.setenv("SLURM_JOB_GPUS", "0")
-    machine.setenv("CUDA_VISIBLE_DEVICES", value)
+    machine.setenv(name, value)
     gpus.pretend(machine, 1)
     assert device.pick() == "cpu"
 

@@ -104,7 +104,7 @@ EDITS = {
     "the base's card": (append("config/demo/base/README.md"), set()),
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),
-    "a module that some stages import": (append("scripts/moult/measuring/intervals.py"), {"score"}),
+    "a module that one stage imports": (append("scripts/moult/measuring/checks.py"), {"score"}),
     "a module that others import": (append("scripts/moult/model/lora.py"), {"plan", *AFTER_FINETUNE}),
     "a command for people": (append("scripts/tools/print_runtime.py"), set()),
     "training code": (append("scripts/moult/training/trainer.py"), AFTER_FINETUNE),

@@ -37,6 +37,13 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, "XDG_CACHE_HOME": str(folder / ".cache")}
 
 
+def measured(folder: Path, run: str = "demo") -> dict:
+    """What metrics.json says, without how fast the training was."""
+    metrics = json.loads((folder / "results" / run / "metrics.json").read_text())
+    del metrics["throughput"]
+    return metrics
+
+
 def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | None = 1) -> str:
     """Run Snakemake in `folder`; returns what it prints on both streams. One that only looks runs in a fork."""
     command = ["snakemake", *(("--cores", str(cores)) if cores else ()), *arguments]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from apptainer import BASE_MAKER, CACHE, NOBODY, TARGET, contained, give_to_nobody, inside, make_image, processes, wait
-from workflow import ROOT, checkout, snakemake
+from workflow import ROOT, checkout, measured, snakemake
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,7 +77,7 @@ def test_the_demo_in_containers_gives_the_same(contained_demo, demo):
     ):
         ours, theirs = folder / "results/demo" / path, demo / "results/demo" / path
         assert ours.read_bytes() == theirs.read_bytes(), path
-    ours, theirs = (json.loads((root / TARGET).read_text()) for root in (folder, demo))
+    ours, theirs = measured(folder), measured(demo)
     assert ours["provenance"]["versions"].pop("python") == inside_version(folder)
     del theirs["provenance"]["versions"]["python"]
     assert ours == theirs

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from workflow import checkout, environment, snakemake
+from workflow import checkout, environment, measured, snakemake
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,6 +25,15 @@ pytestmark = [
         reason="needs a Slurm for tests, and MOULT_TEST_SLURM=1",
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """The cluster's GPUs are none, and a stage that is given one and cannot use it stops."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
 
 # The profile's waits are for real clusters.
 QUICK = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
@@ -85,7 +94,7 @@ def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     one_thread = [f"{stage}=1" for stage in ("finetune", "merge", "evaluate_base", "evaluate_tuned")]
     output = snakemake(folder, TARGET, *QUICK, "--set-threads", *one_thread, cores=None)
     assert adapter(folder) == adapter(demo)
-    here, there = (json.loads((place / TARGET).read_text()) for place in (demo, folder))
+    here, there = measured(demo), measured(folder)
     assert {**here, "provenance": None} == {**there, "provenance": None}
     # Nine stages: one here, three jobs of the small ones and of the measurement, two of their own.
     submitted = re.findall(r"submitted with SLURM jobid (\d+)", output)

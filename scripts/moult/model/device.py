@@ -32,9 +32,11 @@ def limit_threads(threads: int) -> None:
 def pick(gpus: int = 1) -> str:
     """`cuda` if there is a GPU, else `cpu`. Takes `gpus` GPUs that no other stage on this machine has.
 
-    Raises MoultError for a GPU that torch cannot use. An empty CUDA_VISIBLE_DEVICES asks for the CPU, as everywhere.
+    Raises MoultError for a GPU that torch cannot use. An empty CUDA_VISIBLE_DEVICES asks for the CPU, as everywhere; Slurm sets
+    that anew in each job, but not accelerate's variable.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return "cpu"
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Batches have different lengths: otherwise the allocator's blocks fit the next batch badly.
@@ -54,7 +56,7 @@ def pick(gpus: int = 1) -> str:
     return "cuda"
 
 
-ON_CPU = "to compute on the CPU, set CUDA_VISIBLE_DEVICES to nothing (`CUDA_VISIBLE_DEVICES= snakemake ...`)"
+ON_CPU = "to compute on the CPU, set ACCELERATE_USE_CPU (`ACCELERATE_USE_CPU=true snakemake ...`)"
 
 
 def sign_of_gpu() -> str | None:
