@@ -1,6 +1,6 @@
 """prepare writes the same bytes whatever the number of processes and the size of chunks, and those that it has always written.
 
-FIRST was made by the version that held all rows in memory (commit fc91dae). If a rule changes what is written, say so in
+FIRST was made by the version that held all rows in memory (commit e695d3c). If a rule changes what is written, say so in
 CHANGELOG.md, and take the hashes that the test shows.
 """
 
