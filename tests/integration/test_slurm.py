@@ -38,6 +38,8 @@ def on_the_cpu():
 # The profile's waits are for real clusters.
 QUICK = ("--profile", "slurm", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "3")
 TARGET = "results/demo/metrics.json"
+# Sums differ in their last digits with the number of threads, and where Snakemake has one core there is one.
+ONE_THREAD = ("--set-threads", "finetune=1")
 LONG = "runs: {demo: {train: {max_steps: 1600, eval_steps: 200, save_steps: 50, logging_steps: 50}}}"
 
 
@@ -90,9 +92,8 @@ def adapter(folder: Path) -> str:
 
 def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     folder = checkout(tmp_path)
-    # Sums differ in their last digits with the number of threads, and the demo here has one.
-    one_thread = [f"{stage}=1" for stage in ("finetune", "merge", "evaluate_base", "evaluate_tuned")]
-    output = snakemake(folder, TARGET, *QUICK, "--set-threads", *one_thread, cores=None)
+    others = [f"{stage}=1" for stage in ("merge", "evaluate_base", "evaluate_tuned")]
+    output = snakemake(folder, TARGET, *QUICK, *ONE_THREAD, *others, cores=None)
     assert adapter(folder) == adapter(demo)
     here, there = measured(demo), measured(folder)
     assert {**here, "provenance": None} == {**there, "provenance": None}
@@ -119,7 +120,7 @@ def test_a_finetune_survives_what_a_cluster_does_to_it(tmp_path, started):
     undisturbed, folder = checkout(tmp_path / "undisturbed"), checkout(tmp_path / "disturbed")
     for place in (undisturbed, folder):
         (place / "long.yaml").write_text(LONG)
-    goal = ("results/demo/adapter.json", "--configfile", "long.yaml")
+    goal = ("results/demo/adapter.json", "--configfile", "long.yaml", *ONE_THREAD)
     snakemake(undisturbed, *goal)
 
     partition = ("--set-resources", "finetune:slurm_partition=scavenge")
@@ -220,7 +221,7 @@ def test_two_nodes_train_as_one(demo, tmp_path):
         (folders[nodes] / "two.yaml").write_text(f"runs: {{demo: {{train: {train}}}}}")
     goal = ("results/demo/adapter.json", "--configfile", "two.yaml")
     snakemake(folders[1], *goal)
-    output = snakemake(folders[2], *QUICK, *goal, cores=None)
+    output = snakemake(folders[2], *QUICK, *goal, *ONE_THREAD, cores=None)
     job = re.search(r"submitted with SLURM jobid (\d+) \(log: \S*rule_finetune", output)[1]
     assert "NumNodes=2 " in call("scontrol", "show", "job", job)
     assert "finetune.log.rank1" in {path.name for path in folders[2].glob("logs/demo/*")}
