@@ -11,6 +11,7 @@ import copy
 import re
 
 from moult.model.shrunken import BROKEN
+from moult.training.trial import distance, first_line
 
 # Of what a row's logits may differ when it is packed, relative to the largest logit. Rounding in float32 gives 1e-6, rows
 # that see each other 1e-2 and more.
@@ -66,11 +67,10 @@ def why_not_varlen(model) -> str | None:
             together = model(**packed(ROWS), use_cache=False).logits[0].float()
             model.train()(**packed(ROWS), use_cache=False)  # its attention's dropout shows only here
     except BROKEN as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     if CALLS.count == calls:
         return "its layers have an attention of their own"
-    difference = ((together - alone).abs().max() / alone.abs().max()).item()
-    return None if difference < ROUNDING else f"its logits differ by {difference:.1%} of the largest"
+    return why_not(distance(together, alone))
 
 
 def why_not_unmasked(model) -> str | None:
@@ -87,8 +87,11 @@ def why_not_unmasked(model) -> str | None:
                 for mask in (real, None)
             )
     except BROKEN as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    difference = ((masked - unmasked).abs().max() / masked.abs().max()).item()
+        return first_line(error)
+    return why_not(distance(unmasked, masked))
+
+
+def why_not(difference: float) -> str | None:
     return None if difference < ROUNDING else f"its logits differ by {difference:.1%} of the largest"
 
 
@@ -121,7 +124,7 @@ def mixing(model, rows: list[list[int]]) -> float:
     with torch.no_grad():
         alone = alone_logits(model, rows)
         together = model(**packed(rows), use_cache=False).logits[0].float()
-    return ((together - alone).abs().max() / alone.abs().max()).item()
+    return distance(together, alone)
 
 
 def leak(model, rows: list[list[int]], device) -> float:

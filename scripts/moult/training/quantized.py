@@ -10,6 +10,7 @@ from moult.training.targets import Targets
 from moult.training.trial import (
     OF_THE_WHOLE,
     ROUNDING,
+    distance,
     first_line,
     layers_without_gradient,
     start_off_zero,
@@ -42,7 +43,7 @@ def check_quantized(small, kind: str, targets: Targets, lora: dict) -> None:
     """
     try:
         model = quantized(small, kind)
-        difference = distance(model, dequantized(model, small))
+        difference = change_by_packing(model, dequantized(model, small))
     except BROKEN as error:
         raise MoultError(
             f"model.quantization: {kind} fails on a small model of this architecture: {first_line(error)}",
@@ -69,8 +70,8 @@ def check_quantized(small, kind: str, targets: Targets, lora: dict) -> None:
         ) from error
 
 
-def distance(model, plain) -> float:
-    """The largest difference of their logits, relative to the largest logit."""
+def change_by_packing(model, plain) -> float:
+    """How far the logits of the quantized model are from those of the plain one with the same weights (trial.distance)."""
     inputs = {**tokens_for(plain), "use_cache": False}
     with torch.no_grad():
         # As in validation: int8 also rounds what goes into a layer. It must run; how far it is off is not asked.
@@ -78,7 +79,7 @@ def distance(model, plain) -> float:
         for layer in quantized_layers(model).values():
             layer.train()
         ours, theirs = model(**inputs).logits, plain.eval()(**inputs).logits
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return distance(ours, theirs)
 
 
 def train_once(model, targets: Targets, lora: dict) -> None:

@@ -137,6 +137,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def distance(ours, theirs) -> float:
+    """The largest difference of two tensors of logits, relative to the largest of `theirs`."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
 def attempt(small, groups: Groups, lora: dict) -> Outcome:
     """One pass forward and backward with LoRA on the layers and parameters of `groups`, as TRL does it, and a merge."""
     import torch
@@ -167,7 +172,7 @@ def attempt(small, groups: Groups, lora: dict) -> Outcome:
             with torch.no_grad():
                 tuned = model.eval()(**inputs, use_cache=False).logits
                 merged = model.merge_and_unload()
-                difference = (merged(**inputs, use_cache=False).logits - tuned).abs().max() / tuned.abs().max()
+                difference = distance(merged(**inputs, use_cache=False).logits, tuned)
         except BROKEN as error:
             return Outcome(error=first_line(error))
     if {name: tensor.shape for name, tensor in merged.state_dict().items()} != before:
