@@ -1,12 +1,11 @@
 """Write the tables of memory in config/recipes/README.md: what models need on which cards, and what each recipe needs.
 
-    python scripts/tools/recipe_tables.py            # write them; a minute
-    python scripts/tools/recipe_tables.py --check    # only say whether they are up to date; exit 1 if not (a test runs this)
+    python scripts/tools/recipe_tables.py    # a minute
 
-No rule calls it. Everything is simulated from the shapes of the models (moult/training/memory.py); no GPU, no weights.
+No rule calls it; a test compares the page with what this makes. Everything is simulated from the shapes of the models
+(moult/training/memory.py); no GPU, no weights.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -56,7 +55,7 @@ EXACT: dict[str, str | None] = {"varlen": None, "unmasked": None}
 # Speed is estimated: the share of a card's peak that LoRA of 8 B reached on an H100 in NVIDIA's own table
 # (NeMo Automodel, docs/performance-summary.mdx: 402 of 989 TFLOP/s), for all cards. A GeForce is named for 24 GB.
 SHARE = 0.4
-PEAK = {24: 165e12, 48: 362e12, 80: 989e12}  # RTX 4090, L40S, H100: bfloat16, dense
+CARD = {24: "RTX 4090", 48: "L40S", 80: "H100"}  # as moult.training.throughput names them
 CPU = 0.1e12  # float32 on four cores of a laptop
 
 
@@ -131,11 +130,6 @@ def fitting(memory: dict, gigabytes: float) -> str:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-def recipe_rows(paths: Iterable[Path]) -> Iterator[list[str]]:
-    for path in paths:
-        yield recipe_row(path)
-
-
 def recipe_row(path: Path) -> list[str]:
     from moult.training.memory import memory_of
 
@@ -165,20 +159,11 @@ def recipe_row(path: Path) -> list[str]:
 
 
 def speed(model, checkpointed: bool, length: int, gpus: int, gigabytes: float | None) -> float:
-    """Tokens per second of all GPUs. A token has 2 operations with each weight forward, 2 back (the base is frozen), 2 more if
-    activations are computed again; the table of input embeddings is only looked up."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(parameter.numel() for parameter in model.parameters()) - (
-        embedding.numel() if embedding is not head else 0
-    )
-    config = model.config
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    attention = 2 * config.num_hidden_layers * width * length  # forward; both inputs get gradients
-    passes = 3 if checkpointed else 2
-    operations = 2 * passes * weights + (passes + 1) * attention
-    return gpus * (SHARE * PEAK[int(gigabytes)] if gigabytes else CPU) / operations
+    """Tokens per second of all GPUs, on rows of `length` tokens."""
+    from moult.training.throughput import PEAKS, cost_of
+
+    operations = cost_of(model.requires_grad_(False)).operations(1, length, checkpointed)  # of one token of such a row
+    return gpus * (SHARE * PEAKS[CARD[int(gigabytes)]] * 1e12 if gigabytes else CPU) / operations
 
 
 def rounded(number: float) -> int:
@@ -202,7 +187,7 @@ def page() -> str:
     text = README.read_text(encoding="utf-8")
     recipes = sorted(README.parent.glob("*.yaml"))
     for name, made in (
-        ("recipes", markdown(RECIPE_HEAD, recipe_rows(recipes))),
+        ("recipes", markdown(RECIPE_HEAD, map(recipe_row, recipes))),
         ("memory", markdown(MODEL_HEAD, (row for model in MODELS for row in model_rows(model)))),
     ):
         begin, end = BEGIN.format(name), END.format(name)
@@ -212,15 +197,8 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = tool_parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
-    check = parser.parse_args().check
-    made = page()
-    stale = made != README.read_text(encoding="utf-8")
-    if stale and not check:
-        README.write_text(made, encoding="utf-8")
-    print(("out of date" if check else "written") if stale else "up to date")
-    sys.exit(1 if check and stale else 0)
+    tool_parser(__doc__).parse_args()
+    README.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
