@@ -366,9 +366,8 @@ def tell(result: dict, args, log) -> None:
         log.warning("LoRA is not on %s: %s", some(names), why)
     if result["out_of_reach"]:
         log.warning(
-            "all-linear leaves out %.0f %% of the parameters: weights of experts, or layers with a name of theirs; to tune "
-            "them too, set "
-            "lora.target_parameters: [%s]",
+            "all-linear leaves out %.0f %% of the parameters: weights of experts, or layers that have the name of an expert's; "
+            "to tune them too, set lora.target_parameters: [%s]",
             100 * result["out_of_reach"]["share"],
             ", ".join(result["out_of_reach"]["target_parameters"]),
         )
@@ -418,13 +417,13 @@ def tell_power(questions: dict, val_rows: int, log) -> None:
     )
     if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
         log.warning(
-            "of the pass rates, %s; to see %.0f points, ask %s questions (eval.answer_rows, val_size)",
+            "pass rates: %s; to see %.0f points, ask %s questions (eval.answer_rows, datasets.<name>.val_size)",
             found,
             100 * WISHED_EFFECT,
             f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
         )
     else:
-        log.info("of the pass rates, %s", found)
+        log.info("pass rates: %s", found)
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         elif kind == "unclear":
             smallest[name] = shows
             reasons[-1] += (
-                f" (what they show is {shows:.2g} or more)" if shows else " (they are too few to show anything)"
+                f" (the smallest difference that would show: {shows:.2g})" if shows else " (too few to show any)"
             )
     if "all" in answers:
         stopped = answers["all"]["stopped"]

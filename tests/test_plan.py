@@ -291,15 +291,15 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
         ({"answer_rows": 32}, None),
         (
             {"answer_rows": 4, "row_expect": {"exact": True}},
-            "of the pass rates, 4 rows are too few to show any; to see 10 points, ask 160 questions "
-            "(eval.answer_rows, val_size)",
+            "pass rates: 4 rows are too few to show any; to see 10 points, ask 160 questions "
+            "(eval.answer_rows, datasets.<name>.val_size)",
         ),
         (
             {
                 "answer_rows": 0,
                 "prompts": [{"id": f"p{index}", "prompt": "a", "expect": {"json": True}} for index in range(300)],
             },
-            "of the pass rates, 300 prompts show a change of 7 points or more",
+            "pass rates: 300 prompts show a change of 7 points or more",
         ),
     ],
 )

@@ -236,7 +236,7 @@ def test_a_verdict_names_its_evidence(tmp_path):
     verdict = run(tmp_path)["verdict"]
     assert verdict["worse"] == ["validation loss"] and verdict["better"] == ["rows passed"]
     assert verdict["unclear"] == ["prompts passed"] and verdict["smallest_effect"] == {"prompts passed": None}
-    assert verdict["reasons"][1].endswith("(they are too few to show anything)")
+    assert verdict["reasons"][1].endswith("(too few to show any)")
     assert verdict["reasons"][0].startswith("validation loss worse: +0.919 nats per token [+")
     assert verdict["reasons"][-1] == "answers that stop: 100% -> 5%"
 
@@ -246,7 +246,10 @@ def test_an_unclear_measurement_says_what_it_would_show(tmp_path):
     verdict = run(tmp_path)["verdict"]
     assert {"validation loss", "rows passed"} <= set(verdict["unclear"])
     rows = verdict["smallest_effect"]["rows passed"]
-    assert rows == smallest_effect(40, 0.0, 0.95) and f"(what they show is {rows:.2g} or more)" in verdict["reasons"][2]
+    assert (
+        rows == smallest_effect(40, 0.0, 0.95)
+        and f"(the smallest difference that would show: {rows:.2g})" in verdict["reasons"][2]
+    )
     low, high = read_json(tmp_path / "metrics.json")["likelihood"]["difference"]["nll_per_token"]["interval"]
     assert verdict["smallest_effect"]["validation loss"] == pytest.approx((high - low) / 2 * 1.4294, rel=1e-3)
 
