@@ -170,9 +170,8 @@ class Counts:
     trained: int = 0
     largest: tuple = (-1, "")  # the largest token, and the row that it is in
     longest: int = 0  # tokens
-    ends_made: Counter = field(
-        default_factory=Counter
-    )  # {the last token of a trained span: spans}, before any were cut
+    # {the last token of a trained span: spans}, before any were cut
+    ends_made: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)  # of what is kept
     turn_ends: Counter = field(default_factory=Counter)  # of what is kept, but for plain text
 
