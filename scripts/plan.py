@@ -36,8 +36,6 @@ from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
 
-GIB = 1024**3
-
 # A change of the pass rate that people want to see.
 WISHED_EFFECT = 0.1
 
@@ -395,10 +393,10 @@ def tell(result: dict, args, log) -> None:
     free = shutil.disk_usage(Path(args.out).parent).free
     if free < result["disk"]["total"]:
         log.warning(
-            "%s has %.1f GiB free, and this run writes about %.1f GiB",
+            "%s has %.1f GB free, and this run writes about %.1f GB",
             Path(args.out).parent,
-            free / GIB,
-            result["disk"]["total"] / GIB,
+            free / GB,
+            result["disk"]["total"] / GB,
         )
 
 

@@ -11,7 +11,6 @@ from tabulate import tabulate
 
 from moult.run.cli import tool_parser
 
-GIB = 1024**3
 GB = 10**9
 
 
@@ -27,7 +26,7 @@ def main() -> None:
 def room(plans: dict[str, dict], free: int) -> str:
     """Whether what all runs write fits together. Each run's plan has looked at it alone."""
     needed = sum(plan["disk"]["total"] for plan in plans.values())
-    text = f"disk: {needed / GIB:.1f} GiB for all runs, and {free / GIB:.1f} GiB are free"
+    text = f"disk: {needed / GB:.1f} GB for all runs, and {free / GB:.1f} GB are free"
     return text if needed <= free else f"WARNING: {text}: run some at a time, or set paths.results to another disk"
 
 
@@ -51,7 +50,7 @@ def row(run: str, plan: dict) -> tuple[str, ...]:
         f"{plan['parameters']['trainable_share']:.2%}",
         f"{memory['total'] / GB:.1f} GB" if memory else "unknown",
         f"{memory['total_with_gradient_checkpointing'] / GB:.1f} GB" if memory else "unknown",
-        f"{plan['disk']['total'] / GIB:.1f} GiB",
+        f"{plan['disk']['total'] / GB:.1f} GB",
         plan["merge"]["how"],
         plan["serve"]["as"],
     )

@@ -13,7 +13,7 @@ import plan
 from moult.errors import MoultError
 from moult.files import read_json
 from moult.model.estimates import estimate_job
-from plans import GIB, room
+from plans import GB, room
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
@@ -268,11 +268,9 @@ def test_a_schedule_that_was_tried_out_is_the_one_that_trains(tmp_path):
 
 
 def test_runs_that_fit_alone_and_not_together_are_told():
-    plans = {name: {"disk": {"total": 2 * GIB}} for name in ("one", "other")}
-    assert room(plans, 4 * GIB) == "disk: 4.0 GiB for all runs, and 4.0 GiB are free"
-    assert room(plans, 3 * GIB).startswith(
-        "WARNING: disk: 4.0 GiB for all runs, and 3.0 GiB are free: run some at a time"
-    )
+    plans = {name: {"disk": {"total": 2 * GB}} for name in ("one", "other")}
+    assert room(plans, 4 * GB) == "disk: 4.0 GB for all runs, and 4.0 GB are free"
+    assert room(plans, 3 * GB).startswith("WARNING: disk: 4.0 GB for all runs, and 3.0 GB are free: run some at a time")
 
 
 def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):

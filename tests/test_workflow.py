@@ -364,7 +364,7 @@ def test_plan_tells_the_problems_of_all_runs_in_one_table(tmp_path):
     (folder / "mine.yaml").write_text(yaml.safe_dump(config))
     output = snakemake(folder, "plans", "--configfile", "mine.yaml")
     assert re.search(r"^run +steps.*serve\nd +\d.*merged\nd-r4 +\d.*merged$", output, re.MULTILINE), output
-    assert re.search(r"^disk: [\d.]+ GiB for all runs, and [\d.]+ GiB are free$", output, re.MULTILINE), output
+    assert re.search(r"^disk: [\d.]+ GB for all runs, and [\d.]+ GB are free$", output, re.MULTILINE), output
 
 
 @pytest.mark.slow
