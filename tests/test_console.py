@@ -86,6 +86,7 @@ def test_it_says_when_there_is_nothing_to_do(demo):
     assert len(snakemake(demo, TARGET).splitlines()) < 6
 
 
+@pytest.mark.slow
 def test_errors_are_whole(tmp_path):
     """Of a stage: its message, Snakemake's own, and the table. Of what is not a stage, too: here Python does not start it."""
     folder = checkout(tmp_path)

@@ -223,6 +223,7 @@ def test_stages_beside_each_other_have_different_gpus(stage):
     assert stage(3) == ("0", "cuda:0")
 
 
+@pytest.mark.slow
 def test_processes_of_one_run_have_different_gpus_and_see_them_all(stage):
     stage(3)
     visible = [stage(3, LOCAL_WORLD_SIZE=2, LOCAL_RANK=rank) for rank in (0, 1)]

@@ -58,12 +58,17 @@ DIES = "os.kill(os.getpid(), 9)"
 @pytest.mark.parametrize(
     ("codes", "what"),
     [
-        ((FAILS, TERMINATED), "bad"),
         ((TERMINATED, FAILS), "bad"),
-        ((UNFINISHED, FAILS), "bad"),
-        ((FAILS, DIES), "bad"),
-        ((TERMINATED, DIES), KILLED[1]),
         ((UNFINISHED, TERMINATED), "unfinished: stopped"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((FAILS, TERMINATED), "bad"),
+                ((UNFINISHED, FAILS), "bad"),
+                ((FAILS, DIES), "bad"),
+                ((TERMINATED, DIES), KILLED[1]),
+            )
+        ),
     ],
 )
 def test_of_several_processes_the_one_that_has_failed_counts(codes, what, tmp_path):
@@ -182,7 +187,7 @@ with stage("stage", sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("group", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_would_fail_in_the_same_way_is_not_tried_again(group, tmp_path):
     """With retries, as on Slurm: an error that may pass is tried three times, one that cannot once."""
     scripts = str(ROOT / "scripts")

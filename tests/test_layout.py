@@ -11,6 +11,7 @@ from workflow import ROOT
 FILES = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py"))
 
 
+@pytest.mark.slow
 def test_all_tests_are_collected_in_one_process():
     """`-P` keeps the working directory off Python's path, where only `python -m pytest` puts it."""
     command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-qq", "-m", "", "tests"]

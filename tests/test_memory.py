@@ -79,11 +79,7 @@ def simulated(figure: Figure) -> float:
 
 
 # One of each kind: the others have the same code, and two seconds each.
-QUICK = (
-    "Qwen README Qwen-7B 16-bit 1x4096",
-    "torchtune Llama-3.1-8B nf4 2x2048",
-    "peft MetaMathQA Llama-3.2-3B 16-bit 4x768",
-)
+QUICK = ("torchtune Llama-3.1-8B nf4 2x2048", "peft MetaMathQA Llama-3.2-3B 16-bit 4x768")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +102,7 @@ def test_published_figures(figure):
     ("kind", "sizes", "layers", "depths"),
     [
         ("llama", {}, 7, [2, 4]),
-        ("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 7}, 7, [2, 4]),
+        pytest.param("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 7}, 7, [2, 4], marks=pytest.mark.slow),
         pytest.param("gemma3_text", {"head_dim": 32}, 13, [6, 12], marks=pytest.mark.slow),
         pytest.param("deepseek_v3", {"first_k_dense_replace": 3, **MLA}, 9, [5, 7], marks=pytest.mark.slow),
     ],
@@ -141,6 +137,7 @@ def test_it_is_the_same_each_time_and_leaves_the_model_as_it_was():
     assert torch.nn.functional.dropout is not None and torch.nn.functional.dropout(torch.ones(3), 0.0).sum() == 3
 
 
+@pytest.mark.slow
 def test_what_costs_memory():
     model = shaped("Llama-3.1-8B")
     step = Step(4, 1024)
@@ -192,6 +189,7 @@ def test_parts_and_total():
     assert found["total"] == round(peak * 1.08) + 1_500_000_000
 
 
+@pytest.mark.slow
 def test_the_validation_may_be_what_needs_most():
     run = run_of(shaped("Llama-3.1-8B"), 1024)
     long = {**run.report, "val": {"length": {"longest_kept": 32768}, "sequences": 50}}
@@ -201,6 +199,7 @@ def test_the_validation_may_be_what_needs_most():
     assert found["total_with_gradient_checkpointing"] == round((held + found["validation"]) * 1.08) + 1_500_000_000
 
 
+@pytest.mark.slow
 def test_several_gpus():
     model = shaped("Llama-3.1-8B")
     one, four = (weights_of(run_of(model, gpu=gpus, shard=gpus > 1)) for gpus in (1, 4))

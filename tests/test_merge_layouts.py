@@ -95,6 +95,7 @@ def test_towers_get_no_lora_by_default_and_are_copied(kind, tmp_path):
     assert (merged / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_vllm_gets_no_adapter_of_a_class_that_it_does_not_make(tmp_path):
     reasons = {}
     for kind in ("qwen3_5", "gemma3"):

@@ -217,6 +217,7 @@ def test_a_stage_ends_when_its_snakemake_is_gone(when, tmp_path):
     assert process.wait(timeout=10) == 143
 
 
+@pytest.mark.slow
 def test_a_snakemake_that_cannot_be_seen_is_not_missed(run, monkeypatch):
     """In a container or on another machine the number may be another process's, or nobody's."""
     for place in (f"{os.uname().nodename} pid:[1]", "another-machine pid:[1]"):

@@ -51,6 +51,7 @@ def post(url: str, path: str, body, key: str | None = "the-key", **options):
     return requests.post(url + path, data=data, headers=headers, timeout=60, **options)
 
 
+@pytest.mark.slow
 def test_it_listens_on_an_ipv6_address():
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
@@ -292,6 +293,7 @@ LOOP = (
 )
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_is_stopped_and_others_are_answered(tmp_path):
     shutil.copytree(DEMO_BASE, tmp_path / "base")
     template = tmp_path / "base" / "chat_template.jinja"

@@ -139,6 +139,7 @@ def test_an_ended_snakemake_leaves_no_trainer_and_the_same_command_goes_on(how, 
         )
 
 
+@pytest.mark.slow
 def test_a_lock_of_a_snakemake_that_is_alive_stays(demo, tmp_path):
     """Another one in the folder keeps its lock: ours is shared, and taken off only when it can be had alone."""
     import fcntl
@@ -375,6 +376,7 @@ def test_a_source_that_has_gone_costs_no_rows(again):
     assert (again / "results/prepared/demo/train.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_base_without_a_template_needs_one_named(tmp_path):
     folder = checkout(tmp_path)
     shutil.copytree(folder / "config/demo/base", folder / "plain")

@@ -70,7 +70,7 @@ def test_password_of_the_proxy_is_not_shown(fetch):
     assert "secret-word" not in (fetch.folder / "logs/fetch.log").read_text()
 
 
-@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("kind", ["model", pytest.param("dataset", marks=pytest.mark.slow)])
 def test_tls(fetch, certificate, kind):
     with FakeHub(tls=certificate) as hub:
         hub.add("model", "org/tiny", model())

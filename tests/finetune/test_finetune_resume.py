@@ -143,6 +143,7 @@ def test_resume_from_a_checkpoint_elsewhere(run, undisturbed):
     assert again.adapter() == undisturbed.adapter()
 
 
+@pytest.mark.slow
 def test_two_trainers_never_share_a_folder(run):
     from moult.training.checkpoints import locked
 

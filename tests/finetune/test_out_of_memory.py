@@ -79,6 +79,7 @@ def test_the_largest_batch_that_fits_is_found_and_the_step_stays_the_same(run, u
     assert summary["batch"] == 2 and summary["steps"] == 15
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_comes_before_checkpointing(run):
     auto = run(settings(**AUTO, max_steps=2))
     said = auto.go(before=hook("small_memory", tokens=24)).stderr
@@ -88,6 +89,7 @@ def test_a_smaller_batch_comes_before_checkpointing(run):
     assert "checkpointing on" in said and "a batch of 2 fits" in said
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_batch_that_was_found(run, undisturbed):
     """There is more memory now; another batch would round otherwise."""
     killed = run(settings(**AUTO))

@@ -22,7 +22,7 @@ def training_losses(run) -> list[float]:
     return [entry["loss"] for entry in read_jsonl(run.folder / "training_log.jsonl") if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantized_base_trains_and_validation_does_not_change_it(kind, run):
     often, once = run(quantized(kind, eval_steps=2), "often"), run(quantized(kind, eval_steps=15), "once")
     for each in (often, once):
