@@ -18,7 +18,11 @@ def asked():
 
 def of_each(cases: list) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        "case", [case for _, case in cases], ids=[f"{kind}: {case.name}" for kind, case in cases]
+        "case",
+        [
+            pytest.param(case, id=f"{kind}: {case.name}", marks=pytest.mark.slow if case.in_unit_test else ())
+            for kind, case in cases
+        ],
     )
 
 

@@ -81,6 +81,7 @@ CASES = [
             "what to do: run finetune again"
         ),
         **tensors(lambda t: t.pop(f"{Q_PROJ}.lora_B.weight")),
+        in_unit_test="test_merge.py: drop_one",
     ),
     Case(
         "an adapter with a layer too many",
@@ -90,6 +91,7 @@ CASES = [
             "what to do: the adapter is of another base"
         ),
         **tensors(rename),
+        in_unit_test="test_merge.py: add_one",
     ),
     Case(
         "an adapter of another base",
@@ -107,6 +109,7 @@ CASES = [
             "what to do: the adapter's weights are too large for the base's dtype"
         ),
         **tensors(lambda t: t[f"{Q_PROJ}.lora_B.weight"].fill_(float("inf"))),
+        in_unit_test="test_merge.py: overflow",
     ),
     Case(
         "a base that has changed since the plan",
@@ -116,6 +119,7 @@ CASES = [
         ),
         spoil=edit_tensors(lambda t: t.pop("model.layers.0.self_attn.q_proj.weight")),
         target="merge",
+        in_unit_test="test_merge.py: test_a_base_that_has_changed_since_the_plan_is_refused",
     ),
     Case(
         "a merged model that is not the adapter's",
@@ -127,6 +131,7 @@ CASES = [
         ),
         spoil=edit_json("results/d/tuned/merge_check.json", mean_kl=0.5),
         target="score",
+        in_unit_test="test_score.py: test_a_merge_that_is_not_the_adapter_stops_it",
     ),
     Case(
         "answers to other questions",
@@ -136,5 +141,6 @@ CASES = [
         ),
         spoil=other_questions,
         target="score",
+        in_unit_test="test_score.py: test_different_questions_are_not_compared",
     ),
 ]

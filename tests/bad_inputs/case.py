@@ -54,6 +54,7 @@ class Case:
     code: exit code.
     environment: variables.
     largest_file: bytes that a file may have, as on a disk that is nearly full.
+    in_unit_test: the test of its gate that `make test` has, where the case itself is left to make test-all.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     code: int = 1
     environment: dict = field(default_factory=dict)
     largest_file: int | None = None
+    in_unit_test: str = ""
 
     def stops_in_a_stage(self) -> bool:
         return re.match(r"\w+ (failed|unfinished)", self.says) is not None
