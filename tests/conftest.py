@@ -40,6 +40,16 @@ def pytest_runtest_makereport():
     return report
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Libraries set variables that would reach the stages that a later test starts (torch's compiler: TORCHINDUCTOR_CACHE_DIR)."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real models and datasets that nobody in this project wrote, kept beside the repository."""
