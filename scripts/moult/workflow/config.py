@@ -16,10 +16,11 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
+from moult.workflow.benchmarks import benchmark_problems
 from moult.workflow.hints import module_problems, unknown_key
 
 # Folders below results/ that are not runs.
-RESERVED = ("prepared", "models", "datasets", "summary")
+RESERVED = ("prepared", "models", "datasets", "benchmarks", "summary")
 
 # More values than any config of thousands of runs has.
 MOST_VALUES = 500_000
@@ -381,6 +382,7 @@ def _run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
                 f"eval.prompts.{prompt['id']}.expect: true and match compare with a row's own answer, "
                 "and a prompt has none; give the text"
             )
+    problems += benchmark_problems(run)
     expect = run["eval"].get("row_expect", {})
     problems += [
         f"eval.row_expect.{key}: 'true' is text here, and no check of all rows; write true in a file, not with --config"

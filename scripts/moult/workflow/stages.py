@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from moult.errors import MoultError
 from moult.files import canonical
+from moult.workflow.benchmarks import Benchmark, benchmarks_of
 from moult.workflow.config import fetched_dataset, is_local, local_model, slug, source_entries
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -23,6 +24,10 @@ class Places(NamedTuple):
     model: str = "models/{model}"
     dataset: str = "datasets/{dataset}.parquet"
     dataset_metadata: str = "datasets/{dataset}.json"
+    # fetch_benchmark. {benchmark} is a slug (workflow/benchmarks.py).
+    benchmark_data: str = "benchmarks/{benchmark}"
+    benchmark_items: str = "benchmarks/{benchmark}.jsonl"
+    benchmark_metadata: str = "benchmarks/{benchmark}.json"
     # prepare
     prepared: str = "prepared/{ds}"
     train_rows: str = "prepared/{ds}/train.jsonl"
@@ -54,6 +59,12 @@ class Places(NamedTuple):
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
     merge_check: str = "{run}/tuned/merge_check.json"
+    # benchmark_base; shared by the runs that ask the base the same (`benchmarked_as`)
+    base_benchmark: str = "{run}/benchmark_base/{benchmark}.jsonl"
+    base_benchmark_summary: str = "{run}/benchmark_base/{benchmark}.json"
+    # benchmark_tuned
+    tuned_benchmark: str = "{run}/benchmark_tuned/{benchmark}.jsonl"
+    tuned_benchmark_summary: str = "{run}/benchmark_tuned/{benchmark}.json"
     # score
     metrics: str = "{run}/metrics.json"
     samples: str = "{run}/samples.jsonl"
@@ -84,7 +95,8 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     """`owners`: {folder of a run: the run that it is in}."""
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
-    known["dataset"] = "{dataset}"  # stays: a run has as many as its dataset has sources
+    # These stay: a run has several of them.
+    known |= {"dataset": "{dataset}", "benchmark": "{benchmark}"}
     filled = [place.format(run=owners.get(place.split("/")[1], name), **known) for place in Places()]
     places = Places(*(f"{config['paths']['results']}/{place}" for place in filled))
     return places._replace(model=local_model(run["model"], config["paths"]) or places.model)
@@ -112,15 +124,43 @@ def measured_as(config: dict) -> dict[str, str]:
     )
 
 
+def benchmarked_as(config: dict) -> dict[str, dict[str, str]]:
+    """{slug of a benchmark: {run: the run whose measurement of the base it uses}}: likewise, of those with the same model and
+    template, whatever their data."""
+    asking: dict[str, dict[str, Benchmark]] = {}
+    for name, run in config["runs"].items():
+        for benchmark in benchmarks_of(run):
+            asking.setdefault(benchmark.slug, {})[name] = benchmark
+    return {
+        slug: _owners(
+            config,
+            Places().base_benchmark.replace("{benchmark}", slug),
+            lambda name, of=of: [
+                *_template_depends_on(config["runs"][name]),
+                _benchmark(config, config["runs"][name], {}),
+                of[name].asked(),
+            ],
+            of,
+        )
+        for slug, of in asking.items()
+    }
+
+
 def _tokens_depend_on(config: dict, name: str) -> list:
     run = config["runs"][name]
+    return [run["dataset"], *_template_depends_on(run)]
+
+
+def _template_depends_on(run: dict) -> list:
     keys = ("name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
-    return [run["dataset"], _pick(run["model"], *keys)]
+    return [_pick(run["model"], *keys)]
 
 
-def _owners(config: dict, place: str, depends_on: Callable[[str], list]) -> dict[str, str]:
+def _owners(
+    config: dict, place: str, depends_on: Callable[[str], list], names: Iterable[str] | None = None
+) -> dict[str, str]:
     alike: dict[str, list[str]] = {}
-    for name in config["runs"]:
+    for name in config["runs"] if names is None else names:
         alike.setdefault(canonical(depends_on(name)), []).append(name)
     owners: dict[str, str] = {}
     for names in alike.values():
@@ -231,10 +271,17 @@ def evaluation_gpus(run: dict) -> int:
     return run["eval"]["gpu"] or (train["gpu"] // train["nodes"] if train["shard"] else 1)
 
 
+def _benchmark(config: dict, run: dict, dataset: dict) -> dict:
+    # Which benchmark it is, is not here: another one more needs no new answers to the others (rules/benchmark.smk).
+    own = _pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    return {**own, "batch_size": run["eval"]["lm_eval"]["batch_size"]}
+
+
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
     keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
-    return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
+    metrics = {benchmark.name: benchmark.metric for benchmark in benchmarks_of(run)}
+    return {"eval": {**_pick(run["eval"], *keys), "benchmarks": metrics}, "seed": run["seed"]}
 
 
 def _merge(config: dict, run: dict, dataset: dict) -> dict:
@@ -267,6 +314,7 @@ def _nothing(config: dict, run: dict, dataset: dict) -> dict:
 STAGES: dict[str, Callable] = {
     "fetch_model": _fetch_model,
     "inspect_model": _fetch_model,
+    "fetch_benchmark": _nothing,  # its settings are a benchmark's (rules/benchmark.smk)
     "fetch_dataset": _nothing,  # its settings are a source's, not a run's (rules/fetch.smk)
     "prepare": _prepare,
     "encode": _encode,
@@ -275,6 +323,8 @@ STAGES: dict[str, Callable] = {
     "merge": _merge,
     "evaluate_base": _evaluate,
     "evaluate_tuned": _evaluate_tuned,
+    "benchmark_base": _benchmark,
+    "benchmark_tuned": _benchmark,
     "score": _score,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
