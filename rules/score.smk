@@ -13,6 +13,8 @@ rule score:
         tuned=at.tuned_likelihood,
         tuned_answers=at.tuned_answers,
         merge_check=at.merge_check,
+        benchmarks=of_benchmarks(at.base_benchmark, at.tuned_benchmark),
+        benchmark_summaries=of_benchmarks(at.base_benchmark_summary, at.tuned_benchmark_summary),
         prepared=of_dataset(at.ledger),
         report=of_encoder(at.report),
         adapter=at.adapter_summary,
@@ -38,5 +40,5 @@ rule score:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
-            --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
+            --benchmarks {input.benchmarks:q} --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

@@ -49,7 +49,9 @@ def fetch(where: dict, args, log, is_local: bool) -> None:
         write_jsonl(args.items, questions(tasks))
         metrics, others = metrics_of(tasks)
         facts = {
-            "tasks": {task: {"version": str(one.VERSION), "questions": len(one.eval_docs)} for task, one in tasks.items()},
+            "tasks": {
+                task: {"version": str(one.VERSION), "questions": len(one.eval_docs)} for task, one in tasks.items()
+            },
             "metrics": [metric["name"] for metric in metrics],
             "not_compared": others,
             "files": commits(tasks),

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.measuring.benchmarks import compare_benchmark, read_answers
 from moult.measuring.checks import check
-from moult.measuring.intervals import bootstrap, paired_difference, wilson
+from moult.measuring.intervals import bootstrap, compare_rates, wilson
 from moult.measuring.power import smallest_effect, smallest_shift
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
@@ -36,6 +37,12 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
     parser.add_argument("--merge", required=True, help="merge's merge.json")
+    parser.add_argument(
+        "--benchmarks",
+        nargs="*",
+        default=[],
+        help="samples of each benchmark: first the base's of all, then the tuned model's",
+    )
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -59,6 +66,7 @@ def score(settings: dict, args, log) -> None:
     options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     answers, samples = compare_answers(sides, settings["eval"])
+    benchmarks = compare_benchmarks(args.benchmarks, settings["eval"]["benchmarks"], options)
     rows = sides["base"]["likelihood"]
     same_rows = len(rows) == report["val"]["sequences"]
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
@@ -67,7 +75,7 @@ def score(settings: dict, args, log) -> None:
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"]),
+        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"], benchmarks),
         "data": {
             "sequences": len(rows),
             "groups": groups,
@@ -83,6 +91,7 @@ def score(settings: dict, args, log) -> None:
             for s in samples
             if s["kind"] == "prompt"
         ],
+        "benchmarks": benchmarks,
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
         "quantization": cost,
@@ -304,21 +313,19 @@ def summarise(samples: list[dict], confidence: float) -> dict:
     return result
 
 
-def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
-    n = len(passed[0])
-    base, tuned = (sum(side) for side in passed)
+def compare_benchmarks(samples: list[str], metrics: dict[str, str | None], options: dict) -> dict:
+    """{name: the comparison} of each benchmark. `metrics`: which metric counts, in the order of the files."""
+    pairs = zip(samples[: len(metrics)], samples[len(metrics) :], strict=True)
     return {
-        "n": n,
-        "base": {"value": base / n, "interval": wilson(base, n, confidence)},
-        "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
-        "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
+        name: compare_benchmark(name, read_answers(base), read_answers(tuned), metric, options)
+        for (name, metric), (base, tuned) in zip(metrics.items(), pairs, strict=True)
     }
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float) -> dict:
+def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float, benchmarks: dict) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. A measurement is better or
     worse if the interval of its paired difference does not contain 0. How many answers stop is reported but does not count:
     a model with longer answers stops less often within max_new_tokens.
@@ -334,6 +341,10 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
         if rates := answers.get(part, {}).get("passed"):
             shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
             evidence[name] = (rates["difference"], 1, "of the questions", shows)
+    for name, benchmark in benchmarks.items():
+        counted = benchmark["metrics"][benchmark["metric"]]
+        sign = 1 if counted["higher_is_better"] else -1
+        evidence[name] = (counted["difference"], sign, benchmark["metric"], counted["smallest_effect"])
     if not evidence:
         raise MoultError(
             "nothing was measured",

@@ -53,7 +53,9 @@ def load_tasks(where: dict) -> tuple:
         tasks = manager.load([name])["tasks"]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, TemplateError, DatasetsError) as error:
         why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        raise MoultError(f"eval.benchmarks: lm-eval cannot load {name}: {why}", "fix the task, or leave it out") from error
+        raise MoultError(
+            f"eval.benchmarks: lm-eval cannot load {name}: {why}", "fix the task, or leave it out"
+        ) from error
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise MoultError(f"eval.benchmarks: {task.task_name} runs code that the model has written", "leave it out")

@@ -66,6 +66,18 @@ def paired_difference(base: list[bool], tuned: list[bool], confidence: float) ->
     return interval_of_counts(counts, confidence)
 
 
+def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
+    """The rates of base and tuned, whose answers to the same questions `passed` holds, and their paired difference."""
+    n = len(passed[0])
+    base, tuned = (sum(side) for side in passed)
+    return {
+        "n": n,
+        "base": {"value": base / n, "interval": wilson(base, n, confidence)},
+        "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
+        "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
+    }
+
+
 def interval_of_counts(counts: list[int], confidence: float) -> list[float]:
     """The same, from how many questions both pass, only the tuned model, only the base, and neither."""
     both, only_tuned, only_base, neither = counts

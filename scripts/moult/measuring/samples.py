@@ -11,8 +11,8 @@ def rows_of(samples: dict[str, list[dict]]) -> list[dict]:
     Args:
         samples: {task: what simple_evaluate(log_samples=True) has of each question and filter}.
 
-    Returns {task, doc_id, doc_hash, prompt_hash, target, answer, values: {"metric,filter": number}}. `answer` is the text that the
-    model has written, or of each choice its log-likelihood. Only metrics that are a finite number for the question are there.
+    Returns {task, doc_id, doc_hash, prompt_hash, target, answer, values: {"metric,filter": number}}. `answer` is the text that
+    the model has written, or of each choice its log-likelihood. Only metrics that are a finite number for the question are there.
     """
     rows: dict[tuple[str, int], dict] = {}
     for task, logged in samples.items():

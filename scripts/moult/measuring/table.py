@@ -31,7 +31,9 @@ def comparison(metrics: dict) -> str:
     """A line for each measurement: base, tuned, and the difference with its interval."""
     percent = round(100 * metrics["data"]["confidence"])
     return tabulate(
-        likelihood_rows(metrics["likelihood"]) + answer_rows(metrics["answers"]),
+        likelihood_rows(metrics["likelihood"])
+        + answer_rows(metrics["answers"])
+        + benchmark_rows(metrics.get("benchmarks", {})),
         headers=("", "base", "tuned", f"difference [{percent} %]"),
         tablefmt="plain",
         disable_numparse=True,
@@ -71,6 +73,16 @@ def answer_rows(parts: dict) -> list[tuple[str, str, str, str]]:
             if rate:
                 label = f"{part} ({rate['n']}): {name}"
                 rows.append((label, share(rate["base"]), share(rate["tuned"]), change(rate["difference"], 100)))
+    return rows
+
+
+def benchmark_rows(benchmarks: dict) -> list[tuple[str, str, str, str]]:
+    """The metric that counts, of each."""
+    rows = []
+    for name, benchmark in benchmarks.items():
+        metric = benchmark["metrics"][benchmark["metric"]]
+        label = f"{name} ({metric['n']}): {benchmark['metric']}"
+        rows.append((label, number(metric["base"]), number(metric["tuned"]), change(metric["difference"])))
     return rows
 
 

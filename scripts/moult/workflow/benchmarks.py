@@ -76,7 +76,9 @@ def benchmark_problems(run: dict) -> list[str]:
         return ["eval.benchmarks: give each entry either task (a name that lm-eval knows) or path (a task's YAML file)"]
     found = benchmarks_of(run)
     problems = [
-        f"eval.benchmarks: {name} is there twice" for name, count in Counter(one.name for one in found).items() if count > 1
+        f"eval.benchmarks: {name} is there twice"
+        for name, count in Counter(one.name for one in found).items()
+        if count > 1
     ]
     for benchmark in found:
         if benchmark.path:
@@ -92,7 +94,9 @@ def files_of(path: str) -> list[str]:
     task = read_task(path)
     source = task.get("dataset_path")
     if not isinstance(source, str):
-        raise MoultError(f"{path}: no dataset_path", "give json (with dataset_kwargs.data_files), or a dataset of the hub")
+        raise MoultError(
+            f"{path}: no dataset_path", "give json (with dataset_kwargs.data_files), or a dataset of the hub"
+        )
     if source not in FORMATS:
         return [path]
     given = (task.get("dataset_kwargs") or {}).get("data_files")

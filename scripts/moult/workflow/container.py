@@ -42,8 +42,8 @@ def check_image(container: str) -> None:
     if "://" not in container and not Path(container).is_file():
         raise MoultError(
             f"--use-singularity: the image does not exist: {container}",
-            "`make image` builds the image of the training stages, `make serve-image` the image of the server; `container` and "
-            "`serve.container` in the config name other images",
+            "`make image` builds the image of the training stages, `make serve-image` that of the server, `make benchmark-image` "
+            "that of the benchmarks; `container`, `serve.container` and `eval.lm_eval.container` in the config name other images",
         )
 
 

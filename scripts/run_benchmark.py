@@ -1,13 +1,13 @@
 """Ask a model the questions of a benchmark of lm-eval.
 
-    /opt/lm-eval/bin/python scripts/benchmark.py --settings '{"dtype": "bfloat16", "batch_size": 16, ...}' \\
+    /opt/lm-eval/bin/python scripts/run_benchmark.py --settings '{"dtype": "bfloat16", "batch_size": 16, ...}' \\
         --benchmark '{"task": "gsm8k", "limit": 200, "num_fewshot": null}' --model results/demo/merged --base config/demo/base \\
         --template results/demo/tokens/chat_template.jinja --data results/benchmarks/gsm8k \\
         --samples results/demo/benchmark_tuned/gsm8k.jsonl --summary results/demo/benchmark_tuned/gsm8k.json
 
-The rules benchmark_base and benchmark_tuned run it, in the Python that has lm-eval; score compares the two. Always with the merged
-model, never with the adapter (lm-eval#2432), and with the run's own template, whatever the model's folder has. Offline: the
-questions are what fetch_benchmark has downloaded. Decoding is greedy where the task does not say otherwise.
+The rules benchmark_base and benchmark_tuned run it, in the Python that has lm-eval; score compares the two. Always with the
+merged model, never with the adapter (lm-eval#2432), and with the run's own template, whatever the model's folder has. Offline:
+the questions are what fetch_benchmark has downloaded. Decoding is greedy where the task does not say otherwise.
 """
 
 import json
@@ -55,7 +55,9 @@ def benchmark(settings: dict, args, log) -> None:
     with enough_memory("answering the benchmark", "lower eval.lm_eval.batch_size, or use several GPUs (eval.gpu)"):
         rows, told = ask(model, chat, manager, tasks, args.benchmark, settings["batch_size"])
     if told["cut"]:
-        log.warning("%s prompts are longer than the model reads: lm-eval has cut off their beginning", f"{told['cut']:,}")
+        log.warning(
+            "%s prompts are longer than the model reads: lm-eval has cut off their beginning", f"{told['cut']:,}"
+        )
     write_jsonl(args.samples, rows)
     how = {
         "batch_size": settings["batch_size"],
