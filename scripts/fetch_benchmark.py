@@ -5,7 +5,7 @@
 
 Beside fetch_dataset. Runs in the Python that has lm-eval, which loads the task as it will to ask it; so a task that cannot be
 loaded is found out here, before anything is trained. --data gets the caches of huggingface_hub and datasets. --items gets a line
-for each question. The metadata records versions, and which commit each file is from. For a task with local data nothing is
+for each question. The metadata records versions, and the commit of each dataset. For a task with local data nothing is
 downloaded.
 """
 
@@ -54,7 +54,7 @@ def fetch(where: dict, args, log, is_local: bool) -> None:
             },
             "metrics": [metric["name"] for metric in metrics],
             "not_compared": others,
-            "files": commits(tasks),
+            "commits": commits(folder),
             "versions": {package: version(package) for package in ("lm_eval", "datasets")},
         }
     write_json(args.metadata, {"schema_version": 1, **where, **facts, "sha256": sha256_file(args.items)})

@@ -39,6 +39,7 @@ EVAL = {
     "merge_kl_limit": 0.05,
     "merge_top1_limit": 0.95,
     "quantization_kl_limit": 0.05,
+    "benchmarks": {},
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
 }
@@ -110,11 +111,11 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
 
 
-def run(folder, log=None, **settings) -> dict:
+def run(folder, log=None, benchmarks=None, **settings) -> dict:
     arguments = {name: str(folder / name) for name in ("base", "tuned", "tokens")}
     arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
     arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
-    arguments["samples"] = str(folder / "samples.jsonl")
+    arguments |= {"samples": str(folder / "samples.jsonl"), "benchmarks": benchmarks or []}
     score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), log or Log())
     return read_json(folder / "metrics.json")
 

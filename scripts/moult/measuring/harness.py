@@ -71,13 +71,14 @@ def questions(tasks: dict) -> Iterator[dict]:
             yield {"task": name, "doc_id": number, "question": question_in(doc, task.doc_to_text(doc))}
 
 
-def commits(tasks: dict) -> list[str]:
-    """What `datasets` has read, as it names it: `hf://datasets/openai/gsm8k@<commit>/main/test.parquet`."""
-    found: set[str] = set()
-    for task in tasks.values():
-        for split in (task.dataset or {}).values():
-            found |= (getattr(getattr(split, "info", None), "download_checksums", None) or {}).keys()
-    return sorted(found)
+def commits(folder: Path) -> dict[str, list[str]]:
+    """{dataset: commits} of what was downloaded into a folder of `keep_data_in`."""
+    from huggingface_hub import scan_cache_dir
+
+    if not (folder / "hub").is_dir():
+        return {}
+    found = scan_cache_dir(folder / "hub").repos
+    return {repo.repo_id: sorted(revision.commit_hash for revision in repo.revisions) for repo in found}
 
 
 def metrics_of(tasks: dict) -> tuple[list[dict], list[str]]:
