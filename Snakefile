@@ -32,6 +32,7 @@ wildcard_constraints:
 include: "rules/fetch.smk"
 include: "rules/check_connectivity.smk"
 include: "rules/prepare.smk"
+include: "rules/contamination.smk"
 include: "rules/encode.smk"
 include: "rules/plan.smk"
 include: "rules/plans.smk"

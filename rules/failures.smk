@@ -34,6 +34,7 @@ def runs_of(failure):
     }
     owners = {
         "prepare.log": lambda run: config["runs"][run]["dataset"],
+        "contamination.log": lambda run: config["runs"][run]["dataset"],
         "encode.log": encoders.get,
         "evaluate_base.log": base_measurers.get,
     }

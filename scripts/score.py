@@ -17,6 +17,7 @@ from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.benchmarks import compare_benchmark, read_answers
 from moult.measuring.checks import check
+from moult.measuring.contamination import Contamination
 from moult.measuring.intervals import bootstrap, compare_rates, wilson
 from moult.measuring.power import smallest_effect, smallest_shift
 from moult.model.manifest import public_name
@@ -43,6 +44,9 @@ def main() -> None:
         default=[],
         help="samples of each benchmark: first the base's of all, then the tuned model's",
     )
+    parser.add_argument(
+        "--contamination", nargs="*", default=[], help="what contamination has found, if the run asks anything"
+    )
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -65,8 +69,9 @@ def score(settings: dict, args, log) -> None:
 
     options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
-    answers, samples = compare_answers(sides, settings["eval"])
-    benchmarks = compare_benchmarks(args.benchmarks, settings["eval"]["benchmarks"], options)
+    contamination = contaminated(args.contamination, settings["eval"], report)
+    answers, samples = compare_answers(sides, settings["eval"], contamination)
+    benchmarks = compare_benchmarks(args.benchmarks, settings["eval"]["benchmarks"], contamination, options)
     rows = sides["base"]["likelihood"]
     same_rows = len(rows) == report["val"]["sequences"]
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
@@ -75,7 +80,7 @@ def score(settings: dict, args, log) -> None:
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"], benchmarks),
+        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"], benchmarks, contamination),
         "data": {
             "sequences": len(rows),
             "groups": groups,
@@ -92,6 +97,7 @@ def score(settings: dict, args, log) -> None:
             if s["kind"] == "prompt"
         ],
         "benchmarks": benchmarks,
+        "contamination": contamination.told() if contamination else None,
         "by_source": by_source(sides, prepared),
         "merged_vs_adapter": merge_check,
         "quantization": cost,
@@ -198,6 +204,20 @@ def tell_quantization(cost: dict | None, limit: float, log) -> None:
         )
 
 
+def contaminated(files: list[str], settings: dict, report: dict) -> Contamination | None:
+    """What of this run's questions is in the training rows. With `drop`, encode must have left out just these rows."""
+    if not files:
+        return None
+    found = read_json(files[0])
+    if settings["contamination"] == "drop" and found["contaminated_rows"] != report["contaminated_rows"]:
+        raise MoultError(
+            f"eval.contamination is drop, and encode has left out other rows than those of {files[0]} "
+            f"({report['contaminated_rows']['count']:,}, not {found['contaminated_rows']['count']:,})",
+            "run the same command again: it trains without them",
+        )
+    return Contamination.of(found, settings)
+
+
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
@@ -267,8 +287,9 @@ def data_name(file: dict) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
-    """The pass rates of every check for prompts, rows and both together, and each question with both answers."""
+def compare_answers(sides: dict, settings: dict, contamination: Contamination | None = None) -> tuple[dict, list[dict]]:
+    """The pass rates of every check for prompts, rows and both together, and each question with both answers. Prompts that are in
+    the training rows do not count if contamination says so."""
     expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
@@ -278,10 +299,12 @@ def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
             checks = check(row["answer"], expect, row["reference"])
             sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
         samples.append(sample)
+    left_out = contamination.prompts_left_out() if contamination else ()
+    counted = [s for s in samples if s["kind"] != "prompt" or s["id"] not in left_out]
     parts = {
-        "prompts": [s for s in samples if s["kind"] == "prompt"],
-        "rows": [s for s in samples if s["kind"] == "row"],
-        "all": samples,
+        "prompts": [s for s in counted if s["kind"] == "prompt"],
+        "rows": [s for s in counted if s["kind"] == "row"],
+        "all": counted,
     }
     return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
 
@@ -313,19 +336,28 @@ def summarise(samples: list[dict], confidence: float) -> dict:
     return result
 
 
-def compare_benchmarks(samples: list[str], metrics: dict[str, str | None], options: dict) -> dict:
-    """{name: the comparison} of each benchmark. `metrics`: which metric counts, in the order of the files."""
-    pairs = zip(samples[: len(metrics)], samples[len(metrics) :], strict=True)
+def compare_benchmarks(samples: list[str], asked: dict, contamination: Contamination | None, options: dict) -> dict:
+    """{name: the comparison} of each benchmark. `asked`: {name: its metric and slug}, in the order of the files."""
+    pairs = zip(samples[: len(asked)], samples[len(asked) :], strict=True)
     return {
-        name: compare_benchmark(name, read_answers(base), read_answers(tuned), metric, options)
-        for (name, metric), (base, tuned) in zip(metrics.items(), pairs, strict=True)
+        name: compare_benchmark(
+            name,
+            read_answers(base),
+            read_answers(tuned),
+            one["metric"],
+            options,
+            contamination.questions_left_out(one["slug"]) if contamination else (),
+        )
+        for (name, one), (base, tuned) in zip(asked.items(), pairs, strict=True)
     }
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float, benchmarks: dict) -> dict:
+def verdict(
+    likelihood: dict | None, answers: dict, groups: int, confidence: float, benchmarks: dict, contamination
+) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. A measurement is better or
     worse if the interval of its paired difference does not contain 0. How many answers stop is reported but does not count:
     a model with longer answers stops less often within max_new_tokens.
@@ -342,6 +374,8 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
             shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
             evidence[name] = (rates["difference"], 1, "of the questions", shows)
     for name, benchmark in benchmarks.items():
+        if benchmark["metric"] not in benchmark["metrics"]:
+            continue  # all its questions are in the training rows
         counted = benchmark["metrics"][benchmark["metric"]]
         sign = 1 if counted["higher_is_better"] else -1
         evidence[name] = (counted["difference"], sign, benchmark["metric"], counted["smallest_effect"])
@@ -369,6 +403,8 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
+    if contamination and (told := contamination.reason()):
+        reasons.append(told)
     word = "inconclusive"
     if found["better"] and not found["worse"]:
         word = "helped"

@@ -40,6 +40,7 @@ EVAL = {
     "merge_top1_limit": 0.95,
     "quantization_kl_limit": 0.05,
     "benchmarks": {},
+    "contamination": "exclude",
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
 }
@@ -111,11 +112,15 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
 
 
-def run(folder, log=None, benchmarks=None, **settings) -> dict:
+def run(folder, log=None, benchmarks=None, contamination=None, **settings) -> dict:
     arguments = {name: str(folder / name) for name in ("base", "tuned", "tokens")}
     arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
     arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
-    arguments |= {"samples": str(folder / "samples.jsonl"), "benchmarks": benchmarks or []}
+    arguments |= {
+        "samples": str(folder / "samples.jsonl"),
+        "benchmarks": benchmarks or [],
+        "contamination": contamination or [],
+    }
     score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), log or Log())
     return read_json(folder / "metrics.json")
 

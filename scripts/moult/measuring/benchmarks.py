@@ -3,6 +3,7 @@
 lm-eval itself compares two models as if they had answered different questions (lm-eval#3831).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,21 @@ def read_answers(samples: str | Path) -> Answered:
     return Answered(list(read_jsonl(samples)), read_json(Path(samples).with_suffix(".json")))
 
 
-def compare_benchmark(name: str, base: Answered, tuned: Answered, metric: str | None, options: dict) -> dict:
-    """Each metric of a benchmark, and which of them counts.
+def compare_benchmark(
+    name: str,
+    base: Answered,
+    tuned: Answered,
+    metric: str | None,
+    options: dict,
+    left_out: Collection[tuple[str, int]] = (),
+) -> dict:
+    """Each metric of a benchmark, and which of them counts; none if all questions are left out.
 
     Args:
         name: of the benchmark, for messages.
         metric: the one that counts; None: the task's first.
         options: confidence, resamples, seed.
+        left_out: (task, doc_id) of questions that do not count.
 
     Raises MoultError if the two did not answer the same questions, or there is no such metric.
     """
@@ -42,15 +51,16 @@ def compare_benchmark(name: str, base: Answered, tuned: Answered, metric: str | 
             "set its metric to one of these, or leave it out",
         )
     metrics = {}
+    rows = [
+        (b["values"], t["values"])
+        for b, t in zip(base.rows, tuned.rows, strict=True)
+        if (t["task"], t["doc_id"]) not in left_out
+    ]
     for one in better:
-        pairs = [
-            (b["values"][one], t["values"][one])
-            for b, t in zip(base.rows, tuned.rows, strict=True)
-            if one in b["values"] and one in t["values"]
-        ]
+        pairs = [(b[one], t[one]) for b, t in rows if one in b and one in t]
         if pairs:
             metrics[one] = {**compare_values(pairs, options), "higher_is_better": better[one]}
-    if chosen not in metrics:
+    if rows and chosen not in metrics:
         raise MoultError(
             f"eval.benchmarks: {name}: {chosen} is a number for none of the questions", "choose another metric"
         )
@@ -59,6 +69,7 @@ def compare_benchmark(name: str, base: Answered, tuned: Answered, metric: str | 
         "metric": chosen,
         "metrics": metrics,
         "questions": len(tuned.rows),
+        "left_out": len(tuned.rows) - len(rows),
         "limit": summary["limit"],
         "num_fewshot": {task: told["num_fewshot"] for task, told in summary["tasks"].items()},
         "task_versions": {task: told["version"] for task, told in summary["tasks"].items()},

@@ -86,7 +86,7 @@ def metrics_of(tasks: dict) -> tuple[list[dict], list[str]]:
 
     The first is the one that a task names first, with its first filter. Tasks of a group have those that all of them have.
     """
-    of_tasks = []
+    of_tasks: list[dict[str, dict]] = []
     for task in tasks.values():
         better, how = task.higher_is_better(), task.aggregation()
         names = [(f"{metric},{part.name}", metric) for metric in how for part in task._filters]
@@ -99,7 +99,7 @@ def metrics_of(tasks: dict) -> tuple[list[dict], list[str]]:
     common = [one for name, one in of_tasks[0].items() if all(name in other for other in of_tasks)]
     return (
         [{"name": one["name"], "higher_is_better": one["higher_is_better"]} for one in common if one["mean"]],
-        [one["name"] for one in common if not one["mean"]],
+        [str(one["name"]) for one in common if not one["mean"]],
     )
 
 
@@ -183,7 +183,8 @@ def check_room(tasks: dict, window: int) -> None:
 def answer_room(generation: dict | None) -> int:
     """The longest answer, in tokens, under the names that lm-eval takes for it."""
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    return int(next((generation[name] for name in names if (generation or {}).get(name)), LONGEST_ANSWER))
+    given = generation or {}
+    return int(next((given[name] for name in names if given.get(name)), LONGEST_ANSWER))
 
 
 def is_cut(lm, sample: dict) -> bool:

@@ -74,7 +74,7 @@ def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
         "n": n,
         "base": {"value": base / n, "interval": wilson(base, n, confidence)},
         "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
-        "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
+        "difference": {"value": (tuned - base) / n, "interval": paired_difference(passed[0], passed[1], confidence)},
     }
 
 

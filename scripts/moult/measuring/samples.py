@@ -2,7 +2,6 @@
 
 import json
 import math
-from numbers import Number
 
 
 def rows_of(samples: dict[str, list[dict]]) -> list[dict]:
@@ -44,7 +43,7 @@ def answer_of(responses: list) -> str | list[float]:
 def number(value) -> float | None:
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy's
         value = value.item()
-    return float(value) if isinstance(value, Number) and math.isfinite(float(value)) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def question_in(doc: dict, prompt: str | int) -> str:

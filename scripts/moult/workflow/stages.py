@@ -5,9 +5,11 @@ take every path from `Places`. CONTRIBUTING.md says how a stage is added.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from moult.data.contamination import question_of
 from moult.errors import MoultError
 from moult.files import canonical
 from moult.workflow.benchmarks import Benchmark, benchmarks_of
@@ -33,6 +35,10 @@ class Places(NamedTuple):
     train_rows: str = "prepared/{ds}/train.jsonl"
     val_rows: str = "prepared/{ds}/val.jsonl"
     ledger: str = "prepared/{ds}/metadata.json"
+    # contamination
+    contamination: str = "prepared/{ds}/contamination.json"
+    contaminated_rows: str = "prepared/{ds}/contaminated_rows.json"
+    dropped_rows: str = "prepared/{ds}/dropped_rows.json"
     # encode; shared by the runs with the same data, model and template (`encoded_as`)
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
@@ -131,24 +137,21 @@ def benchmarked_as(config: dict) -> dict[str, dict[str, str]]:
     for name, run in config["runs"].items():
         for benchmark in benchmarks_of(run):
             asking.setdefault(benchmark.slug, {})[name] = benchmark
+
+    def depends_on(of: dict[str, Benchmark], name: str) -> list:
+        run = config["runs"][name]
+        return [*_template_depends_on(run), _benchmark(config, run, {}), of[name].asked()]
+
+    place = Places().base_benchmark
     return {
-        slug: _owners(
-            config,
-            Places().base_benchmark.replace("{benchmark}", slug),
-            lambda name, of=of: [
-                *_template_depends_on(config["runs"][name]),
-                _benchmark(config, config["runs"][name], {}),
-                of[name].asked(),
-            ],
-            of,
-        )
+        slug: _owners(config, place.replace("{benchmark}", slug), partial(depends_on, of), of)
         for slug, of in asking.items()
     }
 
 
 def _tokens_depend_on(config: dict, name: str) -> list:
     run = config["runs"][name]
-    return [run["dataset"], *_template_depends_on(run)]
+    return [run["dataset"], run["eval"]["contamination"] == "drop", *_template_depends_on(run)]
 
 
 def _template_depends_on(run: dict) -> list:
@@ -210,6 +213,21 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         if not is_local(entry["path"]):
             entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
+
+
+def _contamination(config: dict, run: dict, dataset: dict) -> dict:
+    """The questions of all runs of the dataset, so that they share what is found."""
+    evaluations = [one for one in config["runs"].values() if one["dataset"] == run["dataset"]]
+    limits: dict[str, list[int | None]] = {}
+    for one in evaluations:
+        for benchmark in benchmarks_of(one):
+            limits.setdefault(benchmark.slug, []).append(benchmark.limit)
+    return {
+        "prompts": sorted({question_of(prompt) for one in evaluations for prompt in one["eval"]["prompts"]}),
+        "benchmarks": {
+            slug: None if None in of else max(limit for limit in of if limit is not None) for slug, of in limits.items()
+        },
+    }
 
 
 def _encode(config: dict, run: dict, dataset: dict) -> dict:
@@ -279,8 +297,8 @@ def _benchmark(config: dict, run: dict, dataset: dict) -> dict:
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
-    metrics = {benchmark.name: benchmark.metric for benchmark in benchmarks_of(run)}
+    keys = ("contamination", "perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
+    metrics = {benchmark.name: {"metric": benchmark.metric, "slug": benchmark.slug} for benchmark in benchmarks_of(run)}
     return {"eval": {**_pick(run["eval"], *keys), "benchmarks": metrics}, "seed": run["seed"]}
 
 
@@ -317,6 +335,7 @@ STAGES: dict[str, Callable] = {
     "fetch_benchmark": _nothing,  # its settings are a benchmark's (rules/benchmark.smk)
     "fetch_dataset": _nothing,  # its settings are a source's, not a run's (rules/fetch.smk)
     "prepare": _prepare,
+    "contamination": _contamination,
     "encode": _encode,
     "plan": _plan,
     "finetune": _finetune,
