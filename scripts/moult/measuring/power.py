@@ -59,7 +59,9 @@ def rows_needed(effect: float, base: float, confidence: float) -> int:
     return math.ceil(high / 10) * 10
 
 
-def smallest_shift(interval: list[float], confidence: float) -> float:
-    """The smallest difference that a measurement like the one with this interval shows in `POWER` of all cases, in its unit."""
+def smallest_shift(interval: list[float], confidence: float, level: float) -> float:
+    """The smallest difference that a measurement like the one with this interval, of `confidence`, shows at the confidence
+    `level` in `POWER` of all cases, in its unit."""
     normal = NormalDist()
-    return (interval[1] - interval[0]) / 2 * (1 + normal.inv_cdf(POWER) / normal.inv_cdf((1 + confidence) / 2))
+    error = (interval[1] - interval[0]) / 2 / normal.inv_cdf((1 + confidence) / 2)
+    return error * (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER))

@@ -49,10 +49,12 @@ class Places(NamedTuple):
     base: str = "{run}/base"
     base_likelihood: str = "{run}/base/likelihood.jsonl"
     base_answers: str = "{run}/base/answers.jsonl"
+    base_general: str = "{run}/base/general.jsonl"
     # evaluate_tuned
     tuned: str = "{run}/tuned"
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
+    tuned_general: str = "{run}/tuned/general.jsonl"
     merge_check: str = "{run}/tuned/merge_check.json"
     # score
     metrics: str = "{run}/metrics.json"
@@ -211,7 +213,7 @@ def _finetune(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
     # `expect` is score's: a changed expectation needs no new answers.
     prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
-    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens", "forgetting")
     return {
         "eval": {**own, "prompts": prompts},
         **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
@@ -233,7 +235,7 @@ def evaluation_gpus(run: dict) -> int:
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
+    keys = ("perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit", "confidence", "resamples", *limits)
     return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
 
 
