@@ -37,7 +37,9 @@ def comparison(metrics: dict) -> str:
     """A line for each measurement: base, tuned, and the difference with its interval."""
     percent = round(100 * metrics["data"]["confidence"])
     return tabulate(
-        likelihood_rows(metrics["likelihood"]) + answer_rows(metrics["answers"]) + general_rows(metrics["general_text"]),
+        likelihood_rows(metrics["likelihood"])
+        + answer_rows(metrics["answers"])
+        + general_rows(metrics["general_text"]),
         headers=("", "base", "tuned", f"difference [{percent} %]"),
         tablefmt="plain",
         disable_numparse=True,

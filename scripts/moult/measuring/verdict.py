@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from moult.errors import MoultError
 from moult.measuring.power import smallest_effect, smallest_shift
 
-# The share of the error that the likelihood may use. The answers have the rest, each part by its number of questions: the parts
-# that can show most lose least to those that can show little (weighted Holm; Benjamini and Hochberg,
-# Scandinavian Journal of Statistics 24:407, 1997).
-LIKELIHOOD_WEIGHT = 0.5
+# The share of the error that the likelihood may use: little, because it shows more than the answers do. They have the rest,
+# each part by its number of questions: the parts that can show most lose least to those that can show little (weighted Holm;
+# Benjamini and Hochberg, Scandinavian Journal of Statistics 24:407, 1997).
+LIKELIHOOD_WEIGHT = 0.25
 
 # The parts of the answers that count, by their names in the reasons.
 PARTS = {"prompts": "prompts passed", "rows": "rows passed", "instructions": "instructions passed"}
