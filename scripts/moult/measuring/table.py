@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from moult.measuring.seeds import in_words
+
 
 def table(metrics: dict, folder: Path) -> str:
     """The verdict, the comparison, what it was measured on, and where the results lie."""
@@ -18,7 +20,7 @@ def table(metrics: dict, folder: Path) -> str:
 {metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
 
 {textwrap.indent(comparison(metrics), "  ")}
-
+{between_seeds(metrics.get("seeds"))}
   measured on {metrics["data"]["sequences"]:,} sequences, {metrics["data"]["trained_tokens"]:,} trained tokens; \
 merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
   {folder}/merged/       the tuned model
@@ -37,6 +39,12 @@ def comparison(metrics: dict) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
+
+
+def between_seeds(seeds: dict | None) -> str:
+    """A line for each measurement over all seeds, if there are several."""
+    found = seeds["measurements"] if seeds else {}
+    return "".join(f"  {name}, {in_words(spread)}\n" for name, spread in found.items())
 
 
 def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:
