@@ -49,11 +49,11 @@ def run(tmp_path):
             for number, content in enumerate(contents)
         ]
         write_json(tmp_path / "model.json", {"folder": str(model)})
-        for part in ("train", "val"):
+        for part in ("train", "val", "test"):
             write_jsonl(tmp_path / f"{part}.jsonl", rows)
         settings = {"chat_template": template, "chat_template_kwargs": {}, "trust_remote_code": False}
         settings |= {"max_length": 256, "overlength": "drop", "max_token_loss": 0.1, "unrenderable": "error"}
-        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val", "test")}
         said: list[str] = []
         say = lambda text, *words: said.append(text % words)  # noqa: E731
         arguments = Namespace(
