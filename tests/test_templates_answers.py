@@ -224,9 +224,9 @@ def test_the_report_holds_the_named_templates(run, tmp_path):
     model = make_tokenizer(tmp_path / "model", template={"default": PLAIN, "tool_use": OBJECT, "rag": PLAIN + "rag"})
     made = run(model, [ANSWERED], TOOLS)
     told = made.report["template"]
-    assert told["named"] == {"tool_use": OBJECT, "rag": PLAIN + "rag"} and told["tool_use_rows"] == 2
+    assert told["named"] == {"tool_use": OBJECT, "rag": PLAIN + "rag"} and told["tool_use_rows"] == 3
     assert (tmp_path / "tokens/chat_template.jinja").read_text() == PLAIN
-    assert "tool_use for 2 rows with tools" in made.said
+    assert "tool_use for 3 rows with tools" in made.said
     assert run(model, [ASKED], template="chatml").report["template"].keys() == {"date", "origin", "sha256"}
 
 
