@@ -1,8 +1,8 @@
 """prepare writes the same bytes whatever the number of processes and the size of chunks, and those that it has always written.
 
 FIRST was made by the first version with three parts. Until then, all rows were those of the version that held them in memory
-(commit e695d3c); only the split was changed. If a rule changes what is written, say so in CHANGELOG.md, and take the hashes that the
-test shows.
+(commit e695d3c); only the split was changed. If a rule changes what is written, say so in CHANGELOG.md, and take the hashes that
+the test shows.
 """
 
 import csv

@@ -31,6 +31,8 @@ ADAPTER = {
     "hardware": {},
     "step": 7,
     "chosen": "lowest validation loss",
+    "steps": 9,
+    "ended": {"step": 9, "because": "last step"},
     "throughput": summary([]),
 }
 MEASURED = {"measured_on": "test", "no_test_part_because": None}
