@@ -47,7 +47,8 @@ def encode(folder: Path, args, max_length: int) -> tuple[float, float, int]:
     settings |= {"max_length": max_length, "overlength": "truncate", "max_token_loss": 1.0}
     command = [sys.executable, args.checkout / "scripts" / "encode.py", "--settings", json.dumps(settings)]
     command += ["--model", ROOT / "config/demo/base", "--templates", ROOT / "config/chat_templates"]
-    command += ["--train", folder / "train.jsonl", "--val", folder / "val.jsonl", "--out", folder / "tokens"]
+    command += ["--train", folder / "train.jsonl", "--val", folder / "val.jsonl", "--test", folder / "val.jsonl"]
+    command += ["--out", folder / "tokens"]
     command += ["--threads", args.threads, "--log-file", folder / "log"]
     began, peak, spent = time.monotonic(), 0, {}
     process = psutil.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
