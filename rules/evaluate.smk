@@ -1,6 +1,6 @@
 """Measure the base and the tuned model on the same token ids.
 
-Reads:  base model or merged model, validation tokens, prompts
+Reads:  base model or merged model, test tokens, prompts
 Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl, general.jsonl; tuned/merge_check.json
 """
 
@@ -9,14 +9,14 @@ GENERAL_TEXT, INSTRUCTIONS = "scripts/moult/measuring/general_text.txt", "script
 
 
 rule evaluate_base:
-    """The base model's likelihood of the validation rows, and its answers.
+    """The base model's likelihood of the test rows, and its answers.
 
     The plan is not an input of this rule: a changed rank makes the plan again, and then Snakemake (9.27, dag.py) does not check
     whether this rule's own params have changed.
     """
     input:
         model=base_model,
-        val=of_encoder(at.val_tokens),
+        test=of_encoder(at.test_tokens),
         report=of_encoder(at.report),
         template=of_encoder(at.template),
     output:
@@ -38,11 +38,13 @@ rule evaluate_base:
         code=code_of("evaluate_model", GENERAL_TEXT, INSTRUCTIONS),
         tokens=folder_of("report"),
         gpus=untracked(of_run(evaluation_gpus)),
+        # Untracked: a changed check needs no new answers.
+        checks=untracked(of_run(lambda run: canonical(run["eval"]))),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
-            --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --checks {params.checks:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """
 
 
@@ -53,7 +55,7 @@ rule evaluate_tuned:
         adapter=ancient(at.adapter),
         merged=ancient(at.merged),  # merge.json tracks their content
         summary=at.merge_summary,
-        val=of_encoder(at.val_tokens),
+        test=of_encoder(at.test_tokens),
         report=of_encoder(at.report),
         template=of_encoder(at.template),
     output:

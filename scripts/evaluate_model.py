@@ -1,4 +1,4 @@
-"""Measure a model: the likelihood of the answers in the validation rows, and the answers that the model gives itself. What
+"""Measure a model: the likelihood of the answers in the test rows, and the answers that the model gives itself. What
 tuning may have broken, too: the likelihood of a general text, and answers to plain instructions.
 
     python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
@@ -11,12 +11,15 @@ compares the two. Both models get the same token ids, from encode. Decoding is g
 (model.quantization), also with that.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
 from moult.files import read_json, sha256_text, write_json, write_jsonl
+from moult.measuring.checks import PART, check, expectations
+from moult.measuring.foresight import rows_apart, tell_power
 from moult.measuring.forgetting import general_texts, instructions
 from moult.measuring.likelihood import MAX_TOKENS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, Unrenderable, messages_of, prompt_of
@@ -45,11 +48,14 @@ def main() -> None:
     parser = stage_parser(__doc__, "<rule>", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
-    parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
+    parser.add_argument("--likelihood", required=True, help="output: one line per test sequence (.jsonl)")
     parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
     parser.add_argument("--general", required=True, help="output: one line per general text (.jsonl)")
     parser.add_argument(
         "--gpus", type=int, default=1, help="number of GPUs to spread a model over, where there are GPUs"
+    )
+    parser.add_argument(
+        "--checks", type=json.loads, help="JSON of the section eval: say what the base's answers can show"
     )
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
@@ -70,7 +76,7 @@ def evaluate(settings: dict, args, log) -> None:
     template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
     folder = str(open_model(args.model)[0])
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
-    rows = read_rows(tokens / "val.parquet")
+    rows = read_rows(tokens / "test.parquet")
     log.info("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
@@ -81,7 +87,8 @@ def evaluate(settings: dict, args, log) -> None:
         f"measuring rows of up to {max(lengths, default=0):,} tokens",
         f"lower datasets.<name>.max_length, or {MORE_GPU}",
     ):
-        write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
+        likelihoods = measure(model, measured, report["pad_token_id"])
+        write_jsonl(args.likelihood, likelihoods)
         write_jsonl(args.general, measure_texts(model, texts, report["pad_token_id"]))
     questions = prompt_questions(settings["eval"]["prompts"], chat)
     questions += row_questions(rows, settings["eval"]["answer_rows"], chat)
@@ -104,6 +111,8 @@ def evaluate(settings: dict, args, log) -> None:
         write_json(args.merge_check, result)
         found += f"; merged model against base plus adapter: mean KL {result['mean_kl']:.2e}"
     log.info(found)
+    if args.checks:
+        tell_sharper(args.checks, likelihoods, answers, log)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -124,7 +133,7 @@ def chosen(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    results = likelihood(model, rows, pad_id, "val rows: likelihood")
+    results = likelihood(model, rows, pad_id, "test rows: likelihood")
     return [
         {
             "id": row["id"],
@@ -296,6 +305,23 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
         new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
     ends = [next((at + 1 for at, token in enumerate(row) if token in stop), len(row)) for row in new]
     return [row[:end] for row, end in zip(new, ends, strict=True)]
+
+
+# --- what this can show -----------------------------------------------------------------------------------------------
+
+
+def tell_sharper(settings: dict, likelihoods: list[dict], answers: list[dict], log) -> None:
+    """What plan has told, now with the base's own pass rates, and its own differences between rows."""
+    expected = expectations(settings)
+    passed: dict[str, list[bool]] = {}
+    for row in answers:
+        if expect := expected(row["kind"], row["id"]):
+            part = passed.setdefault(PART[row["kind"]], [])
+            part.append(all(check(row["answer"], expect, row["reference"]).values()))
+    counts = {part: len(results) for part, results in passed.items()}
+    rates = {part: sum(results) / len(results) for part, results in passed.items()}
+    groups, spread = rows_apart(likelihoods)
+    tell_power(settings, counts, groups, log, rates, spread)
 
 
 # --- merged model against adapter -------------------------------------------------------------------------------------

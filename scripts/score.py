@@ -15,10 +15,10 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
-from moult.measuring.checks import check
-from moult.measuring.forgetting import instructions
+from moult.measuring.checks import PART, check, expectations
 from moult.measuring.intervals import PairedDifference, p_value, quantiles, rate, resample, wilson
-from moult.measuring.verdict import verdict
+from moult.measuring.seeds import spread, with_seeds
+from moult.measuring.verdict import PARTS, verdict
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
     parser.add_argument("--merge", required=True, help="merge's merge.json")
+    parser.add_argument("--seed-tuned", nargs="*", default=[], help="--tuned of the runs with the further seeds")
+    parser.add_argument("--seed-adapters", nargs="*", default=[], help="--adapter of the same runs")
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -50,9 +52,7 @@ def main() -> None:
 def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
-    sides = {}
-    for side, folder in (("base", Path(args.base)), ("tuned", Path(args.tuned))):
-        sides[side] = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in QUESTIONS}
+    sides = {side: read_side(folder) for side, folder in (("base", args.base), ("tuned", args.tuned))}
     check_same_questions(sides["base"], sides["tuned"])
     merge_check = read_json(Path(args.tuned) / "merge_check.json")
     check_merge(merge_check, settings["eval"])
@@ -64,15 +64,20 @@ def score(settings: dict, args, log) -> None:
     general = compare_general(sides, report["vocabulary"], **options) if settings["eval"]["forgetting"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
-    same_rows = len(rows) == report["val"]["sequences"]
+    # finetune measures on all rows of val.
+    same_rows = prepared["measured_on"] == "val" and len(rows) == report["val"]["sequences"]
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
+    seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), args)
+    found = verdict(likelihood, answers, general, groups, settings["eval"], chosen_on(prepared, adapter))
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers, general, groups, settings["eval"]),
+        "verdict": with_seeds(found, seeds["measurements"]) if seeds else found,
         "data": {
+            "measured_on": prepared["measured_on"],
+            "no_test_part_because": prepared["no_test_part_because"],
             "sequences": len(rows),
             "groups": groups,
             "trained_tokens": sum(row["tokens"] for row in rows),
@@ -89,6 +94,7 @@ def score(settings: dict, args, log) -> None:
             if s["kind"] == "prompt"
         ],
         "by_source": by_source(sides, prepared),
+        "seeds": seeds,
         "merged_vs_adapter": merge_check,
         "quantization": cost,
         "throughput": adapter["throughput"],
@@ -96,7 +102,7 @@ def score(settings: dict, args, log) -> None:
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [
                 {"name": data_name(file), "commit": file.get("commit"), "sha256": file["sha256"]}
-                for file in prepared["sources"] + prepared["val_sources"]
+                for file in prepared["sources"] + prepared["val_sources"] + prepared["test_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
             "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype", "quantization")},
@@ -115,6 +121,11 @@ def score(settings: dict, args, log) -> None:
     write_jsonl(args.samples, samples)
     write_json(args.metrics, metrics)
     log.info("%s. %s", metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
+
+
+def read_side(folder: str) -> dict[str, list[dict]]:
+    """What was measured of one model."""
+    return {name: list(read_jsonl(Path(folder) / f"{name}.jsonl")) for name in QUESTIONS}
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -165,8 +176,8 @@ def check_merge(check: dict, settings: dict) -> None:
 
 
 def quantization_cost(found: dict | None, adapter: dict, likelihood: dict | None, same_rows: bool) -> dict | None:
-    """What evaluate_tuned has found of the quantized base, and the nats per token of the validation rows: of base plus
-    adapter, as finetune has measured them in training, and of the merged model. None without model.quantization."""
+    """What evaluate_tuned has found of the quantized base, and the nats per token: of base plus adapter, as finetune has measured
+    them on the validation rows, and of the merged model, if it was measured on the same rows. None without model.quantization."""
     if found is None:
         return None
     trained, nll = adapter["validation_loss"]["published"], None
@@ -279,9 +290,9 @@ def compare_general(sides: dict, vocabulary: int | None, **options) -> dict | No
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
-    """Nats per token for each source of validation rows."""
+    """Nats per token for each source of the measured rows."""
     files = defaultdict(list)
-    for file in prepared["val_sources"] or prepared["sources"]:
+    for file in prepared[f"{prepared['measured_on']}_sources"] or prepared["sources"]:
         files[file["source"]].append(data_name(file))
     names = {source: some(paths, 1) for source, paths in files.items()}
     totals: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
@@ -306,21 +317,17 @@ def data_name(file: dict) -> str:
 
 def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
     """The pass rates of every check for prompts, rows, instructions and all together, and each question with both answers."""
-    expected = {("prompt", prompt["id"]): prompt.get("expect", {}) for prompt in settings["prompts"]}
-    expected |= {("instruction", entry["id"]): entry["expect"] for entry in instructions()}
+    expected = expectations(settings)
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
-        row_expect = settings.get("row_expect", {})
-        expect = row_expect if base["kind"] == "row" else expected[base["kind"], base["id"]]
+        expect = expected(base["kind"], base["id"])
         sample = {name: base[name] for name in ("kind", "id", "group", "prompt", "reference")}
         for side, row in (("base", base), ("tuned", tuned)):
             checks = check(row["answer"], expect, row["reference"])
             sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
         samples.append(sample)
     parts = {
-        "prompts": [s for s in samples if s["kind"] == "prompt"],
-        "rows": [s for s in samples if s["kind"] == "row"],
-        "instructions": [s for s in samples if s["kind"] == "instruction"],
+        **{part: [s for s in samples if s["kind"] == kind] for kind, part in PART.items()},
         "all": samples,
     }
     return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
@@ -367,6 +374,53 @@ def compare_rates(base: list[bool], tuned: list[bool], groups: list[str], confid
             "p": p_value(paired.interval),
         },
     }
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dict | None:
+    """The differences of the run (`own`) beside those of the same run with other seeds. None if it has only one seed."""
+    if not args.seed_tuned:
+        return None
+    found = [own]
+    for folder in args.seed_tuned:
+        sides = {"base": base, "tuned": read_side(folder)}
+        check_same_questions(base, sides["tuned"])
+        check_merge(read_json(Path(folder) / "merge_check.json"), settings["eval"])
+        # One resample: the interval over rows is that of the run itself.
+        measure = settings["eval"]["perplexity"]
+        likelihood = compare_likelihood(sides, settings["eval"]["confidence"], 1, 0) if measure else None
+        found.append(differences(likelihood, compare_answers(sides, settings["eval"])[0]))
+    adapters = [read_json(path) for path in (args.adapter, *args.seed_adapters)]
+    return {
+        "trained": [
+            {"seed": seed, "step": adapter["step"], "adapter_sha256": adapter["adapter_sha256"]}
+            for seed, adapter in zip(settings["seeds"], adapters, strict=True)
+        ],
+        "measurements": {
+            name: spread(
+                [each[name]["value"] for each in found], difference["interval"], settings["eval"]["confidence"]
+            )
+            for name, difference in own.items()
+        },
+    }
+
+
+def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
+    """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
+    found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
+    for part, name in PARTS.items():
+        if rates := answers.get(part, {}).get("passed"):
+            found[name] = rates["difference"]
+    return found
+
+
+def chosen_on(prepared: dict, adapter: dict) -> str | None:
+    """A reason to read the verdict with care: the measured rows have chosen the checkpoint. None if they have not."""
+    if prepared["measured_on"] == "test" or adapter["chosen"] == "last step":
+        return None
+    return f"the measured rows have also chosen the checkpoint: slightly too good ({prepared['no_test_part_because']})"
 
 
 if __name__ == "__main__":

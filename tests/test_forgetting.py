@@ -88,6 +88,6 @@ def test_a_tuning_that_destroys_plain_chat_is_not_called_helped(tmp_path):
     edit_config(folder, faster)
     snakemake(folder, "results/demo/metrics.json")
     verdict = json.loads((folder / "results/demo/metrics.json").read_text())["verdict"]
-    assert verdict["verdict"] != "helped" and "validation loss" in verdict["better"]
+    assert verdict["verdict"] != "helped" and "loss" in verdict["better"]
     assert "instructions passed" in verdict["worse"]
     assert any(re.match(r"instructions passed worse: -\d+\.\d points \[", reason) for reason in verdict["reasons"])

@@ -115,10 +115,10 @@ def test_the_promised_power_is_what_a_simulation_finds(n):
 def test_the_promised_shift_of_the_likelihood_is_what_a_simulation_finds():
     """What an unclear verdict says that so many rows would show, they show."""
     groups = apart(128)
-    said = [simulated(seed, groups)["smallest_effect"].get("validation loss") for seed in range(20)]
+    said = [simulated(seed, groups)["smallest_effect"].get("loss") for seed in range(20)]
     shift = float(np.mean([size for size in said if size]))
     found = [simulated(seed, groups, shift=-shift)["better"] for seed in range(1000)]
-    assert sum("validation loss" in better for better in found) / 1000 == pytest.approx(POWER, abs=0.04)
+    assert sum("loss" in better for better in found) / 1000 == pytest.approx(POWER, abs=0.04)
 
 
 def test_holm_takes_the_surest_first_and_gives_its_share_to_the_others():

@@ -5,10 +5,15 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from moult.measuring.seeds import in_words
+
+# What measured_on of metrics.json is called.
+ROWS = {"test": "test", "val": "validation"}
+
 
 def table(metrics: dict, folder: Path) -> str:
     """The verdict, the comparison, what it was measured on, and where the results lie."""
-    merged, quantization = metrics["merged_vs_adapter"], metrics.get("quantization")
+    data, merged, quantization = metrics["data"], metrics["merged_vs_adapter"], metrics.get("quantization")
     trained = (
         f", against what was trained ({quantization['kind']}): {quantization['trained_vs_merged']['mean_kl']:.1e}"
         if quantization
@@ -18,8 +23,8 @@ def table(metrics: dict, folder: Path) -> str:
 {metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
 {reasons(metrics["verdict"])}
 {textwrap.indent(comparison(metrics), "  ")}
-
-  measured on {metrics["data"]["sequences"]:,} sequences, {metrics["data"]["trained_tokens"]:,} trained tokens; \
+{between_seeds(metrics.get("seeds"))}
+  measured on {data["sequences"]:,} {ROWS[data["measured_on"]]} sequences, {data["trained_tokens"]:,} trained tokens; \
 merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
   {folder}/merged/       the tuned model
   {folder}/adapter/      the LoRA adapter
@@ -45,6 +50,12 @@ def comparison(metrics: dict) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
+
+
+def between_seeds(seeds: dict | None) -> str:
+    """A line for each measurement over all seeds, if there are several."""
+    found = seeds["measurements"] if seeds else {}
+    return "".join(f"  {name}, {in_words(spread)}\n" for name, spread in found.items())
 
 
 def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:

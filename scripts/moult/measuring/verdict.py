@@ -45,7 +45,14 @@ class Measure:
         return self.sign * self.difference["value"] > 0
 
 
-def verdict(likelihood: dict | None, answers: dict, general: dict | None, groups: int, settings: dict) -> dict:
+def verdict(
+    likelihood: dict | None,
+    answers: dict,
+    general: dict | None,
+    groups: int,
+    settings: dict,
+    caution: str | None = None,
+) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. What is lost of the general
     text beyond the limit makes it hurt, whatever is better. How many answers stop is reported but does not count: a model with
     longer answers stops less often within max_new_tokens.
@@ -53,6 +60,7 @@ def verdict(likelihood: dict | None, answers: dict, general: dict | None, groups
     Args:
         groups: of the rows whose likelihood was measured.
         settings: confidence, forgetting_limit.
+        caution: the last of the reasons.
     """
     confidence = settings["confidence"]
     measures = measures_of(likelihood, answers, groups)
@@ -79,6 +87,8 @@ def verdict(likelihood: dict | None, answers: dict, general: dict | None, groups
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
+    if caution:
+        reasons.append(caution)
     word = "inconclusive"
     if GENERAL in found["worse"] or (found["worse"] and not found["better"]):
         word = "hurt"
@@ -95,7 +105,7 @@ def measures_of(likelihood: dict | None, answers: dict, groups: int) -> list[Mea
     if likelihood:
         shift = likelihood["difference"]["nll_per_token"]
         rows = f"{groups:,} groups of rows"
-        found.append(Measure("validation loss", shift, groups, -1, weights["likelihood"], rows))
+        found.append(Measure("loss", shift, groups, -1, weights["likelihood"], rows))
     for part, rates in checked.items():
         # Rows of one group may still have answers of their own; what they are worth together is in `independent`.
         asked = round(rates["independent"])
