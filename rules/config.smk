@@ -8,6 +8,7 @@ from moult.errors import MoultError
 from moult.files import canonical
 from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misplaced, resolve
 from moult.workflow.container import identity
+from moult.workflow.seeds import asked_for, seed_runs
 from moult.workflow.stages import (
     benchmarked_as,
     encoded_as,

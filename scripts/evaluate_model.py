@@ -1,7 +1,9 @@
-"""Measure a model: the likelihood of the answers in the validation rows, and the answers that the model gives itself.
+"""Measure a model: the likelihood of the answers in the test rows, and the answers that the model gives itself. What
+tuning may have broken, too: the likelihood of a general text, and answers to plain instructions.
 
     python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
-        --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl
+        --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl \\
+        --general results/demo/tuned/general.jsonl
 
 The rules evaluate_base and evaluate_tuned run it; runs with the same model and data share the result of evaluate_base. score
 compares the two. Both models get the same token ids, from encode. Decoding is greedy. With --adapter, --base and
@@ -9,17 +11,23 @@ compares the two. Both models get the same token ids, from encode. Decoding is g
 (model.quantization), also with that.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
 from moult.files import read_json, sha256_text, write_json, write_jsonl
+from moult.measuring.checks import PART, check, expectations
+from moult.measuring.foresight import rows_apart, tell_power
+from moult.measuring.forgetting import general_texts, instructions
 from moult.measuring.likelihood import MAX_TOKENS, batches, likelihood, scored_logits
-from moult.model.chat import Chat, prompt_of
+from moult.model.chat import Chat, Unrenderable, messages_of, prompt_of
 from moult.model.device import enough_memory, limit_threads, load_model, pick
 from moult.model.estimates import cache_bytes
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
+from moult.model.tokenizer import text_ids
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
@@ -40,10 +48,14 @@ def main() -> None:
     parser = stage_parser(__doc__, "<rule>", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
-    parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
+    parser.add_argument("--likelihood", required=True, help="output: one line per test sequence (.jsonl)")
     parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
+    parser.add_argument("--general", required=True, help="output: one line per general text (.jsonl)")
     parser.add_argument(
         "--gpus", type=int, default=1, help="number of GPUs to spread a model over, where there are GPUs"
+    )
+    parser.add_argument(
+        "--checks", type=json.loads, help="JSON of the section eval: say what the base's answers can show"
     )
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
@@ -64,20 +76,24 @@ def evaluate(settings: dict, args, log) -> None:
     template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
     folder = str(open_model(args.model)[0])
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
-    rows = read_rows(tokens / "val.parquet")
+    rows = read_rows(tokens / "test.parquet")
     log.info("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
-    lengths = [len(row["input_ids"]) for row in measured]
+    texts = general_sequences(chat, window_of(model)) if settings["eval"]["forgetting"] else []
+    lengths = [len(row["input_ids"]) for row in measured + texts]
     with enough_memory(
         f"measuring rows of up to {max(lengths, default=0):,} tokens",
         f"lower datasets.<name>.max_length, or {MORE_GPU}",
     ):
-        write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
-    questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(
-        rows, settings["eval"]["answer_rows"], chat
-    )
+        likelihoods = measure(model, measured, report["pad_token_id"])
+        write_jsonl(args.likelihood, likelihoods)
+        write_jsonl(args.general, measure_texts(model, texts, report["pad_token_id"]))
+    questions = prompt_questions(settings["eval"]["prompts"], chat)
+    questions += row_questions(rows, settings["eval"]["answer_rows"], chat)
+    if settings["eval"]["forgetting"] and template:
+        questions += instruction_questions(chat)
     room = settings["eval"]["max_new_tokens"]
     longest = max((len(question["ids"]) for question in questions), default=0)
     with enough_memory(
@@ -95,6 +111,8 @@ def evaluate(settings: dict, args, log) -> None:
         write_json(args.merge_check, result)
         found += f"; merged model against base plus adapter: mean KL {result['mean_kl']:.2e}"
     log.info(found)
+    if args.checks:
+        tell_sharper(args.checks, likelihoods, answers, log)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -115,7 +133,7 @@ def chosen(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    results = likelihood(model, rows, pad_id, "val rows: likelihood")
+    results = likelihood(model, rows, pad_id, "test rows: likelihood")
     return [
         {
             "id": row["id"],
@@ -130,23 +148,44 @@ def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
     ]
 
 
+def general_sequences(chat, window: int) -> list[dict]:
+    """The general text as tokens: of each text the first `window`, of which all but the first are scored. Texts with characters
+    that the tokenizer has no tokens for are left out."""
+    sequences = []
+    for id, text in general_texts().items():
+        if not chat.lost_characters(text):
+            ids = text_ids(chat.tokenizer, text)[:window]
+            sequences.append({"id": id, "input_ids": ids, "labels": [IGNORE, *ids[1:]]})
+    return sequences
+
+
+def measure_texts(model, texts: list[dict], pad_id: int) -> list[dict]:
+    results = likelihood(model, texts, pad_id, "general text: likelihood")
+    return [
+        {"id": text["id"], "nll": result.nll, "tokens": result.tokens, "correct": result.correct}
+        for text, result in zip(texts, results, strict=True)
+    ]
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_questions(prompts: list[dict], chat) -> list[dict]:
+    return [_question("prompt", prompt["id"], *prompt_of(prompt, chat)) for prompt in prompts]
+
+
+def instruction_questions(chat) -> list[dict]:
+    """The instructions that are part of Moult, but for what the template cannot show."""
     questions = []
-    for prompt in prompts:
-        messages, ids = prompt_of(prompt, chat)
-        questions.append(
-            {
-                "kind": "prompt",
-                "id": prompt["id"],
-                "prompt": messages[-1]["content"],
-                "reference": None,
-                "ids": ids,
-            }
-        )
+    for entry in instructions():
+        messages = messages_of(entry)
+        with suppress(Unrenderable):
+            questions.append(_question("instruction", entry["id"], messages, chat.prompt_ids(messages)))
     return questions
+
+
+def _question(kind: str, id: str, messages: list[dict], ids: list[int]) -> dict:
+    return {"kind": kind, "id": id, "group": id, "prompt": messages[-1]["content"], "reference": None, "ids": ids}
 
 
 def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
@@ -158,6 +197,7 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
             {
                 "kind": "row",
                 "id": row["id"],
+                "group": row["group"],
                 "prompt": chat.decode(row["input_ids"][:start]),
                 "reference": chat.decode(reference, special=False).strip(),
                 "ids": row["input_ids"][:start],
@@ -169,7 +209,7 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
 def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
     """The greedy answers of the model, in the order of the questions, with figures by which smoke_test recognises the weights."""
     stop = report["stop"]["generation_stop_ids"]
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    window = window_of(model)
     lengths = [len(question["ids"]) + max_new_tokens for question in questions]
     plan = batches(lengths, 1.0, generation_cost(model))
     results: dict[int, dict] = {}
@@ -181,7 +221,7 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
                 question = questions[index]
                 ended = bool(ids) and ids[-1] in stop
                 results[index] = {
-                    **{name: question[name] for name in ("kind", "id", "prompt", "reference")},
+                    **{name: question[name] for name in ("kind", "id", "group", "prompt", "reference")},
                     "answer": chat.decode(ids[:-1] if ended else ids, special=False),
                     "token_ids": ids,
                     "stopped": ended,
@@ -194,6 +234,11 @@ def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int
         {**answer, "prompt_nll": nll, "margins": leads}
         for answer, nll, leads in zip(answers, likelihoods, margins(model, answers, chat.pad_id), strict=True)
     ]
+
+
+def window_of(model) -> int:
+    """How many tokens the model has positions for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def generation_cost(model) -> Callable[[int], float]:
@@ -260,6 +305,23 @@ def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_
         new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
     ends = [next((at + 1 for at, token in enumerate(row) if token in stop), len(row)) for row in new]
     return [row[:end] for row, end in zip(new, ends, strict=True)]
+
+
+# --- what this can show -----------------------------------------------------------------------------------------------
+
+
+def tell_sharper(settings: dict, likelihoods: list[dict], answers: list[dict], log) -> None:
+    """What plan has told, now with the base's own pass rates, and its own differences between rows."""
+    expected = expectations(settings)
+    passed: dict[str, list[bool]] = {}
+    for row in answers:
+        if expect := expected(row["kind"], row["id"]):
+            part = passed.setdefault(PART[row["kind"]], [])
+            part.append(all(check(row["answer"], expect, row["reference"]).values()))
+    counts = {part: len(results) for part, results in passed.items()}
+    rates = {part: sum(results) / len(results) for part, results in passed.items()}
+    groups, spread = rows_apart(likelihoods)
+    tell_power(settings, counts, groups, log, rates, spread)
 
 
 # --- merged model against adapter -------------------------------------------------------------------------------------

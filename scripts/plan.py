@@ -17,7 +17,8 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
-from moult.measuring.power import rows_needed, smallest_effect
+from moult.measuring.foresight import tell_power
+from moult.measuring.forgetting import instructions
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
 from moult.model.estimates import estimate_disk, estimate_job
@@ -31,13 +32,11 @@ from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
+from moult.training.early_stopping import ENDLESS
 from moult.training.memory import GB, Run, check_fits, memory_of, needed
 from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
-
-# A change of the pass rate that people want to see.
-WISHED_EFFECT = 0.1
 
 
 def main() -> None:
@@ -130,7 +129,10 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
-    tell_power(args.eval, report["val"]["sequences"], log)
+    tell_schedule(settings["train"], log)
+    if args.eval:
+        has_template = (Path(args.tokens) / "chat_template.jinja").stat().st_size > 0
+        tell_questions(args.eval, report["test"]["sequences"], has_template, log)
 
 
 def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
@@ -205,7 +207,10 @@ def check_attention(config, settings: dict) -> None:
 
 def check_lengths(report: dict, config) -> None:
     """No sequence is longer than the model has positions for. Most models would train on it and answer badly."""
-    longest, positions = max(report[part]["length"]["longest_kept"] for part in ("train", "val")), positions_of(config)
+    longest, positions = (
+        max(report[part]["length"]["longest_kept"] for part in ("train", "val", "test")),
+        positions_of(config),
+    )
     if longest > positions:
         raise MoultError(
             f"a sequence has {longest:,} tokens, and the model {positions:,.0f} positions (max_position_embeddings)",
@@ -339,6 +344,7 @@ def count_steps(tokens: str, report: dict, train: dict) -> dict:
         "batches_per_epoch": batches,
         "steps_per_epoch": per_epoch,
         "total": total,
+        "early_stopping": train["early_stopping_patience"] is not None,  # then `total` is the most that it can be
         "sequences_per_batch": per_batch,
         "sequences_per_step": per_batch * train["gradient_accumulation_steps"],
     }
@@ -382,7 +388,8 @@ def tell(result: dict, args, log) -> None:
         plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
         text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
-        "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
+        "%s%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
+        "at most " if steps["early_stopping"] else "",
         f"{steps['total']:,}",
         f"{steps['sequences_per_step']:,}",
         f"{parameters['trainable']:,}",
@@ -400,28 +407,24 @@ def tell(result: dict, args, log) -> None:
         )
 
 
-def tell_power(questions: dict, val_rows: int, log) -> None:
-    """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
-    change nothing of the training."""
-    confidence = questions.get("confidence")
-    checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
-    counts = {"prompts": checked, "rows": min(questions["answer_rows"], val_rows) if questions.get("row_expect") else 0}
-    shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
-    if not shown:
-        return
-    found = "; ".join(
-        f"{asked} show a change of {100 * effect:.0f} points or more" if effect else f"{asked} are too few to show any"
-        for asked, effect in shown.items()
-    )
-    if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
+def tell_schedule(train: dict, log) -> None:
+    """Early stopping is biased where the learning rate falls towards a last step that is then not reached (Hägele et al.,
+    arXiv:2405.18392)."""
+    if train["early_stopping_patience"] is not None and train["lr_scheduler_type"] not in ENDLESS:
         log.warning(
-            "pass rates: %s; to see %.0f points, ask %s questions (eval.answer_rows, datasets.<name>.val_size)",
-            found,
-            100 * WISHED_EFFECT,
-            f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
+            "train.early_stopping_patience with lr_scheduler_type %s: a run that stops early ends with a learning rate that has "
+            "not fallen, and is worse than one that was planned as short; constant_with_warmup has no such bias",
+            train["lr_scheduler_type"],
         )
-    else:
-        log.info("pass rates: %s", found)
+
+
+def tell_questions(questions: dict, test_rows: int, has_template: bool, log) -> None:
+    """What the evaluation will show. Not in plan.json: more questions change nothing of the training."""
+    counts = {"prompts": sum("expect" in prompt for prompt in questions.get("prompts", []))}
+    counts["rows"] = min(questions["answer_rows"], test_rows) if questions.get("row_expect") else 0
+    counts["instructions"] = len(instructions()) if questions["forgetting"] and has_template else 0
+    measured = min(questions["max_rows"] or test_rows, test_rows) if questions["perplexity"] else 0
+    tell_power(questions, {part: n for part, n in counts.items() if n}, measured, log)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from workflow import checkout, snakemake
 from moult.errors import MoultError
 from moult.files import write_json, write_jsonl
 from moult.measuring.benchmarks import Answered, compare_benchmark, read_answers
-from moult.measuring.intervals import paired_difference
+from moult.measuring.intervals import PairedDifference
 from moult.measuring.samples import question_in, rows_of
 from moult.workflow.benchmarks import benchmarks_of, check_python, files_of
 from moult.workflow.config import ConfigError
@@ -201,7 +201,8 @@ def test_rates_are_compared_as_all_others_are():
     acc = found["metrics"]["acc,none"]
     assert (found["metric"], found["questions"], acc["n"]) == ("acc,none", 50, 50)
     assert (acc["base"]["value"], acc["tuned"]["value"]) == (0.4, 0.6)
-    assert acc["difference"]["interval"] == paired_difference([b > 0 for b in base], [t > 0 for t in tuned], 0.95)
+    paired = PairedDifference([b > 0 for b in base], [t > 0 for t in tuned], list(map(str, range(50))))
+    assert acc["difference"]["interval"] == paired.interval(0.95)
     assert 0.1 < acc["smallest_effect"] < 0.3
 
 

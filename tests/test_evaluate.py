@@ -179,6 +179,12 @@ def test_batches_hold_every_sequence_once_within_the_budget():
 
 class Chat:
     pad_id = 0
+    tokenizer = staticmethod(
+        lambda text, **_: {"input_ids": list(text.encode()), "special_tokens_mask": [0] * len(text.encode())}
+    )
+
+    def lost_characters(self, text):
+        return "".join(set(text) & {"é", "猫"})
 
     def decode(self, ids, special=True):
         return " ".join(map(str, ids))
@@ -199,7 +205,7 @@ def test_an_answer_ends_with_its_first_stop_token(model):
     stopped = evaluate_model.generate(model, [[5, 6, 7]], [stop], 0, 12)[0]
     assert stopped == free[: free.index(stop) + 1]
     report = {"stop": {"generation_stop_ids": [stop]}}
-    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5, 6, 7]}
+    question = {"kind": "prompt", "id": "a", "group": "a", "prompt": "?", "reference": None, "ids": [5, 6, 7]}
     (answer,) = evaluate_model.answer(model, [question], Chat(), report, 12)
     assert answer["stopped"] and answer["answer"] == " ".join(map(str, stopped[:-1]))
     (answer,) = evaluate_model.answer(model, [question], Chat(), report, free.index(stop))
@@ -229,9 +235,20 @@ def test_margins_do_not_depend_on_the_batch(limit, model, monkeypatch):
 
 
 def test_answers_stay_within_the_models_window(model):
-    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
+    question = {"kind": "prompt", "id": "a", "group": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
     (answer,) = evaluate_model.answer(model, [question], Chat(), {"stop": {"generation_stop_ids": [999]}}, 40)
     assert len(answer["token_ids"]) == 6
+
+
+def test_the_general_text_is_measured_as_far_as_the_model_can_read_it(monkeypatch, model):
+    monkeypatch.setattr(evaluate_model, "general_texts", lambda: {"en-a": "abc" * 40, "fr-b": "été", "zh-c": "猫"})
+    (sequence,) = evaluate_model.general_sequences(Chat(), 100)
+    assert sequence["id"] == "en-a" and sequence["input_ids"] == list(("abc" * 40).encode()[:100])
+    assert sequence["labels"] == [-100, *sequence["input_ids"][1:]]
+    (measured,) = evaluate_model.measure_texts(model, [sequence], 0)
+    (expected,) = plain_loop(model, [sequence])
+    assert (measured["tokens"], measured["correct"]) == (99, expected[2])
+    assert measured["nll"] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_the_same_rows_are_chosen_each_time(rows):
@@ -243,7 +260,7 @@ def test_the_same_rows_are_chosen_each_time(rows):
 
 
 def merge_check(tmp_path, base, merged, adapter, quantization=None) -> dict:
-    rows = evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet")
+    rows = evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet")
     settings = {
         "eval": {"merge_check_rows": 6},
         "quantization": quantization,
@@ -278,7 +295,7 @@ def test_a_quantized_base_is_compared_with_the_merged_model_and_with_the_base(tm
         found = merge_check(tmp_path, base, merged, adapter, kind)
         cost = found.pop("quantization")
         assert found == plain and cost["kind"] == kind
-        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet"), 6)
+        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet"), 6)
         settings = {"dtype": "float32", "attn_implementation": None, "trust_remote_code": False}
         trained = PeftModel.from_pretrained(load_model(str(base), "cpu", settings, kind), adapter).eval()
         with torch.no_grad():
@@ -306,7 +323,7 @@ def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
 
 
 def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
-    rows = pyarrow.parquet.read_table(make_tokens(tmp_path / "tokens") / "val.parquet").to_pylist()
+    rows = pyarrow.parquet.read_table(make_tokens(tmp_path / "tokens") / "test.parquet").to_pylist()
     measured = evaluate_model.measure(model, rows, 0)
     assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
     assert [row["group"] for row in measured] == [row["group"] for row in rows]
@@ -340,17 +357,22 @@ def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_pat
         "open_model": lambda path: (path, {}),
         "Chat": lambda *_: Chat(),
         "load_model": lambda *_, **__: Namespace(eval=lambda: None),
+        "window_of": lambda model: 100,
+        "general_texts": lambda: {"en": "some"},
         "measure": lambda *_: [],
+        "measure_texts": lambda *_: [],
         "prompt_questions": lambda *_: [{"ids": [3] * 9}],
         "row_questions": lambda *_: [],
+        "instruction_questions": lambda *_: [],
         "answer": lambda *_: [],
         "compare_with_adapter": lambda *_: {"mean_kl": 0.0},
     }
     for name, stub in (nothing | {place: out_of_memory}).items():
         monkeypatch.setattr(evaluate_model, name, stub)
     asked = {"perplexity": True, "max_rows": None, "answer_rows": 0, "max_new_tokens": 32, "prompts": []}
+    asked["forgetting"] = True
     settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
-    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "merge_check")}
+    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "general", "merge_check")}
     arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
     log = Namespace(info=lambda *_: None)
     with pytest.raises(MoultError) as raised:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl
-from moult.measuring.intervals import bootstrap, compare_rates
+from moult.measuring.intervals import compare_rates, p_value, quantiles, resample
 from moult.measuring.power import smallest_effect, smallest_shift
 
 
@@ -97,16 +97,25 @@ def compare_values(pairs: list[tuple[float, float]], options: dict) -> dict:
     """
     import numpy as np
 
-    confidence = options["confidence"]
+    confidence, n = options["confidence"], len(pairs)
     if all(value in (0.0, 1.0) for pair in pairs for value in pair):
-        rates = compare_rates([[bool(pair[side]) for pair in pairs] for side in (0, 1)], confidence)
-        return {**rates, "smallest_effect": smallest_effect(rates["n"], rates["base"]["value"], confidence)}
+        base, tuned = ([bool(pair[side]) for pair in pairs] for side in (0, 1))
+        rates = compare_rates(base, tuned, [str(number) for number in range(n)], confidence)
+        del rates["independent"]  # all of them are
+        return {**rates, "is_rate": True, "smallest_effect": smallest_effect(n, rates["base"]["value"], confidence)}
     columns = np.array(pairs)
-    intervals = bootstrap(columns, np.ones(len(pairs)), confidence, options["resamples"], options["seed"])
-    base, tuned = columns.mean(axis=0).tolist()
-    result: dict = {"n": len(pairs), "smallest_effect": smallest_shift(intervals[2], confidence)}
-    for side, value, interval in zip(
-        ("base", "tuned", "difference"), (base, tuned, tuned - base), intervals, strict=True
-    ):
-        result[side] = {"value": value, "interval": interval}
-    return result
+    ratios = resample(columns, np.ones(n), options["resamples"], options["seed"])
+    means = columns.mean(axis=0).tolist()
+    intervals = quantiles(ratios, confidence, n)
+    return {
+        "n": n,
+        "is_rate": False,
+        "base": {"value": means[0], "interval": intervals[0]},
+        "tuned": {"value": means[1], "interval": intervals[1]},
+        "difference": {
+            "value": means[1] - means[0],
+            "interval": intervals[2],
+            "p": p_value(lambda level: quantiles(ratios[:, -1:], level, n)[0]),
+        },
+        "smallest_effect": smallest_shift(intervals[2], confidence, confidence),
+    }

@@ -41,6 +41,18 @@ def run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
         for key in ("eval_strategy", "save_strategy")
         if train["load_best_model_at_end"] and train[key] == "no"
     ]
+    if train["early_stopping_patience"] is not None:
+        if train["eval_strategy"] == "no":
+            problems.append(
+                "train.early_stopping_patience: eval_strategy: 'no' makes no validations to count; set steps or epoch"
+            )
+        elif not train["load_best_model_at_end"]:
+            problems.append(
+                "train.early_stopping_patience: with load_best_model_at_end: false the adapter of the last step is used, which "
+                "is then worse than an earlier one; leave one of the two out"
+            )
+    elif train["early_stopping_threshold"]:
+        problems.append("train.early_stopping_threshold: it needs early_stopping_patience; set that, or leave it out")
     if train["per_device_train_batch_size"] == "auto" and train.get("dataloader_drop_last"):
         problems.append(
             "train.dataloader_drop_last: with per_device_train_batch_size: auto the number of steps would depend on the GPU; "

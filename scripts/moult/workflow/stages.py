@@ -34,6 +34,7 @@ class Places(NamedTuple):
     prepared: str = "prepared/{ds}"
     train_rows: str = "prepared/{ds}/train.jsonl"
     val_rows: str = "prepared/{ds}/val.jsonl"
+    test_rows: str = "prepared/{ds}/test.jsonl"
     ledger: str = "prepared/{ds}/metadata.json"
     # contamination
     contamination: str = "prepared/{ds}/contamination.json"
@@ -43,6 +44,7 @@ class Places(NamedTuple):
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
     val_tokens: str = "{run}/tokens/val.parquet"
+    test_tokens: str = "{run}/tokens/test.parquet"
     template: str = "{run}/tokens/chat_template.jinja"
     report: str = "{run}/tokens/report.json"
     preview: str = "{run}/tokens/preview.html"
@@ -60,10 +62,12 @@ class Places(NamedTuple):
     base: str = "{run}/base"
     base_likelihood: str = "{run}/base/likelihood.jsonl"
     base_answers: str = "{run}/base/answers.jsonl"
+    base_general: str = "{run}/base/general.jsonl"
     # evaluate_tuned
     tuned: str = "{run}/tuned"
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
+    tuned_general: str = "{run}/tuned/general.jsonl"
     merge_check: str = "{run}/tuned/merge_check.json"
     # benchmark_base; shared by the runs that ask the base the same (`benchmarked_as`)
     base_benchmark: str = "{run}/benchmark_base/{benchmark}.jsonl"
@@ -204,12 +208,13 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         "broken",
         "sample_size",
         "val_size",
+        "test_size",
     )
     sources = {
         key: source_entries(dataset[old], dataset) if dataset[old] else []
-        for key, old in (("sources", "source"), ("val_sources", "val_source"))
+        for key, old in (("sources", "source"), ("val_sources", "val_source"), ("test_sources", "test_source"))
     }
-    for entry in [*sources["sources"], *sources["val_sources"]]:
+    for entry in [entry for entries in sources.values() for entry in entries]:
         if not is_local(entry["path"]):
             entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
@@ -248,6 +253,7 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "nodes",
         "gpu_memory",
         "save_total_limit",
+        "early_stopping_patience",
         "router_aux_loss_coef",  # 0 is without that loss
     )
     words = [
@@ -269,7 +275,7 @@ def _finetune(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
     # `expect` is score's: a changed expectation needs no new answers.
     prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
-    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens", "forgetting")
     return {
         "eval": {**own, "prompts": prompts},
         **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
@@ -297,9 +303,10 @@ def _benchmark(config: dict, run: dict, dataset: dict) -> dict:
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("contamination", "perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
+    what = ("contamination", "perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit")
+    keys = (*what, "confidence", "resamples", *limits)
     metrics = {benchmark.name: {"metric": benchmark.metric, "slug": benchmark.slug} for benchmark in benchmarks_of(run)}
-    return {"eval": {**_pick(run["eval"], *keys), "benchmarks": metrics}, "seed": run["seed"]}
+    return {"eval": {**_pick(run["eval"], *keys), "benchmarks": metrics}, **_pick(run, "seed", "seeds")}
 
 
 def _merge(config: dict, run: dict, dataset: dict) -> dict:
