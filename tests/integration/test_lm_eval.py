@@ -48,7 +48,9 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: ["Tokyo", "Cairo", "Oslo", "Lima", "Madrid", "Rome"]
 doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: f1, aggregation: f1, higher_is_better: true}]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: mcc, aggregation: matthews_corrcoef, higher_is_better: true}
 """
 
 
@@ -156,7 +158,7 @@ def test_data_of_the_hub_are_fetched_once_and_asked_offline(folder):
         assert done.returncode == 0, done.stderr
     told = read_json(folder / "items.json")
     assert told["commits"] == {"org/capitals": [commit]}
-    assert (told["metrics"], told["not_compared"]) == (["acc,none"], ["f1,none"])
+    assert (told["metrics"], told["not_compared"]) == (["acc,none"], ["mcc,none"])
     assert next(row["question"] for row in read_jsonl(folder / "items.jsonl")) == "What is the capital of Japan?"
     rows = ask(folder, "chosen.yaml", "config/demo/base", None)
     assert len(rows) == len(QUESTIONS)

@@ -49,9 +49,21 @@ def load_tasks(where: dict) -> tuple:
             + (f"; did you mean {some(close)}?" if close else ""),
             "lm-eval ls tasks lists those that it knows; a task of your own takes path instead of task",
         )
+    # Before it is loaded: that alone would fetch what runs the code.
+    if "task" in where and (manager.task_index[name].cfg or {}).get("unsafe_code"):
+        raise MoultError(f"eval.benchmarks: {name} runs code that the model has written", "leave it out")
     try:
         tasks = manager.load([name])["tasks"]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, TemplateError, DatasetsError) as error:
+    except (
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        TemplateError,
+        DatasetsError,
+    ) as error:
         why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         raise MoultError(
             f"eval.benchmarks: lm-eval cannot load {name}: {why}", "fix the task, or leave it out"
