@@ -18,6 +18,7 @@ from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
 from moult.measuring.intervals import bootstrap, paired_difference, wilson
 from moult.measuring.power import smallest_effect, smallest_shift
+from moult.measuring.seeds import spread, with_seeds
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
     parser.add_argument("--merge", required=True, help="merge's merge.json")
+    parser.add_argument("--seed-tuned", nargs="*", default=[], help="--tuned of the runs with the further seeds")
+    parser.add_argument("--seed-adapters", nargs="*", default=[], help="--adapter of the same runs")
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -47,9 +50,7 @@ def main() -> None:
 def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
-    sides = {}
-    for side, folder in (("base", Path(args.base)), ("tuned", Path(args.tuned))):
-        sides[side] = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in ("likelihood", "answers")}
+    sides = {side: read_side(folder) for side, folder in (("base", args.base), ("tuned", args.tuned))}
     check_same_questions(sides["base"], sides["tuned"])
     merge_check = read_json(Path(args.tuned) / "merge_check.json")
     check_merge(merge_check, settings["eval"])
@@ -65,10 +66,12 @@ def score(settings: dict, args, log) -> None:
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
+    seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), args)
+    found = verdict(likelihood, answers, groups, settings["eval"]["confidence"], chosen_on(prepared, adapter))
     metrics = {
         "schema_version": 1,
         "run": args.run,
-        "verdict": verdict(likelihood, answers, groups, settings["eval"]["confidence"], chosen_on(prepared, adapter)),
+        "verdict": with_seeds(found, seeds["measurements"]) if seeds else found,
         "data": {
             "measured_on": prepared["measured_on"],
             "no_test_part_because": prepared["no_test_part_because"],
@@ -87,6 +90,7 @@ def score(settings: dict, args, log) -> None:
             if s["kind"] == "prompt"
         ],
         "by_source": by_source(sides, prepared),
+        "seeds": seeds,
         "merged_vs_adapter": merge_check,
         "quantization": cost,
         "throughput": adapter["throughput"],
@@ -113,6 +117,11 @@ def score(settings: dict, args, log) -> None:
     write_jsonl(args.samples, samples)
     write_json(args.metrics, metrics)
     log.info("%s. %s", metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
+
+
+def read_side(folder: str) -> dict[str, list[dict]]:
+    """What was measured of one model."""
+    return {name: list(read_jsonl(Path(folder) / f"{name}.jsonl")) for name in ("likelihood", "answers")}
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -318,6 +327,46 @@ def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
         "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
         "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
     }
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dict | None:
+    """The differences of the run (`own`) beside those of the same run with other seeds. None if it has only one seed."""
+    if not args.seed_tuned:
+        return None
+    found = [own]
+    for folder in args.seed_tuned:
+        sides = {"base": base, "tuned": read_side(folder)}
+        check_same_questions(base, sides["tuned"])
+        check_merge(read_json(Path(folder) / "merge_check.json"), settings["eval"])
+        # One resample: the interval over rows is that of the run itself.
+        measure = settings["eval"]["perplexity"]
+        likelihood = compare_likelihood(sides, settings["eval"]["confidence"], 1, 0) if measure else None
+        found.append(differences(likelihood, compare_answers(sides, settings["eval"])[0]))
+    adapters = [read_json(path) for path in (args.adapter, *args.seed_adapters)]
+    return {
+        "trained": [
+            {"seed": seed, "step": adapter["step"], "adapter_sha256": adapter["adapter_sha256"]}
+            for seed, adapter in zip(settings["seeds"], adapters, strict=True)
+        ],
+        "measurements": {
+            name: spread(
+                [each[name]["value"] for each in found], difference["interval"], settings["eval"]["confidence"]
+            )
+            for name, difference in own.items()
+        },
+    }
+
+
+def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
+    """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
+    found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
+    for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
+        if rates := answers.get(part, {}).get("passed"):
+            found[name] = rates["difference"]
+    return found
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ def run(folder, log=None, **settings) -> dict:
     arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
     arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
     arguments["samples"] = str(folder / "samples.jsonl")
+    arguments["seed_tuned"] = []
     score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), log or Log())
     return read_json(folder / "metrics.json")
 

@@ -36,6 +36,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("runs: {v: {dataset: a, lora: {r: 8}}}", set()),
         ("seed: 5", {"prepare", "finetune", "score"}),
         ("runs: {a: {seed: 5}}", {"finetune", "score"}),
+        ("runs: {a: {seeds: [0, 5]}}", {"score"}),
         ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "score"}),
         ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score", "smoke_test"}),
         ("eval: {row_expect: {exact: true}}", {"score"}),

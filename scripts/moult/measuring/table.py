@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from moult.measuring.seeds import in_words
+
 # What measured_on of metrics.json is called.
 ROWS = {"test": "test", "val": "validation"}
 
@@ -21,7 +23,7 @@ def table(metrics: dict, folder: Path) -> str:
 {metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
 
 {textwrap.indent(comparison(metrics), "  ")}
-
+{between_seeds(metrics.get("seeds"))}
   measured on {data["sequences"]:,} {ROWS[data["measured_on"]]} sequences, {data["trained_tokens"]:,} trained tokens; \
 merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
   {folder}/merged/       the tuned model
@@ -40,6 +42,12 @@ def comparison(metrics: dict) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
+
+
+def between_seeds(seeds: dict | None) -> str:
+    """A line for each measurement over all seeds, if there are several."""
+    found = seeds["measurements"] if seeds else {}
+    return "".join(f"  {name}, {in_words(spread)}\n" for name, spread in found.items())
 
 
 def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:

@@ -238,7 +238,7 @@ def evaluation_gpus(run: dict) -> int:
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
     keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
-    return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
+    return {"eval": _pick(run["eval"], *keys), **_pick(run, "seed", "seeds")}
 
 
 def _merge(config: dict, run: dict, dataset: dict) -> dict:
