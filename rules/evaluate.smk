@@ -1,19 +1,19 @@
 """Measure the base and the tuned model on the same token ids.
 
-Reads:  base model or merged model, validation tokens, prompts
+Reads:  base model or merged model, test tokens, prompts
 Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl; tuned/merge_check.json
 """
 
 
 rule evaluate_base:
-    """The base model's likelihood of the validation rows, and its answers.
+    """The base model's likelihood of the test rows, and its answers.
 
     The plan is not an input of this rule: a changed rank makes the plan again, and then Snakemake (9.27, dag.py) does not check
     whether this rule's own params have changed.
     """
     input:
         model=base_model,
-        val=of_encoder(at.val_tokens),
+        test=of_encoder(at.test_tokens),
         report=of_encoder(at.report),
         template=of_encoder(at.template),
     output:
@@ -48,7 +48,7 @@ rule evaluate_tuned:
         adapter=ancient(at.adapter),
         merged=ancient(at.merged),  # merge.json tracks their content
         summary=at.merge_summary,
-        val=of_encoder(at.val_tokens),
+        test=of_encoder(at.test_tokens),
         report=of_encoder(at.report),
         template=of_encoder(at.template),
     output:

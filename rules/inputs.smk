@@ -64,10 +64,10 @@ def glances(files):
 
 
 def all_entries(dataset):
-    """All sources of a dataset, including those of the validation rows."""
+    """All sources of a dataset, including those of the validation and test rows."""
     return [
         entry
-        for source in (dataset["source"], dataset["val_source"])
+        for source in (dataset["source"], dataset["val_source"], dataset["test_source"])
         if source
         for entry in source_entries(source, dataset)
     ]

@@ -1,12 +1,13 @@
 """Turn prepared rows into token ids and labels. The trainer uses them unchanged.
 
     python scripts/encode.py --settings '{"max_length": 512, ...}' --model config/demo/base \\
-        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl --out results/demo/tokens
+        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl \\
+        --test results/prepared/demo/test.jsonl --out results/demo/tokens
 
-After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (one sequence per row: id, group, source, length,
-input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template), `report.json` (what
-happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked). moult/data/labels.py makes and
-checks the labels. This script counts them and handles sequences that are too long.
+After prepare, before plan. Writes into --out: `train.parquet`, `val.parquet` and `test.parquet` (one sequence per row: id, group,
+source, length, input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template),
+`report.json` (what happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked).
+moult/data/labels.py makes and checks the labels. This script counts them and handles sequences that are too long.
 
 Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
 """
@@ -18,9 +19,9 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-from moult.data.labels import sequences_of
+from moult.data.labels import sequences_of_all
 from moult.data.preview import page
-from moult.data.sequence import IGNORE
+from moult.data.sequence import IGNORE, Sequence
 from moult.data.token_file import TokenFile, every_nth, token_schema
 from moult.errors import MoultError
 from moult.files import atomic_files, read_json, read_jsonl, write_json, write_text
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--templates", default="config/chat_templates", help="folder with the chat templates of Moult")
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
+    parser.add_argument("--test", required=True, help="prepared test rows (.jsonl)")
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
@@ -56,7 +58,7 @@ def main() -> None:
 def encode(settings: dict, args, log) -> None:
     base = str(open_model(args.model)[0])
     template, origin = choose_template(base, settings["chat_template"], args.templates, settings["trust_remote_code"])
-    paths = {"train": Path(args.train), "val": Path(args.val)}
+    paths = {"train": Path(args.train), "val": Path(args.val), "test": Path(args.test)}
     if template is None and any("messages" in row for path in paths.values() for row in read_jsonl(path)):
         raise MoultError(
             f"{base}: the tokenizer has no chat template, but the rows are conversations",
@@ -71,7 +73,7 @@ def encode(settings: dict, args, log) -> None:
 
     report: dict = {"schema_version": 1}
     out = Path(args.out)
-    with atomic_files(out, "train.parquet", "val.parquet") as files:
+    with atomic_files(out, *(f"{part}.parquet" for part in paths)) as files:
         counts: dict[str, Counts] = {}
         for part, path in paths.items():
             counts[part] = encode_rows(part, path, files[f"{part}.parquet"], chat_settings, settings, args.threads)
@@ -228,31 +230,31 @@ def encode_portion(lines: list[bytes], limit: int, overlength: str):
     import pyarrow as pa
 
     counts, kept = Counts(), []
-    for line in lines:
-        row = json.loads(line)
-        result = encode_row(row, limit)
+    rows = [json.loads(line) for line in lines]
+    for row, result in zip(rows, encode_batch(rows, limit), strict=True):
         count_row(counts, row, result)
         for sequence in result["sequences"]:
-            sequence = within_limit(counts, sequence, limit, overlength)
+            sequence = within_limit(counts, sequence, limit, overlength, "text" in row)
             if sequence is not None:
-                count_kept(counts, sequence, "text" in row)
                 kept.append(sequence)
     schema = token_schema()
     columns = [pa.array([sequence[column.name] for sequence in kept], column.type) for column in schema]
     return counts, pa.record_batch(columns, schema=schema)
 
 
-def encode_row(row: dict, limit: int | None = None) -> dict:
-    """{"sequences": [...], "lost": characters}, with "reason" and "message" if the row cannot be rendered.
+def encode_batch(rows: list[dict], limit: int | None = None) -> list[dict]:
+    """Of each row {"sequences": [...], "lost": characters}, with "reason" and "message" if it cannot be rendered.
 
     `limit` as in `sequences_of`.
     """
+    return [encoded(row, made) for row, made in zip(rows, sequences_of_all(_chat, rows, limit), strict=True)]
+
+
+def encoded(row: dict, sequences: list[Sequence] | Unrenderable) -> dict:
+    if isinstance(sequences, Unrenderable):
+        return {"sequences": [], "lost": "", "reason": sequences.reason, "message": str(sequences)}
     said = [row] if "text" in row else row["messages"]
     said = "".join(part.get(key, "") for part in said for key in ("text", "content", "reasoning_content"))
-    try:
-        sequences = sequences_of(_chat, row, limit)
-    except Unrenderable as refusal:
-        return {"sequences": [], "lost": "", "reason": refusal.reason, "message": str(refusal)}
     return {
         "lost": _chat.lost_characters(said),
         "sequences": [
@@ -292,21 +294,23 @@ def count_row(counts: Counts, row: dict, result: dict) -> None:
         counts.several_longest += max(lengths)
 
 
-def within_limit(counts: Counts, sequence: dict, limit: int, overlength: str) -> dict | None:
+def within_limit(counts: Counts, sequence: dict, limit: int, overlength: str, is_text: bool) -> dict | None:
     """The sequence, cut if it is longer than the limit; or None if it is dropped."""
     import numpy as np
 
     ids, labels = np.array(sequence["input_ids"], np.int32), np.array(sequence["labels"], np.int32)
-    trained = count_trained(labels)
+    sequence |= {"input_ids": ids, "labels": labels}
+    trained, ends = trained_spans(labels)
     counts.trained_made += trained
-    counts.ends_made.update(span_ends(labels))
+    counts.ends_made.update(ends)
     if len(ids) <= limit:
-        return sequence | {"input_ids": ids, "labels": labels}
+        count_kept(counts, sequence, trained, ends, is_text)
+        return sequence
     if overlength != "truncate":
         counts.trained_lost += trained
         return None
     ids, labels = ids[:limit], labels[:limit]
-    left = count_trained(labels)
+    left, ends = trained_spans(labels)
     counts.cut += 1
     counts.trained_lost += trained - left
     if left == 0:
@@ -314,12 +318,12 @@ def within_limit(counts: Counts, sequence: dict, limit: int, overlength: str) ->
         return None
     # Bytes per token stay what they were, to the nearest byte.
     size = round(sequence["trained_bytes"] * left / trained)
-    cut = {"length": limit, "input_ids": ids, "labels": labels, "answer_start": -1, "trained_bytes": size}
-    return sequence | cut
+    sequence |= {"length": limit, "input_ids": ids, "labels": labels, "answer_start": -1, "trained_bytes": size}
+    count_kept(counts, sequence, left, ends, is_text)
+    return sequence
 
 
-def count_kept(counts: Counts, sequence: dict, is_text: bool) -> None:
-    trained = count_trained(sequence["labels"])
+def count_kept(counts: Counts, sequence: dict, trained: int, ends: list[int], is_text: bool) -> None:
     if not trained:
         raise MoultError(
             f"row {sequence['id']} has a sequence without a trained token", "this is a bug in Moult; please report it"
@@ -329,22 +333,19 @@ def count_kept(counts: Counts, sequence: dict, is_text: bool) -> None:
     counts.trained += trained
     counts.longest = max(counts.longest, sequence["length"])
     counts.largest = max(counts.largest, (sequence["input_ids"].max().item(), sequence["id"]))
-    ends = span_ends(sequence["labels"])
     counts.ends.update(ends)
     if not is_text:  # plain text may be cut: it is no turn
         counts.turn_ends.update(ends)
 
 
-def count_trained(labels) -> int:
-    return (labels != IGNORE).sum().item()
-
-
-def span_ends(labels) -> list[int]:
-    """The last token of each trained span."""
+def trained_spans(labels) -> tuple[int, list[int]]:
+    """How many tokens are trained, and the last one of each trained span."""
     import numpy as np
 
     trained = labels != IGNORE
-    return labels[trained & ~np.append(trained[1:], False)].tolist()
+    last = trained.copy()
+    np.greater(trained[:-1], trained[1:], out=last[:-1])
+    return int(np.count_nonzero(trained)), labels[last].tolist()
 
 
 # --- gates and counts -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measure a model: the likelihood of the answers in the validation rows, and the answers that the model gives itself.
+"""Measure a model: the likelihood of the answers in the test rows, and the answers that the model gives itself.
 
     python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
         --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl
@@ -40,7 +40,7 @@ def main() -> None:
     parser = stage_parser(__doc__, "<rule>", threads="CPU threads")
     parser.add_argument("--model", required=True, help="manifest or folder of the model to measure")
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
-    parser.add_argument("--likelihood", required=True, help="output: one line per validation sequence (.jsonl)")
+    parser.add_argument("--likelihood", required=True, help="output: one line per test sequence (.jsonl)")
     parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
     parser.add_argument(
         "--gpus", type=int, default=1, help="number of GPUs to spread a model over, where there are GPUs"
@@ -64,7 +64,7 @@ def evaluate(settings: dict, args, log) -> None:
     template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
     folder = str(open_model(args.model)[0])
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
-    rows = read_rows(tokens / "val.parquet")
+    rows = read_rows(tokens / "test.parquet")
     log.info("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
@@ -115,7 +115,7 @@ def chosen(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    results = likelihood(model, rows, pad_id, "val rows: likelihood")
+    results = likelihood(model, rows, pad_id, "test rows: likelihood")
     return [
         {
             "id": row["id"],

@@ -132,7 +132,7 @@ def plan(settings: dict, args, log) -> None:
     write_json(args.out, result)
     tell(result, args, log)
     tell_schedule(settings["train"], log)
-    tell_power(args.eval, report["val"]["sequences"], log)
+    tell_power(args.eval, report["test"]["sequences"], log)
 
 
 def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
@@ -207,7 +207,10 @@ def check_attention(config, settings: dict) -> None:
 
 def check_lengths(report: dict, config) -> None:
     """No sequence is longer than the model has positions for. Most models would train on it and answer badly."""
-    longest, positions = max(report[part]["length"]["longest_kept"] for part in ("train", "val")), positions_of(config)
+    longest, positions = (
+        max(report[part]["length"]["longest_kept"] for part in ("train", "val", "test")),
+        positions_of(config),
+    )
     if longest > positions:
         raise MoultError(
             f"a sequence has {longest:,} tokens, and the model {positions:,.0f} positions (max_position_embeddings)",
@@ -415,12 +418,15 @@ def tell_schedule(train: dict, log) -> None:
         )
 
 
-def tell_power(questions: dict, val_rows: int, log) -> None:
+def tell_power(questions: dict, test_rows: int, log) -> None:
     """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
     change nothing of the training."""
     confidence = questions.get("confidence")
     checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
-    counts = {"prompts": checked, "rows": min(questions["answer_rows"], val_rows) if questions.get("row_expect") else 0}
+    counts = {
+        "prompts": checked,
+        "rows": min(questions["answer_rows"], test_rows) if questions.get("row_expect") else 0,
+    }
     shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
     if not shown:
         return
@@ -430,7 +436,7 @@ def tell_power(questions: dict, val_rows: int, log) -> None:
     )
     if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
         log.warning(
-            "pass rates: %s; to see %.0f points, ask %s questions (eval.answer_rows, datasets.<name>.val_size)",
+            "pass rates: %s; to see %.0f points, ask %s questions (eval.answer_rows, datasets.<name>.test_size)",
             found,
             100 * WISHED_EFFECT,
             f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",

@@ -61,17 +61,20 @@ def score(settings: dict, args, log) -> None:
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
-    same_rows = len(rows) == report["val"]["sequences"]
+    # finetune measures on all rows of val.
+    same_rows = prepared["measured_on"] == "val" and len(rows) == report["val"]["sequences"]
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
     seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), args)
-    found = verdict(likelihood, answers, groups, settings["eval"]["confidence"])
+    found = verdict(likelihood, answers, groups, settings["eval"]["confidence"], chosen_on(prepared, adapter))
     metrics = {
         "schema_version": 1,
         "run": args.run,
         "verdict": with_seeds(found, seeds["measurements"]) if seeds else found,
         "data": {
+            "measured_on": prepared["measured_on"],
+            "no_test_part_because": prepared["no_test_part_because"],
             "sequences": len(rows),
             "groups": groups,
             "trained_tokens": sum(row["tokens"] for row in rows),
@@ -95,7 +98,7 @@ def score(settings: dict, args, log) -> None:
             "base": {name: merge["base"][name] for name in ("name", "commit", "files")},
             "data": [
                 {"name": data_name(file), "commit": file.get("commit"), "sha256": file["sha256"]}
-                for file in prepared["sources"] + prepared["val_sources"]
+                for file in prepared["sources"] + prepared["val_sources"] + prepared["test_sources"]
             ],
             "template_sha256": report["template"]["sha256"],
             "training": {name: adapter["settings"][name] for name in ("lora", "train", "dtype", "quantization")},
@@ -165,8 +168,8 @@ def check_merge(check: dict, settings: dict) -> None:
 
 
 def quantization_cost(found: dict | None, adapter: dict, likelihood: dict | None, same_rows: bool) -> dict | None:
-    """What evaluate_tuned has found of the quantized base, and the nats per token of the validation rows: of base plus
-    adapter, as finetune has measured them in training, and of the merged model. None without model.quantization."""
+    """What evaluate_tuned has found of the quantized base, and the nats per token: of base plus adapter, as finetune has measured
+    them on the validation rows, and of the merged model, if it was measured on the same rows. None without model.quantization."""
     if found is None:
         return None
     trained, nll = adapter["validation_loss"]["published"], None
@@ -244,9 +247,9 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
-    """Nats per token for each source of validation rows."""
+    """Nats per token for each source of the measured rows."""
     files = defaultdict(list)
-    for file in prepared["val_sources"] or prepared["sources"]:
+    for file in prepared[f"{prepared['measured_on']}_sources"] or prepared["sources"]:
         files[file["source"]].append(data_name(file))
     names = {source: some(paths, 1) for source, paths in files.items()}
     totals: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
@@ -359,7 +362,7 @@ def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dic
 
 def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
     """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
-    found = {"validation loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
+    found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
         if rates := answers.get(part, {}).get("passed"):
             found[name] = rates["difference"]
@@ -369,18 +372,27 @@ def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float) -> dict:
+def chosen_on(prepared: dict, adapter: dict) -> str | None:
+    """A reason to read the verdict with care: the measured rows have chosen the checkpoint. None if they have not."""
+    if prepared["measured_on"] == "test" or adapter["chosen"] == "last step":
+        return None
+    return f"the measured rows have also chosen the checkpoint: slightly too good ({prepared['no_test_part_because']})"
+
+
+def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float, caution: str | None = None) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. A measurement is better or
     worse if the interval of its paired difference does not contain 0. How many answers stop is reported but does not count:
     a model with longer answers stops less often within max_new_tokens.
 
     A bootstrap of very few groups gives intervals that are too narrow. Therefore the likelihood counts only if there are so
-    many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %)."""
+    many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %).
+
+    `caution` is the last of the reasons."""
     evidence = {}  # what: (difference, whether more is better, unit, the smallest difference that would show)
     enough = math.ceil(1 - math.log2(1 - confidence))
     if likelihood:
         shift = likelihood["difference"]["nll_per_token"]
-        evidence["validation loss"] = (shift, -1, "nats per token", smallest_shift(shift["interval"], confidence))
+        evidence["loss"] = (shift, -1, "nats per token", smallest_shift(shift["interval"], confidence))
     for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
         if rates := answers.get(part, {}).get("passed"):
             shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
@@ -394,13 +406,13 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
     reasons, smallest = [], {}
     for name, (difference, sign, unit, shows) in evidence.items():
         low, high = sorted(sign * limit for limit in difference["interval"])
-        too_few = name == "validation loss" and groups < enough
+        too_few = name == "loss" and groups < enough
         kind = "unclear" if too_few or low <= 0 <= high else "better" if low > 0 else "worse"
         found[kind].append(name)
         shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
         reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
         if too_few:
-            reasons[-1] += f" (only {groups} groups of validation rows; {enough} are needed)"
+            reasons[-1] += f" (only {groups} groups of rows; {enough} are needed)"
         elif kind == "unclear":
             smallest[name] = shows
             reasons[-1] += (
@@ -409,6 +421,8 @@ def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: flo
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
+    if caution:
+        reasons.append(caution)
     word = "inconclusive"
     if found["better"] and not found["worse"]:
         word = "helped"

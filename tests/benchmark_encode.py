@@ -1,13 +1,16 @@
 """What encode costs: seconds of the processor per row by the number of turns, and memory by the number of rows.
 
     python tests/benchmark_encode.py /tmp/encode --turns 1 10 40 80 160 300 --rows 10000 100000 --threads 1
+    python tests/benchmark_encode.py /tmp/encode --beside /tmp/old --prepared results/prepared/gsm8k/train.jsonl
 
-The time to start is measured apart and taken off. `--checkout` measures the scripts of another checkout.
+The time to start is measured apart and taken off. `--checkout` measures the scripts of another checkout. `--beside` measures
+those of another one, too, in turns, on the rows of a prepared file.
 """
 
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -36,18 +39,23 @@ def write(path: Path, rows: int, turns: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def encode(folder: Path, args, max_length: int) -> tuple[float, float, int]:
+def encode(
+    folder: Path, args, max_length: int, train: Path | None = None, checkout: Path | None = None
+) -> tuple[float, float, int]:
     """(wall-clock seconds, seconds of the processor, peak memory in bytes over all processes) of one run of the stage."""
     settings = {
-        "chat_template": "chatml",
+        "chat_template": args.template,
         "chat_template_kwargs": {},
         "trust_remote_code": False,
-        "unrenderable": "error",
+        "unrenderable": "drop",
     }
     settings |= {"max_length": max_length, "overlength": "truncate", "max_token_loss": 1.0}
-    command = [sys.executable, args.checkout / "scripts" / "encode.py", "--settings", json.dumps(settings)]
-    command += ["--model", ROOT / "config/demo/base", "--templates", ROOT / "config/chat_templates"]
-    command += ["--train", folder / "train.jsonl", "--val", folder / "val.jsonl", "--out", folder / "tokens"]
+    script = (checkout or args.checkout) / "scripts" / "encode.py"
+    command = [sys.executable, script, "--settings", json.dumps(settings)]
+    command += ["--model", args.model, "--templates", ROOT / "config/chat_templates"]
+    command += ["--train", train or folder / "train.jsonl", "--val", folder / "val.jsonl", "--out", folder / "tokens"]
+    if '"--test"' in script.read_text():  # an older checkout has no third part
+        command += ["--test", folder / "val.jsonl"]
     command += ["--threads", args.threads, "--log-file", folder / "log"]
     began, peak, spent = time.monotonic(), 0, {}
     process = psutil.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
@@ -66,6 +74,21 @@ def encode(folder: Path, args, max_length: int) -> tuple[float, float, int]:
     return time.monotonic() - began, sum(spent.values()), peak
 
 
+def beside(args) -> None:
+    """Microseconds of the processor per row of a prepared file, in two checkouts in turns."""
+    rows = sum(1 for _ in args.prepared.open("rb"))
+    found: dict[Path, list[float]] = {args.beside: [], args.checkout: []}
+    for _ in range(args.rounds):
+        for checkout, times in found.items():
+            start = encode(args.folder, args, 10**7, checkout=checkout)[1]
+            times.append(1e6 * (encode(args.folder, args, 10**7, args.prepared, checkout)[1] - start) / rows)
+    for checkout, times in found.items():
+        print(
+            f"{checkout}: {statistics.median(times):,.0f} µs a row ({min(times):,.0f} to {max(times):,.0f})", flush=True
+        )
+    print(f"{statistics.median(found[args.beside]) / statistics.median(found[args.checkout]):.2f} times as fast")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -73,13 +96,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[], help="numbers of rows of two turns, 1 kB each")
     parser.add_argument("--per-turns", type=int, default=4, help="rows of each number of turns")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", type=Path, default=ROOT / "config/demo/base")
+    parser.add_argument("--template", default="chatml", help='"" for the model\'s own')
     parser.add_argument("--checkout", type=Path, default=ROOT)
+    parser.add_argument("--beside", type=Path, help="an older checkout")
+    parser.add_argument("--prepared", type=Path, help="with --beside: prepared rows (.jsonl)")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    args.template = args.template or None
     args.folder.mkdir(parents=True, exist_ok=True)
     write(args.folder / "val.jsonl", 1, 1)
     write(args.folder / "train.jsonl", 1, 1)
     start = encode(args.folder, args, 10**7)[1]
     print(f"start: {start:.1f} s of the processor")
+    if args.beside:
+        beside(args)
     found = {}
     for turns in args.turns:
         count = max(args.per_turns, 2000 // turns**2)

@@ -243,7 +243,7 @@ def test_the_same_rows_are_chosen_each_time(rows):
 
 
 def merge_check(tmp_path, base, merged, adapter, quantization=None) -> dict:
-    rows = evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet")
+    rows = evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet")
     settings = {
         "eval": {"merge_check_rows": 6},
         "quantization": quantization,
@@ -278,7 +278,7 @@ def test_a_quantized_base_is_compared_with_the_merged_model_and_with_the_base(tm
         found = merge_check(tmp_path, base, merged, adapter, kind)
         cost = found.pop("quantization")
         assert found == plain and cost["kind"] == kind
-        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "val.parquet"), 6)
+        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet"), 6)
         settings = {"dtype": "float32", "attn_implementation": None, "trust_remote_code": False}
         trained = PeftModel.from_pretrained(load_model(str(base), "cpu", settings, kind), adapter).eval()
         with torch.no_grad():
@@ -306,7 +306,7 @@ def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
 
 
 def test_bytes_and_groups_come_from_the_tokens(model, tmp_path):
-    rows = pyarrow.parquet.read_table(make_tokens(tmp_path / "tokens") / "val.parquet").to_pylist()
+    rows = pyarrow.parquet.read_table(make_tokens(tmp_path / "tokens") / "test.parquet").to_pylist()
     measured = evaluate_model.measure(model, rows, 0)
     assert [row["bytes"] for row in measured] == [row["trained_bytes"] for row in rows]
     assert [row["group"] for row in measured] == [row["group"] for row in rows]

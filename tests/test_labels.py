@@ -19,10 +19,11 @@ from tokenizers_for_tests import (
     user,
 )
 
-from moult.data.labels import sequences_of
+from moult.data.labels import sequences_of, sequences_of_all
 from moult.data.sequence import IGNORE
 from moult.model.chat import Chat, Unrenderable
 from moult.model.prefixes import PrefixTokens, common
+from moult.model.tokenizer import backend_of, load_tokenizer
 
 # --- the same as the plain way ----------------------------------------------------------------------------------------
 
@@ -174,7 +175,52 @@ def test_labels_with_published_tokenizers(tokenizer, shared):
         assert compare(Chat(str(shared / tokenizer), chat.tokenizer.chat_template))
 
 
-# --- tokens of prefixes -----------------------------------------------------------------------------------------------
+def test_rows_encoded_together_are_as_alone():
+    """Also beside rows that are refused: at once, when they are rendered, or when they are looked through."""
+    chat = Chat(str(DEMO), CHATML.replace("message.content or ''", "message.content.removesuffix('hidden')"))
+    rows = [{"messages": [user("Hi"), assistant(text)]} for text in ("Hello.", "<|im_end|>", "It is hidden", "Bye.")]
+    rows += [{"messages": [user("Hi"), {"role": "assistant", "content": 1}]}, {"text": "Only text."}, {"text": ""}]
+    made = sequences_of_all(chat, rows)
+    assert [row.reason if isinstance(row, Unrenderable) else len(row) for row in made] == [
+        *(1, "control_token", "template_drops", 1, "template_error", 1, "not_encodable")
+    ]
+    for row, together in zip(rows, made, strict=True):
+        if isinstance(together, list):
+            assert together == sequences_of(chat, row)
+        else:
+            with pytest.raises(Unrenderable, match=re.escape(str(together))):
+                sequences_of(chat, row)
+
+
+# --- tokens of texts and of prefixes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
+def test_tokens_are_those_of_transformers(tokenizer, tmp_path):
+    """Also where tokenizer.json says that texts are cut off and padded."""
+
+    def change(made):
+        TOKENIZERS[tokenizer].get("change", lambda made: None)(made)
+        made.backend_tokenizer.enable_truncation(4)
+        made.backend_tokenizer.enable_padding(length=9)
+
+    folder = make_tokenizer(tmp_path / "model", **TOKENIZERS[tokenizer] | {"change": change})
+    chat, theirs = Chat(str(folder), PLAIN), load_tokenizer(str(folder))
+    assert backend_of(chat.tokenizer)
+    for text in ["", "Where is it?  Here.", "<|im_start|>user\nWhere?<|im_end|>\n", " é中文\n<s> ."]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert chat.ids(text) == ids
+        for special in (True, False):
+            kept = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+            assert chat.decode(ids, special) == theirs.decode(ids, **kept)
+
+
+def test_a_tokenizer_with_its_own_way_is_asked_itself(monkeypatch):
+    """As CodeLlama's and CodeGen's classes, and those that come with a model."""
+    tokenizer = load_tokenizer(str(DEMO))
+    tokenizer.__class__ = type("Own", (type(tokenizer),), {"decode": lambda self, ids, **settings: "mine"})
+    monkeypatch.setattr("moult.model.chat.load_tokenizer", lambda *_: tokenizer)
+    assert Chat(str(DEMO), None).decode([5]) == "mine"
 
 
 @pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))

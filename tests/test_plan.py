@@ -306,7 +306,7 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
         (
             {"answer_rows": 4, "row_expect": {"exact": True}},
             "pass rates: 4 rows are too few to show any; to see 10 points, ask 160 questions "
-            "(eval.answer_rows, datasets.<name>.val_size)",
+            "(eval.answer_rows, datasets.<name>.test_size)",
         ),
         (
             {

@@ -30,10 +30,12 @@ ADAPTER = {
     "versions": {},
     "hardware": {},
     "step": 7,
+    "chosen": "lowest validation loss",
     "steps": 9,
     "ended": {"step": 9, "because": "last step"},
     "throughput": summary([]),
 }
+MEASURED = {"measured_on": "test", "no_test_part_because": None}
 EVAL = {
     "perplexity": True,
     "confidence": 0.95,
@@ -106,7 +108,10 @@ def make_sides(folder, better: float = 1.0, noise: float = 0.5, rows: int = 40, 
     }
     write_json(folder / "tuned" / "merge_check.json", merge_check)
     sources = [{"path": f"{name}.jsonl", "sha256": "0", "source": number} for number, name in enumerate(("one", "two"))]
-    write_json(folder / "metadata.json", {"overlap": {"rows": 0}, "sources": sources, "val_sources": []})
+    write_json(
+        folder / "metadata.json",
+        {"overlap": {"rows": 0}, "sources": sources, "val_sources": [], "test_sources": [], **MEASURED},
+    )
     write_json(folder / "tokens" / "report.json", {"template": {"sha256": "t"}, "val": {"sequences": rows}})
     write_json(folder / "adapter.json", {**ADAPTER, "settings": SETTINGS})
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
@@ -139,6 +144,8 @@ def test_figures_are_sums_over_tokens(tmp_path):
     assert difference["value"] == pytest.approx(nll - metrics["likelihood"]["base"]["nll_per_token"]["value"])
     assert difference["interval"][0] < difference["value"] < difference["interval"][1]
     assert metrics["data"] == {
+        "measured_on": "test",
+        "no_test_part_because": None,
         "sequences": 40,
         "groups": 20,
         "trained_tokens": sum(row["tokens"] for row in rows),
@@ -169,14 +176,32 @@ def test_the_settings_of_the_training_are_told(tmp_path):
     assert run(tmp_path)["provenance"]["training"] == training
 
 
-def test_sources_are_those_of_the_validation_rows(tmp_path):
-    """With a val_source its numbers are not the training sources'; several files of one source have one name."""
+def test_sources_are_those_of_the_measured_rows(tmp_path):
+    """With a test_source its numbers are not the training sources'; several files of one source have one name."""
     make_sides(tmp_path)
     metadata = read_json(tmp_path / "metadata.json")
     names = [("held", 0), ("out", 0), ("other", 1)]
     files = [{"path": f"{name}.jsonl", "sha256": "0", "source": source} for name, source in names]
-    write_json(tmp_path / "metadata.json", {**metadata, "val_sources": files})
+    write_json(tmp_path / "metadata.json", {**metadata, "test_sources": files, "val_sources": files[:1]})
     assert list(run(tmp_path)["by_source"]) == ["0: held.jsonl and 1 more", "1: other.jsonl"]
+    write_json(tmp_path / "metadata.json", {**metadata, **WITHOUT_TEST, "val_sources": files})
+    assert list(run(tmp_path)["by_source"]) == ["0: held.jsonl and 1 more", "1: other.jsonl"]
+
+
+WITHOUT_TEST = {"measured_on": "val", "no_test_part_because": "too small"}
+
+
+def test_rows_that_have_chosen_the_checkpoint_are_told(tmp_path):
+    make_sides(tmp_path)
+    caution = "the measured rows have also chosen the checkpoint: slightly too good (too small)"
+    assert caution not in run(tmp_path)["verdict"]["reasons"]
+    write_json(tmp_path / "metadata.json", read_json(tmp_path / "metadata.json") | WITHOUT_TEST)
+    metrics = run(tmp_path)
+    assert metrics["verdict"]["reasons"][-1] == caution
+    assert {key: metrics["data"][key] for key in WITHOUT_TEST} == WITHOUT_TEST
+    # Nothing was chosen.
+    write_json(tmp_path / "adapter.json", read_json(tmp_path / "adapter.json") | {"chosen": "last step"})
+    assert caution not in run(tmp_path)["verdict"]["reasons"]
 
 
 def test_the_same_measurements_give_the_same_file(tmp_path):
@@ -230,31 +255,31 @@ def test_few_groups_are_no_evidence(rows, word, tmp_path):
     metrics = run(tmp_path, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
     assert metrics["verdict"]["verdict"] == word
     if word == "inconclusive":
-        reason = f"(only {rows // 2} groups of validation rows; 6 are needed)"
+        reason = f"(only {rows // 2} groups of rows; 6 are needed)"
         assert metrics["verdict"]["reasons"][0].endswith(reason)
 
 
 def test_a_verdict_names_its_evidence(tmp_path):
     make_sides(tmp_path, better=-1.0)
     verdict = run(tmp_path)["verdict"]
-    assert verdict["worse"] == ["validation loss"] and verdict["better"] == ["rows passed"]
+    assert verdict["worse"] == ["loss"] and verdict["better"] == ["rows passed"]
     assert verdict["unclear"] == ["prompts passed"] and verdict["smallest_effect"] == {"prompts passed": None}
     assert verdict["reasons"][1].endswith("(too few to show any)")
-    assert verdict["reasons"][0].startswith("validation loss worse: +0.919 nats per token [+")
+    assert verdict["reasons"][0].startswith("loss worse: +0.919 nats per token [+")
     assert verdict["reasons"][-1] == "answers that stop: 100% -> 5%"
 
 
 def test_an_unclear_measurement_says_what_it_would_show(tmp_path):
     make_sides(tmp_path, better=0.0, noise=3.0, right=0.02)
     verdict = run(tmp_path)["verdict"]
-    assert {"validation loss", "rows passed"} <= set(verdict["unclear"])
+    assert {"loss", "rows passed"} <= set(verdict["unclear"])
     rows = verdict["smallest_effect"]["rows passed"]
     assert (
         rows == smallest_effect(40, 0.0, 0.95)
         and f"(the smallest difference that would show: {rows:.2g})" in verdict["reasons"][2]
     )
     low, high = read_json(tmp_path / "metrics.json")["likelihood"]["difference"]["nll_per_token"]["interval"]
-    assert verdict["smallest_effect"]["validation loss"] == pytest.approx((high - low) / 2 * 1.4294, rel=1e-3)
+    assert verdict["smallest_effect"]["loss"] == pytest.approx((high - low) / 2 * 1.4294, rel=1e-3)
 
 
 def test_answers_alone_can_decide(tmp_path):
@@ -324,6 +349,9 @@ def test_what_the_quantization_has_cost(tmp_path):
     make_sides(tmp_path)
     assert run(tmp_path)["quantization"] is None
     add_quantization(tmp_path, 0.001)
+    # finetune has measured the validation rows, not the test rows.
+    assert run(tmp_path)["quantization"]["nll_per_token"] is None
+    write_json(tmp_path / "metadata.json", read_json(tmp_path / "metadata.json") | WITHOUT_TEST)
     metrics = run(tmp_path)
     cost = metrics["quantization"]
     assert (cost["trained_vs_merged"]["mean_kl"], cost["base_vs_quantized"]["mean_kl"]) == (0.001, 0.03)

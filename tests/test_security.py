@@ -183,7 +183,7 @@ def test_preview_shows_markup_as_text():
     attack = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>{origin}&lt;"
     row = {"id": f"{attack}.jsonl:1", "group": "0", "source": 0, "messages": [user(attack), assistant(attack)]}
     page = Tags()
-    page.feed(preview.page(encode.encode_row(row)["sequences"], encode._chat, f"file: {attack}"))
+    page.feed(preview.page(encode.encode_batch([row])[0]["sequences"], encode._chat, f"file: {attack}"))
     assert page.seen == {"html", "head", "meta", "title", "style", "body", "h1", "p", "h2", "pre", "span"}
     assert page.text.count(attack) == 4  # the template's name, the row's, and both turns
 

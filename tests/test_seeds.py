@@ -200,8 +200,8 @@ def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     found, verdict = seeds_of(tmp_path, [1.0, 1.2, 0.9], [1.0, 1.0, 0.5])
     schema = read_json(score.SCHEMA)
     Draft202012Validator({**schema["properties"]["seeds"], "$defs": schema["$defs"]}).validate(found)
-    assert set(found["measurements"]) == {"validation loss", "rows passed"}
-    loss = found["measurements"]["validation loss"]
+    assert set(found["measurements"]) == {"loss", "rows passed"}
+    loss = found["measurements"]["loss"]
     assert loss["by_seed"] == pytest.approx([-1.0, -1.2, -0.9], abs=0.06)
     assert (loss["mean"], loss["standard_deviation"]) == (mean(loss["by_seed"]), stdev(loss["by_seed"]))
     assert loss["interval"][0] < loss["mean"] < loss["interval"][1] < 0
@@ -209,10 +209,10 @@ def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     assert found["trained"][2] == {"seed": 2, "step": 12, "adapter_sha256": "hash2"}
 
     weighed = with_seeds(verdict, found["measurements"])
-    assert (weighed["verdict"], weighed["better"]) == ("helped", ["validation loss", "rows passed"])
+    assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed"])
     low, high = loss["interval"]
     deviation = f"±{loss['standard_deviation']:.2g} between seeds"
-    said = f"validation loss, 3 seeds: {loss['mean']:+.3g} on average, {deviation} [{low:+.3g}, {high:+.3g}]"
+    said = f"loss, 3 seeds: {loss['mean']:+.3g} on average, {deviation} [{low:+.3g}, {high:+.3g}]"
     assert said in weighed["reasons"] and f"  {said}\n" in between_seeds(found)
 
 
@@ -224,13 +224,13 @@ def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):
 def test_what_is_no_larger_than_between_seeds_is_inconclusive(tmp_path):
     """Clear by its rows, and lost with the next seed."""
     found, verdict = seeds_of(tmp_path, [1.0, -0.2, 0.6], [0.0, 0.0, 0.0])
-    assert (verdict["verdict"], verdict["better"]) == ("helped", ["validation loss"])
+    assert (verdict["verdict"], verdict["better"]) == ("helped", ["loss"])
     weighed = with_seeds(verdict, found["measurements"])
     assert (weighed["verdict"], weighed["better"]) == ("inconclusive", [])
-    assert "validation loss" in weighed["unclear"] and "validation loss" not in weighed["smallest_effect"]
-    [reason] = [reason for reason in weighed["reasons"] if reason.startswith("validation loss, 3 seeds")]
+    assert "loss" in weighed["unclear"] and "loss" not in weighed["smallest_effect"]
+    [reason] = [reason for reason in weighed["reasons"] if reason.startswith("loss, 3 seeds")]
     assert reason.endswith(", which is no larger than the difference between them")
-    assert verdict["better"] == ["validation loss"], "the verdict of the rows is not changed in place"
+    assert verdict["better"] == ["loss"], "the verdict of the rows is not changed in place"
 
 
 def test_one_clear_measurement_is_enough(tmp_path):
@@ -242,14 +242,14 @@ def test_one_clear_measurement_is_enough(tmp_path):
 def test_what_another_seed_would_have_made_better_is_still_hurt(tmp_path):
     """It is the model of the first seed that is published."""
     found, verdict = seeds_of(tmp_path, [-1.0, 0.2, 1.4], [0.0, 0.0, 0.0])
-    assert not is_larger(found["measurements"]["validation loss"])
+    assert not is_larger(found["measurements"]["loss"])
     weighed = with_seeds(verdict, found["measurements"])
-    assert (weighed["verdict"], weighed["worse"]) == ("hurt", ["validation loss"])
+    assert (weighed["verdict"], weighed["worse"]) == ("hurt", ["loss"])
 
 
 def test_what_was_better_by_luck_does_not_make_up_for_what_is_worse(tmp_path):
     found, _ = seeds_of(tmp_path, [1.0, -0.2, 0.6], [0.0, 0.0, 0.0])
-    verdict = {"verdict": "inconclusive", "better": ["validation loss"], "worse": ["prompts passed"], "unclear": []}
+    verdict = {"verdict": "inconclusive", "better": ["loss"], "worse": ["prompts passed"], "unclear": []}
     weighed = with_seeds({**verdict, "smallest_effect": {}, "reasons": []}, found["measurements"])
     assert (weighed["verdict"], weighed["worse"]) == ("hurt", ["prompts passed"])
 
@@ -308,7 +308,7 @@ def test_the_demo_with_three_seeds(tmp_path):
     assert [trained["seed"] for trained in metrics["seeds"]["trained"]] == [0, 1, 2]
     assert len({trained["adapter_sha256"] for trained in metrics["seeds"]["trained"]}) == 3
     assert metrics["seeds"]["trained"][0]["adapter_sha256"] == metrics["provenance"]["adapter_sha256"]
-    found = metrics["seeds"]["measurements"]["validation loss"]
+    found = metrics["seeds"]["measurements"]["loss"]
     assert found["standard_deviation"] > 0 and found["interval"][1] < 0
     assert found["by_seed"][0] == metrics["likelihood"]["difference"]["nll_per_token"]["value"]
     one = run_of_one_seed(folder, 1)

@@ -46,6 +46,8 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("datasets: {a: {max_length: 64}}", {"encode"}),
         ("datasets: {a: {languages: [en]}}", {"prepare", "model_card"}),
         ("datasets: {a: {val_size: 0.2}}", {"prepare"}),
+        ("datasets: {a: {test_size: null}}", {"prepare"}),
+        ("datasets: {a: {test_source: held.jsonl}}", {"prepare"}),
         ("datasets: {a: {columns: {prompt: q}}}", {"prepare"}),
         ("datasets: {b: {max_length: 64, languages: [en]}}", set()),
         ("model: {dtype: float16}", {"plan", "finetune", *ASKING}),

@@ -32,7 +32,7 @@ from moult.errors import MoultError
 from moult.model import chat as module
 from moult.model.chat import choose_template
 from moult.model.tokenizer import load_tokenizer
-from moult.parallel import ordered_map
+from moult.parallel import ordered_stream
 
 # --- the template as a file -------------------------------------------------------------------------------------------
 
@@ -101,9 +101,9 @@ def test_template_that_loops(template, make, monkeypatch):
 def test_template_that_loops_in_a_worker_process(tmp_path, monkeypatch):
     monkeypatch.setattr("moult.model.chat.TEMPLATE_SECONDS", 0.2)
     folder = str(make_tokenizer(tmp_path / "model"))
-    rows = [{"id": str(n), "group": "", "source": 0, "messages": ASKED} for n in range(4)]
+    rows = [[{"id": str(n), "group": "", "source": 0, "messages": ASKED}] for n in range(4)]
     with pytest.raises(MoultError, match="the chat template has not come to an end"):
-        ordered_map(encode.encode_row, rows, 2, "rows", encode.set_chat, (folder, LOOP + PLAIN), chunk=1)
+        list(ordered_stream(encode.encode_batch, rows, 2, "rows", encode.set_chat, (folder, LOOP + PLAIN)))
 
 
 def test_the_time_of_other_threads_does_not_count(monkeypatch):

@@ -115,7 +115,7 @@ def test_any_row_is_encoded_or_refused(raw, demo):
         row = json.loads(joined(json_of(row)))
     except BadRow:
         return
-    result = encode.encode_row({"id": "odd:1", "group": "0", "source": 0, **row})
+    [result] = encode.encode_batch([{"id": "odd:1", "group": "0", "source": 0, **row}])
     assert bool(result["sequences"]) != ("reason" in result)
     for sequence in result["sequences"]:
         assert len(sequence["input_ids"]) == len(sequence["labels"])

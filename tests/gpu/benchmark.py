@@ -206,7 +206,14 @@ class Bench:
         rows = 120 if self.tiny else 2000
         write_jsonl(self.out / "rows.jsonl", made_up_rows(rows))
         prepared = self.out / "prepared"
-        files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
+        files = (
+            "--train",
+            prepared / "train.jsonl",
+            "--val",
+            prepared / "val.jsonl",
+            "--test",
+            prepared / "test.jsonl",
+        )
         options = ("--settings", self.settings("prepare", "small"), *files, "--metadata", prepared / "metadata.json")
         self.stage("prepare", *options, case="data")
         tokens = ("--out", self.out / "tokens", "--threads", 4)
@@ -398,7 +405,7 @@ class Bench:
             *("--answers", folder / "tuned" / "answers.jsonl", "--merge-check", folder / "tuned" / "merge_check.json"),
             *(
                 "--rows",
-                self.out / "prepared" / "val.jsonl",
+                self.out / "prepared" / "test.jsonl",
                 "--adapter",
                 folder / "adapter",
                 "--merged",

@@ -9,6 +9,7 @@ have them the two must agree (NVIDIA-NeMo/Megatron-Bridge#3927, huggingface/tran
 import contextlib
 import json
 import re
+from collections.abc import Generator
 from functools import lru_cache
 
 from moult.data.sequence import IGNORE, Sequence
@@ -17,6 +18,28 @@ from moult.model.prefixes import PrefixTokens, common
 
 Blocks = list[tuple[int, int]]  # where in a text (begin, end) it is marked as generated
 Texts = tuple[str, str, Blocks | None]  # the prompt of a turn, the text through its end, and its marks
+Steps = Generator[None, None, list[Sequence]]  # what a row takes to become sequences, a step at a time
+
+
+def sequences_of_all(chat: Chat, rows: list[dict], limit: int | None = None) -> list[list[Sequence] | Unrenderable]:
+    """`sequences_of` each row, or what it raises.
+
+    The rows take each step together: the last turns of all are rendered, then tokenized, then the rest is done. So what a step
+    needs stays in the processor's cache (0.52 instead of 0.70 ms for a row of one turn).
+    """
+    made: dict[int, list[Sequence] | Unrenderable] = {}
+    going = {place: _steps(chat, row, limit) for place, row in enumerate(rows)}
+    while going:
+        for place, steps in list(going.items()):
+            try:
+                next(steps)
+                continue
+            except StopIteration as end:
+                made[place] = end.value
+            except Unrenderable as refusal:
+                made[place] = refusal
+            del going[place]
+    return [made[place] for place in range(len(rows))]
 
 
 def sequences_of(chat: Chat, row: dict, limit: int | None = None) -> list[Sequence]:
@@ -28,11 +51,16 @@ def sequences_of(chat: Chat, row: dict, limit: int | None = None) -> list[Sequen
     Usually one. A template that shows earlier turns otherwise than the last (Qwen3 and DeepSeek take the reasoning
     out of them) makes more: each turn is then trained in a sequence where it stands as it does at inference.
     """
-    return (
-        _encode_text(chat, row["text"])
-        if "text" in row
-        else _encode_conversation(chat, row["messages"], row.get("tools"), limit)
-    )
+    [made] = sequences_of_all(chat, [row], limit)
+    if isinstance(made, Unrenderable):
+        raise made
+    return made
+
+
+def _steps(chat: Chat, row: dict, limit: int | None) -> Steps:
+    if "text" in row:
+        return _encode_text(chat, row["text"])
+    return (yield from _encode_conversation(chat, row["messages"], row.get("tools"), limit))
 
 
 def _encode_text(chat: Chat, text: str) -> list[Sequence]:
@@ -50,13 +78,16 @@ def _encode_text(chat: Chat, text: str) -> list[Sequence]:
     return [Sequence(ids, [IGNORE, *ids[1:]], -1)]  # nothing predicts the first token
 
 
-def _encode_conversation(
-    chat: Chat, messages: list[dict], tools: list[dict] | None, limit: int | None
-) -> list[Sequence]:
+def _encode_conversation(chat: Chat, messages: list[dict], tools: list[dict] | None, limit: int | None) -> Steps:
     _check_no_control_tokens(chat, messages, tools)
     conversation = _Conversation(chat, messages, tools)
     sequences: list[Sequence] = []
     trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+    if any(trained):  # the first message has no prompt
+        conversation.render_ahead(trained[-1])
+        yield
+        conversation.tokenize_ahead(trained[-1])
+        yield
     for index in reversed(trained):
         ids, start = conversation.turn(index)
         home = next((sequence for sequence in sequences if _begins(sequence.input_ids, ids, start)), None)
@@ -128,6 +159,13 @@ class _Conversation:
         if blocks is not None:
             self._check_markers(index, through, blocks, answer, "" if begun else chat.decode(ids[-1:]))
         return ids, start
+
+    def render_ahead(self, index: int) -> None:
+        self.rendered[index] = self._texts(index)
+
+    def tokenize_ahead(self, index: int) -> None:
+        prompt, through, _ = self.rendered[index]
+        self.tokens.ids(prompt + _continuation(prompt, through))
 
     def _texts(self, index: int) -> Texts:
         """The prompt of a turn, the text through its end, and what the template marks there as generated, if it marks."""
@@ -231,23 +269,28 @@ class _Conversation:
 
         A block may also hold the words that ask for the answer (SmolLM3), but nothing that others say.
         """
-        begin = len(through) - len(answer)
-        end = begin + max(answer.rfind(stop), 0) + len(stop)
-        marked = {at for start, stop in blocks for at in range(max(start, begin), min(stop, end))}
-        for at in range(begin, end):
-            if at not in marked and not through[at].isspace():
+        at = len(through) - len(answer)
+        end = at + max(answer.rfind(stop), 0) + len(stop)
+        for start, after in [*sorted(blocks), (end, end)]:
+            if left_out := through[at : min(start, end)].lstrip():
+                at = min(start, end) - len(left_out)
                 raise Unrenderable(
                     "markers",
                     f"the template's {{% generation %}} block leaves out {through[at : at + 16]!r}, "
                     "which is part of the answer or ends it",
                 )
-        if not any(message["role"] == "assistant" for message in self.messages[:index]):
+            at = max(at, after)
+        if any(message["role"] == "assistant" for message in self.messages[:index]):
+            return
+        firsts = [stop - len(through[start:stop].lstrip()) for start, stop in blocks if through[start:stop].strip()]
+        first = min(firsts, default=len(through))
+        # What the template adds to the prompt is the answer. Only a block that begins before may hold what others say.
+        if first < len(self.prompt) or not through.startswith(self.prompt):
             asked = self.chat.render_visible(self.visible[:index], self.tools, prompt=False)
-            firsts = [stop - len(through[start:stop].lstrip()) for start, stop in blocks if through[start:stop].strip()]
-            if firsts and through.startswith(asked) and min(firsts) < len(asked):
+            if through.startswith(asked) and first < len(asked):
                 raise Unrenderable(
                     "markers",
-                    f"the template's {{% generation %}} block holds {through[min(firsts) :][:16]!r}, "
+                    f"the template's {{% generation %}} block holds {through[first:][:16]!r}, "
                     "which is no part of an answer",
                 )
 

@@ -7,10 +7,13 @@ from tabulate import tabulate
 
 from moult.measuring.seeds import in_words
 
+# What measured_on of metrics.json is called.
+ROWS = {"test": "test", "val": "validation"}
+
 
 def table(metrics: dict, folder: Path) -> str:
     """The verdict, the comparison, what it was measured on, and where the results lie."""
-    merged, quantization = metrics["merged_vs_adapter"], metrics.get("quantization")
+    data, merged, quantization = metrics["data"], metrics["merged_vs_adapter"], metrics.get("quantization")
     trained = (
         f", against what was trained ({quantization['kind']}): {quantization['trained_vs_merged']['mean_kl']:.1e}"
         if quantization
@@ -21,7 +24,7 @@ def table(metrics: dict, folder: Path) -> str:
 
 {textwrap.indent(comparison(metrics), "  ")}
 {between_seeds(metrics.get("seeds"))}
-  measured on {metrics["data"]["sequences"]:,} sequences, {metrics["data"]["trained_tokens"]:,} trained tokens; \
+  measured on {data["sequences"]:,} {ROWS[data["measured_on"]]} sequences, {data["trained_tokens"]:,} trained tokens; \
 merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
   {folder}/merged/       the tuned model
   {folder}/adapter/      the LoRA adapter

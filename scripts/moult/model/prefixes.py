@@ -19,29 +19,38 @@ class PrefixTokens:
         self._text = ""
         self._ids: list[int] = []
         self._cuts = [(0, 0)]  # places where the text may be cut: (character, token)
+        self._new = False  # whether what stands behind the last of them was not looked through yet
 
     def ids(self, text: str) -> list[int]:
-        seeker, cut_ids, known, longest = _cut_tokens(self.chat)
+        if text == self._text:
+            return self._ids
         # Behind the cut the texts agree for as long as the longest token, so both have the same token there.
-        place = self._cut_before(common(self._text, text) - longest)
+        place = self._cut_before(common(self._text, text) - _cut_tokens(self.chat)[3])
         begin, count = self._cuts[place]
-        made = self.chat.ids(text[begin:])
         self._cuts = self._cuts[: place + 1]
-        written = [(match.start(), cut_ids.get(match.group())) for match in seeker.finditer(text, begin)]
-        written = [(start, id) for start, id in written if id is not None]
-        found = [index for index, id in enumerate(made) if id in known]
-        if [made[index] for index in found] == [id for _, id in written]:
-            pairs = zip(written, found, strict=True)
-            self._cuts += [(start, count + index) for (start, _), index in pairs if start > begin]
-        self._ids = self._ids[:count] + made
-        self._text = text
+        self._ids = self._ids[:count] + self.chat.ids(text[begin:])
+        self._text, self._new = text, True
         return self._ids
 
     def count_before(self, place: int) -> int:
         """At most as many tokens stand before character `place` of the last text; nearly always just so many."""
         return self._cuts[self._cut_before(place)][1]
 
+    def _find_cuts(self) -> None:
+        """Look through what is new in the text, once another one is to be compared with it."""
+        seeker, cut_ids, known, _ = _cut_tokens(self.chat)
+        begin, count = self._cuts[-1]
+        written = [(match.start(), cut_ids.get(match.group())) for match in seeker.finditer(self._text, begin)]
+        written = [(start, id) for start, id in written if id is not None]
+        found = [index for index, id in enumerate(self._ids[count:], count) if id in known]
+        if [self._ids[index] for index in found] == [id for _, id in written]:
+            pairs = zip(written, found, strict=True)
+            self._cuts += [(start, index) for (start, _), index in pairs if start > begin]
+        self._new = False
+
     def _cut_before(self, place: int) -> int:
+        if self._new:
+            self._find_cuts()
         return max(bisect_right(self._cuts, place, key=lambda cut: cut[0]) - 1, 0)
 
 

@@ -27,11 +27,13 @@ class Places(NamedTuple):
     prepared: str = "prepared/{ds}"
     train_rows: str = "prepared/{ds}/train.jsonl"
     val_rows: str = "prepared/{ds}/val.jsonl"
+    test_rows: str = "prepared/{ds}/test.jsonl"
     ledger: str = "prepared/{ds}/metadata.json"
     # encode; shared by the runs with the same data, model and template (`encoded_as`)
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
     val_tokens: str = "{run}/tokens/val.parquet"
+    test_tokens: str = "{run}/tokens/test.parquet"
     template: str = "{run}/tokens/chat_template.jinja"
     report: str = "{run}/tokens/report.json"
     preview: str = "{run}/tokens/preview.html"
@@ -161,12 +163,13 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         "broken",
         "sample_size",
         "val_size",
+        "test_size",
     )
     sources = {
         key: source_entries(dataset[old], dataset) if dataset[old] else []
-        for key, old in (("sources", "source"), ("val_sources", "val_source"))
+        for key, old in (("sources", "source"), ("val_sources", "val_source"), ("test_sources", "test_source"))
     }
-    for entry in [*sources["sources"], *sources["val_sources"]]:
+    for entry in [entry for entries in sources.values() for entry in entries]:
         if not is_local(entry["path"]):
             entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
