@@ -51,6 +51,7 @@ from moult.training.checkpoints import (
     restore_log,
     step_of,
 )
+from moult.training.early_stopping import EarlyStopping
 from moult.training.ranks import StopSignal, rank, together, world_size
 from moult.training.throughput import summary
 from moult.workflow.code import hash_of_script
@@ -140,16 +141,23 @@ def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop
     resume = from_main_process(find_checkpoint)
     if rank() == 0:
         restore_log(state, resume)
-    if resume and step_of(resume) >= total:
+    if resume and is_last(resume, total, settings["train"]):
         # transformers would train one step more.
         log.info("%s is the checkpoint of the last step: nothing to train", resume)
+        end = step_of(resume)
     else:
         if resume:
             log.info("continuing from %s (of %s steps)", resume, f"{total:,}")
         trainer = make_trainer(settings, args, state, fingerprint, device, stop, resume, log)
-        train(trainer, resume, total, stop, log)
+        end = train(trainer, resume, total, stop, log)
     if rank() == 0:
-        publish(settings, args, state, fingerprint, device, total, log)
+        publish(settings, args, state, fingerprint, device, end, total, log)
+
+
+def is_last(checkpoint: Path, total: int, train: dict) -> bool:
+    """Whether training has ended with this checkpoint: at its last step, or early."""
+    history = read_json(checkpoint / "trainer_state.json")["log_history"]
+    return step_of(checkpoint) >= total or EarlyStopping.of(train).ends(history)
 
 
 def from_main_process(find: Callable):
@@ -238,6 +246,7 @@ def make_trainer(
                 checkpointing=settings["train"]["gradient_checkpointing"],
                 sizes=batch_sizes(settings["train"], device, found),
                 unmasked=batches.unmasked,
+                early_stopping=EarlyStopping.of(settings["train"]),
             )
     except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
         raise MoultError(
@@ -267,7 +276,8 @@ def read_sequences(path: Path):
     return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels", "length"]))
 
 
-def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> None:
+def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> int:
+    """Train to the end, and return its step. Raises MoultError if a signal ends it before."""
     stop.training = True
     with enough_memory("training", "lower train.per_device_train_batch_size"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -278,23 +288,27 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> No
             f"the trainer counts {trainer.state.max_steps} steps, the plan {total}",
             "this is a bug in Moult; please report it",
         )
-    if step < total:
+    if step < total and trainer.early_stopping.ends(trainer.state.log_history):
+        patience = trainer.early_stopping.patience
+        log.info("no gain in %d validations: training ends at step %s of %s", patience, f"{step:,}", f"{total:,}")
+    elif step < total:
         raise MoultError(
             f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {total:,}; checkpoint saved",
             "run the same command again to go on",
             UNFINISHED,
         )
     log.debug("trained %s steps", f"{step:,}")
+    return step
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
 
 
-def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, total: int, log) -> None:
-    """Write the adapter folder from the best checkpoint (or the last), after a check that the adapter is trained."""
-    last = read_json(state / f"checkpoint-{total}" / "trainer_state.json")
+def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, end: int, total: int, log) -> None:
+    """Write the adapter folder from the best checkpoint (or that of the step `end`), after a check that it is trained."""
+    last = read_json(state / f"checkpoint-{end}" / "trainer_state.json")
     keep_best = settings["train"]["load_best_model_at_end"]
-    step = last["best_global_step"] if keep_best else total
+    step = last["best_global_step"] if keep_best else end
     checkpoint = state / f"checkpoint-{step}"
     check_trained(checkpoint / "adapter_model.safetensors")
     report = read_json(Path(args.tokens) / "report.json")
@@ -311,7 +325,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
     history = list(read_jsonl(state / "training_log.jsonl"))
     with atomic_file(args.training_log) as partial:
         shutil.copyfile(state / "training_log.jsonl", partial)
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] in (step, total)]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] in (step, end)]
     write_json(
         args.summary,
         {
@@ -320,6 +334,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
             "adapter_sha256": sha256_file(Path(args.adapter) / "adapter_model.safetensors"),
             "step": step,
             "steps": total,
+            "ended": {"step": end, "because": "last step" if end == total else "early stopping"},
             "batch": last["train_batch_size"],
             "validation_loss": {
                 "published": losses[0] if losses else None,
@@ -337,7 +352,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, t
     log.info(
         "adapter of step %s of %s%s",
         f"{step:,}",
-        f"{total:,}",
+        f"{end:,}",
         f", validation loss {losses[0]:.4f}" if losses else "",
     )
 

@@ -200,7 +200,8 @@ def provenance(metrics: dict) -> str:
     keys = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps")
     rows |= {key: made["training"]["train"][key] for key in keys if key in made["training"]["train"]}
     rows |= {
-        "step of the adapter": made["step"],
+        "step of the adapter": f"{made['step']} of {made['steps']}",
+        **({"training ended at step": made["ended"]["step"]} if made["ended"]["step"] < made["steps"] else {}),
         "seed": made["seed"],
         "chat template, SHA-256": made["template_sha256"],
     }

@@ -31,6 +31,7 @@ from moult.model.shrunken import BROKEN, shrink
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.training.arguments import batch_sizes, check_trainer, trainer_config
+from moult.training.early_stopping import ENDLESS
 from moult.training.memory import GB, Run, check_fits, memory_of, needed
 from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
@@ -130,6 +131,7 @@ def plan(settings: dict, args, log) -> None:
     }
     write_json(args.out, result)
     tell(result, args, log)
+    tell_schedule(settings["train"], log)
     tell_power(args.eval, report["val"]["sequences"], log)
 
 
@@ -339,6 +341,7 @@ def count_steps(tokens: str, report: dict, train: dict) -> dict:
         "batches_per_epoch": batches,
         "steps_per_epoch": per_epoch,
         "total": total,
+        "early_stopping": train["early_stopping_patience"] is not None,  # then `total` is the most that it can be
         "sequences_per_batch": per_batch,
         "sequences_per_step": per_batch * train["gradient_accumulation_steps"],
     }
@@ -382,7 +385,8 @@ def tell(result: dict, args, log) -> None:
         plain, checkpointed = needed(memory, False) / GB, needed(memory, True) / GB
         text = f"about {plain:.1f} GB, {checkpointed:.1f} if checkpointed"
     log.info(
-        "%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
+        "%s%s steps of %s sequences; %s of %s parameters trained (%.2f %%); GPU memory %s",
+        "at most " if steps["early_stopping"] else "",
         f"{steps['total']:,}",
         f"{steps['sequences_per_step']:,}",
         f"{parameters['trainable']:,}",
@@ -397,6 +401,17 @@ def tell(result: dict, args, log) -> None:
             Path(args.out).parent,
             free / GB,
             result["disk"]["total"] / GB,
+        )
+
+
+def tell_schedule(train: dict, log) -> None:
+    """Early stopping is biased where the learning rate falls towards a last step that is then not reached (Hägele et al.,
+    arXiv:2405.18392)."""
+    if train["early_stopping_patience"] is not None and train["lr_scheduler_type"] not in ENDLESS:
+        log.warning(
+            "train.early_stopping_patience with lr_scheduler_type %s: a run that stops early ends with a learning rate that has "
+            "not fallen, and is worse than one that was planned as short; constant_with_warmup has no such bias",
+            train["lr_scheduler_type"],
         )
 
 

@@ -45,7 +45,7 @@ def row(run: str, plan: dict) -> tuple[str, ...]:
     steps, memory = plan["steps"], plan["memory"]
     return (
         run,
-        f"{steps['total']:,}",
+        f"{'at most ' if steps['early_stopping'] else ''}{steps['total']:,}",
         f"{steps['sequences']:,}",
         f"{plan['parameters']['trainable_share']:.2%}",
         f"{memory['total'] / GB:.1f} GB" if memory else "unknown",

@@ -101,6 +101,8 @@ def score(settings: dict, args, log) -> None:
             "hardware": adapter["hardware"],
             "seed": settings["seed"],
             "step": adapter["step"],
+            "steps": adapter["steps"],
+            "ended": adapter["ended"],
         },
     }
     schema = read_json(SCHEMA)

@@ -34,6 +34,8 @@ SETTINGS = {
         "packing_strategy": "bfd",
         "gradient_checkpointing": "auto",
         "load_best_model_at_end": True,
+        "early_stopping_patience": None,
+        "early_stopping_threshold": 0.0,
         "eval_strategy": "steps",
         "eval_steps": 5,
         "save_strategy": "steps",

@@ -26,6 +26,8 @@ TRAIN = {
     "save_total_limit": 2,
     "warmup_steps": 0,
     "gradient_checkpointing": "auto",
+    "early_stopping_patience": None,
+    "lr_scheduler_type": "cosine",
 }
 
 

@@ -36,6 +36,7 @@ REFUSED = [
     # unknown keys: the probable one, or the section that has it
     ("train: {learning_rat: 1}", "train.learning_rat: unknown key; did you mean learning_rate?"),
     ("train: {lr: 1}", "train.lr: unknown key; did you mean learning_rate?"),
+    ("train: {patience: 3}", "train.patience: unknown key; did you mean early_stopping_patience?"),
     ("modle: {}", "modle: unknown key; did you mean model?"),
     ("datasets: {a: {columns: {promt: q}}}", "datasets.a.columns.promt: unknown key; did you mean prompt?"),
     ("runs: {a: {datset: a}}", "runs.a.datset: unknown key; did you mean dataset?"),
@@ -166,6 +167,19 @@ REFUSED = [
     ("model: {load_in_4bit: true}", "model.load_in_4bit: unknown key; did you mean quantization?"),
     ("train: {eval_strategy: no}", "train.eval_strategy: 'no' leaves no best by validation loss; set load_best_…"),
     ("train: {save_strategy: no}", "train.save_strategy: 'no' leaves no best by validation loss; set load_best_…"),
+    (
+        "train: {early_stopping_patience: 3, eval_strategy: no, load_best_model_at_end: false}",
+        "train.early_stopping_patience: eval_strategy: 'no' makes no validations to count; set steps or epoch",
+    ),
+    (
+        "train: {early_stopping_patience: 3, load_best_model_at_end: false}",
+        "train.early_stopping_patience: with load_best_model_at_end: false the adapter of the last step is used, …",
+    ),
+    ("train: {early_stopping_patience: 0}", "train.early_stopping_patience: must be >= 1, got 0"),
+    (
+        "train: {early_stopping_threshold: 0.1}",
+        "train.early_stopping_threshold: it needs early_stopping_patience; set that, or leave it out",
+    ),
     ("train: {packing: true, padding_free: true}", "train.padding_free: packing has it already; leave it out"),
 ]
 

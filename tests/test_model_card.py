@@ -80,7 +80,15 @@ def test_the_command_for_vllm_is_the_one_that_was_tested(kind, reasons, kwargs, 
 @pytest.mark.parametrize(("quantization", "told"), [("nf4", True), (None, False)])
 def test_a_base_that_was_quantized_in_training_is_told(quantization, told):
     training = {"lora": {"r": 4}, "train": {}, "quantization": quantization}
-    made = {"training": training, "step": 1, "seed": 0, "template_sha256": "t", "adapter_sha256": "a"}
+    made = {
+        "training": training,
+        "step": 1,
+        "steps": 2,
+        "ended": {"step": 2},
+        "seed": 0,
+        "template_sha256": "t",
+        "adapter_sha256": "a",
+    }
     made["versions"] = dict.fromkeys(("torch", "transformers", "trl", "peft"), "1")
     assert ("| base, in training | quantized to nf4 |" in provenance({"provenance": made})) == told
 

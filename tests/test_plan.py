@@ -13,7 +13,7 @@ import plan
 from moult.errors import MoultError
 from moult.files import read_json
 from moult.model.estimates import estimate_job
-from plans import GB, room
+from plans import GB, room, row
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
@@ -113,6 +113,22 @@ def test_targets_that_cannot_come_out_right_are_refused(lora, model, message, fi
 def test_steps(train, steps, tmp_path):
     base = make_model(tmp_path / "base")
     assert make(base, tmp_path, train=train)[0]["steps"]["total"] == steps
+
+
+def test_early_stopping_makes_the_steps_an_upper_bound_and_is_biased_with_most_schedules(tmp_path):
+    base = make_model(tmp_path / "base")
+    plain, log = make(base, tmp_path)
+    assert plain["steps"]["early_stopping"] is False and not any("at most" in line for line in log.lines)
+    early, log = make(base, tmp_path, train={"early_stopping_patience": 3})
+    assert early["steps"]["early_stopping"] is True and early["steps"]["total"] == plain["steps"]["total"]
+    assert any(line.startswith("at most 8 steps of 2 sequences") for line in log.lines)
+    assert row("r", early)[1] == "at most 8" and row("r", plain)[1] == "8"
+    [warning] = [line for line in log.lines if "early_stopping" in line]
+    assert (
+        "with lr_scheduler_type cosine: a run that stops early ends with a learning rate that has not fallen" in warning
+    )
+    _, log = make(base, tmp_path, train={"early_stopping_patience": 3, "lr_scheduler_type": "constant_with_warmup"})
+    assert not any("early_stopping" in line for line in log.lines)
 
 
 def test_packing_needs_fewer_steps(tmp_path):

@@ -30,6 +30,8 @@ ADAPTER = {
     "versions": {},
     "hardware": {},
     "step": 7,
+    "steps": 9,
+    "ended": {"step": 9, "because": "last step"},
     "throughput": summary([]),
 }
 EVAL = {

@@ -27,6 +27,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("train: {learning_rate: 1.0e-5}", {"finetune"}),
         ("train: {eval_steps: 7}", {"finetune"}),
         ("train: {max_steps: 7}", {"plan", "finetune"}),
+        ("train: {early_stopping_patience: 3}", {"plan", "finetune"}),
         ("train: {gpu: 2}", {"plan", "finetune"}),
         ("train: {gpu: 2, shard: true}", {"plan", "finetune"}),
         ("lora: {r: 8}", {"plan", "finetune"}),

@@ -5,6 +5,12 @@ from pathlib import Path
 from moult.errors import MoultError
 from moult.training.batches import Batches
 
+# Keys of the train section that are Moult's own, or that Moult passes on in another form.
+NOT_THEIRS = (
+    *("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+)
+
 
 def batch_sizes(train: dict, device: str | None, found: int | None = None) -> list[int]:
     """The sizes of a batch on each GPU that finetune may train with, the largest first.
@@ -45,8 +51,7 @@ def trainer_config(
     if device == "cpu":
         refuse_on_cpu(settings["train"])
 
-    not_theirs = ("gpu", "nodes", "gpu_memory", "shard", "gradient_checkpointing")
-    train = {name: value for name, value in settings["train"].items() if name not in not_theirs}
+    train = {name: value for name, value in settings["train"].items() if name not in NOT_THEIRS}
     train |= {"padding_free": batches.padding_free, "train_sampling_strategy": batches.order}
     train.setdefault("pad_to_multiple_of", batches.multiple)
     if train["per_device_train_batch_size"] == "auto":

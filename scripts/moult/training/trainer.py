@@ -26,6 +26,7 @@ from moult.model.lora import lora_layers
 from moult.model.shrunken import of_one_layer
 from moult.training.batches import Collator
 from moult.training.checkpoints import STAGING, TRAINING_LOG, prune, seal
+from moult.training.early_stopping import EarlyStopping
 from moult.training.first_batch import FirstBatch, OtherBatch
 from moult.training.throughput import Work, cost_of, line
 from moult.training.watch import Watch
@@ -46,6 +47,7 @@ class Finetuner(SFTTrainer):
         checkpointing: train.gradient_checkpointing of the config.
         sizes: batch sizes to try, the largest first (arguments.batch_sizes).
         unmasked: padded rows need no attention mask (packing.try_batches).
+        early_stopping: when training ends before its last step.
     """
 
     control: Any  # Trainer's own
@@ -65,6 +67,7 @@ class Finetuner(SFTTrainer):
         checkpointing: bool | str,
         sizes: list[int],
         unmasked: bool,
+        early_stopping: EarlyStopping,
         **kwargs,
     ):
         # transformers (5.23, trainer.py:632) refuses to save what it has loaded in parts, because the optimizer's state would be
@@ -80,7 +83,7 @@ class Finetuner(SFTTrainer):
         self.state_folder, self.fingerprint = state, fingerprint
         self.val_rows, self.pad_id = val_rows, pad_id
         self.keep_best, self.keep = keep_best, keep
-        self.stop, self.resume = stop, resume
+        self.stop, self.resume, self.early_stopping = stop, resume, early_stopping
         self.staging = state / STAGING
         self.other_seconds = 0.0
         self.start_clock()

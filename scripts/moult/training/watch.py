@@ -46,6 +46,14 @@ class Watch(TrainerCallback):
         # validation. Also, transformers calls this in the middle of an epoch if training stops there.
         control.should_log = control.should_evaluate = control.should_save = False
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        # The loss is a sum over all processes, so all of them decide the same.
+        if state.global_step < state.max_steps and self.trainer.early_stopping.ends(state.log_history):
+            control.should_save = True
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                self._write({"step": state.global_step, "epoch": state.epoch, "stopped_early": True})
+
     def _asked_to_stop(self) -> bool:
         received = self.trainer.stop.received is not None
         if self.trainer.args.world_size == 1:

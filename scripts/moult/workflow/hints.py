@@ -49,6 +49,7 @@ ALIASES = {
     "train.gpu": "gpus num_gpus n_gpus n_gpu num_processes nproc_per_node",
     "train.nodes": "num_nodes nnodes num_machines",
     "train.shard": "fully_shard sharded sharding zero_stage",
+    "train.early_stopping_patience": "patience early_stopping early_stop early_stopping_steps",
     "train.report_to": "logger log_with",
     "eval.max_new_tokens": "max_tokens max_gen_length",
     "serve.max_model_len": "max_context_len",

@@ -190,6 +190,7 @@ def _plan(config: dict, run: dict, dataset: dict) -> dict:
         "nodes",
         "gpu_memory",
         "save_total_limit",
+        "early_stopping_patience",
         "router_aux_loss_coef",  # 0 is without that loss
     )
     words = [
