@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
+from moult.data.token_file import rows_of
 from moult.files import read_json, sha256_text, write_json, write_jsonl
 from moult.measuring.likelihood import MAX_TOKENS, batches, likelihood, scored_logits
 from moult.model.chat import Chat, prompt_of
@@ -97,10 +98,9 @@ def evaluate(settings: dict, args, log) -> None:
     log.info(found)
 
 
-def read_rows(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
+def read_rows(path: Path) -> list:
+    """The sequences, dicts whose values are read when they are asked for."""
+    return rows_of(path)
 
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:
