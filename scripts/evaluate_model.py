@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
+from moult.data.token_file import rows_of
 from moult.files import read_json, sha256_text, write_json, write_jsonl
 from moult.measuring.answers import KeptAnswers, answer, window_of
 from moult.measuring.checks import PART, check, expectations
@@ -129,10 +130,9 @@ def depends_on(settings: dict, manifest: dict, report: dict, device: str) -> dic
     }
 
 
-def read_rows(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
+def read_rows(path: Path) -> list:
+    """The sequences, dicts whose values are read when they are asked for."""
+    return rows_of(path)
 
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:
