@@ -11,6 +11,7 @@ checks the labels. This script counts them and handles sequences that are too lo
 Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from moult.errors import MoultError
 from moult.files import atomic_files, read_json, read_jsonl, write_json, write_text
 from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, choose_template, prints_date, template_sha256
 from moult.model.manifest import open_model
+from moult.model.tokenizer import without_torch
 from moult.parallel import ordered_stream
 from moult.run.cli import stage_parser
 from moult.run.console import progress
@@ -49,7 +51,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
-    with stage("encode", args.log_file, args.settings) as log:
+    # A tokenizer that brings its own code may import torch.
+    light = contextlib.nullcontext() if args.settings["trust_remote_code"] else without_torch()
+    with stage("encode", args.log_file, args.settings) as log, light:
         encode(args.settings, args, log)
 
 
