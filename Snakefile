@@ -47,8 +47,8 @@ rule all:
     """The metrics of every run in the config, and the cards of its models."""
     default_target: True
     input:
-        expand(at.metrics, run=config["runs"]),
-        expand(at.merged_card, run=config["runs"]),
+        expand(at.metrics, run=asked_for(config["runs"])),
+        expand(at.merged_card, run=asked_for(config["runs"])),
 
 
 onstart:

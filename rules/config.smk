@@ -8,6 +8,7 @@ from moult.errors import MoultError
 from moult.files import canonical
 from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misplaced, resolve
 from moult.workflow.container import identity
+from moult.workflow.seeds import asked_for, seed_runs
 from moult.workflow.stages import encoded_as, evaluation_gpus, measured_as, model_slug, places_below, stage_settings
 
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):

@@ -1,7 +1,7 @@
 """Turn rows into token ids and labels.
 
 Reads:  prepared rows, the base model's tokenizer, the chat template
-Writes: results/<run>/tokens/: train.parquet, val.parquet, chat_template.jinja, report.json, preview.html
+Writes: results/<run>/tokens/: train.parquet, val.parquet, test.parquet, chat_template.jinja, report.json, preview.html
 """
 
 shipped_template = "config/chat_templates/chatml.jinja"
@@ -12,11 +12,13 @@ rule encode:
     input:
         train=of_dataset(at.train_rows),
         val=of_dataset(at.val_rows),
+        test=of_dataset(at.test_rows),
         model=base_model,
         template=chat_template_file,
     output:
         train=at.train_tokens,
         val=at.val_tokens,
+        test=at.test_tokens,
         template=at.template,
         report=at.report,
         preview=at.preview,
@@ -37,5 +39,6 @@ rule encode:
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
-            --train {input.train:q} --val {input.val:q} --out {params.folder:q} --threads {threads} --log-file {log:q}
+            --train {input.train:q} --val {input.val:q} --test {input.test:q} --out {params.folder:q} \
+            --threads {threads} --log-file {log:q}
         """

@@ -25,6 +25,13 @@ def of_base_measurer(place):
     return lambda wildcards: place.format(run=base_measurers[wildcards.run])
 
 
+def of_other_seeds(place):
+    """Input: a file of each run with a further seed of this run (moult/workflow/seeds.py)."""
+    return lambda wildcards: [
+        place.format(run=other) for other in seed_runs(wildcards.run, config["runs"][wildcards.run])
+    ]
+
+
 def folder_of(name):
     """Param: the folder of the input `name`. Not tracked, because the input itself is."""
     return lambda wildcards, input: Path(input[name]).parent
@@ -57,10 +64,10 @@ def glances(files):
 
 
 def all_entries(dataset):
-    """All sources of a dataset, including those of the validation rows."""
+    """All sources of a dataset, including those of the validation and test rows."""
     return [
         entry
-        for source in (dataset["source"], dataset["val_source"])
+        for source in (dataset["source"], dataset["val_source"], dataset["test_source"])
         if source
         for entry in source_entries(source, dataset)
     ]

@@ -1,7 +1,7 @@
-"""Turn a dataset into rows for training and validation.
+"""Turn a dataset into rows for training, validation and test.
 
 Reads:  the dataset's files
-Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, metadata.json (what happened to each row)
+Writes: results/prepared/<dataset>/train.jsonl, val.jsonl, test.jsonl, metadata.json (what happened to each row)
 """
 
 
@@ -12,6 +12,7 @@ rule prepare:
     output:
         train=at.train_rows,
         val=at.val_rows,
+        test=at.test_rows,
         metadata=at.ledger,
     log:
         "<logs>/{ds}/prepare.log",
@@ -29,5 +30,5 @@ rule prepare:
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --train {output.train:q} --val {output.val:q} \
-            --metadata {output.metadata:q} --threads {threads} --log-file {log:q}
+            --test {output.test:q} --metadata {output.metadata:q} --threads {threads} --log-file {log:q}
         """

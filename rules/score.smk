@@ -10,13 +10,19 @@ rule score:
     input:
         base=of_base_measurer(at.base_likelihood),
         base_answers=of_base_measurer(at.base_answers),
+        base_general=of_base_measurer(at.base_general),
         tuned=at.tuned_likelihood,
         tuned_answers=at.tuned_answers,
+        tuned_general=at.tuned_general,
         merge_check=at.merge_check,
         prepared=of_dataset(at.ledger),
         report=of_encoder(at.report),
         adapter=at.adapter_summary,
         merge=at.merge_summary,
+        seed_adapters=of_other_seeds(at.adapter_summary),
+        seed_likelihoods=of_other_seeds(at.tuned_likelihood),
+        seed_answers=of_other_seeds(at.tuned_answers),
+        seed_merge_checks=of_other_seeds(at.merge_check),
     output:
         metrics=at.metrics,
         samples=at.samples,
@@ -30,13 +36,15 @@ rule score:
     params:
         settings=settings("score"),
         script=script_of("score"),
-        code=code_of("score", "scripts/moult/measuring/metrics.schema.json"),
+        code=code_of("score", "scripts/moult/measuring/metrics.schema.json", INSTRUCTIONS),
         base=folder_of("base"),
         tuned=folder_of("tuned"),
         tokens=folder_of("report"),
+        seeds=lambda wildcards, input: [Path(path).parent for path in input.seed_merge_checks],
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
+            --seed-tuned {params.seeds:q} --seed-adapters {input.seed_adapters:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

@@ -1,6 +1,6 @@
 """Serve the tuned model and ask it the questions of evaluate.
 
-Reads:  merged model, or base and adapter (serve.mode), the tuned model's answers, prompts, validation rows
+Reads:  merged model, or base and adapter (serve.mode), the tuned model's answers, prompts, test rows
 Writes: results/<run>/smoke_test.json; where a check fails smoke_test.failed.json, which is no output: Snakemake would remove it
 
 The server starts and ends with the job, on the same machine and in the same image. As a `service()` it would be a second
@@ -18,7 +18,7 @@ rule smoke_test:
         plan=at.plan,
         answers=at.tuned_answers,
         merge_check=at.merge_check,
-        rows=of_dataset(at.val_rows),
+        rows=of_dataset(at.test_rows),
     output:
         result=at.smoke_test,
     log:

@@ -1,12 +1,13 @@
 """Turn prepared rows into token ids and labels. The trainer uses them unchanged.
 
     python scripts/encode.py --settings '{"max_length": 512, ...}' --model config/demo/base \\
-        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl --out results/demo/tokens
+        --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl \\
+        --test results/prepared/demo/test.jsonl --out results/demo/tokens
 
-After prepare, before plan. Writes into --out: `train.parquet` and `val.parquet` (one sequence per row: id, group, source, length,
-input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template), `report.json` (what
-happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked). moult/data/labels.py makes and
-checks the labels. This script counts them and handles sequences that are too long.
+After prepare, before plan. Writes into --out: `train.parquet`, `val.parquet` and `test.parquet` (one sequence per row: id, group,
+source, length, input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template),
+`report.json` (what happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked).
+moult/data/labels.py makes and checks the labels. This script counts them and handles sequences that are too long.
 
 Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
 """
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--templates", default="config/chat_templates", help="folder with the chat templates of Moult")
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
+    parser.add_argument("--test", required=True, help="prepared test rows (.jsonl)")
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
@@ -60,7 +62,7 @@ def main() -> None:
 def encode(settings: dict, args, log) -> None:
     base = str(open_model(args.model)[0])
     template, origin = choose_template(base, settings["chat_template"], args.templates, settings["trust_remote_code"])
-    paths = {"train": Path(args.train), "val": Path(args.val)}
+    paths = {"train": Path(args.train), "val": Path(args.val), "test": Path(args.test)}
     if template is None and any("messages" in row for path in paths.values() for row in read_jsonl(path)):
         raise MoultError(
             f"{base}: the tokenizer has no chat template, but the rows are conversations",
@@ -75,7 +77,7 @@ def encode(settings: dict, args, log) -> None:
 
     report: dict = {"schema_version": 1}
     out = Path(args.out)
-    with atomic_files(out, "train.parquet", "val.parquet") as files:
+    with atomic_files(out, *(f"{part}.parquet" for part in paths)) as files:
         counts: dict[str, Counts] = {}
         for part, path in paths.items():
             counts[part] = encode_rows(part, path, files[f"{part}.parquet"], chat_settings, settings, args.threads)

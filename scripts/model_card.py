@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from moult.files import read_json, write_text
-from moult.measuring.table import comparison
+from moult.measuring.table import ROWS, comparison
 from moult.model.chat import FROZEN_DATE, prints_date
 from moult.model.export import PLACE
 from moult.model.manifest import open_model
@@ -117,7 +117,11 @@ def metadata(kind: str, run: str, metrics: dict, base_card: dict, settings: dict
     if metrics["likelihood"]:
         tuned = metrics["likelihood"]["tuned"]
         measured = [
-            {"type": name, "value": round(tuned[key]["value"], 4), "name": f"{name} (validation rows)"}
+            {
+                "type": name,
+                "value": round(tuned[key]["value"], 4),
+                "name": f"{name} ({ROWS[metrics['data']['measured_on']]} rows)",
+            }
             for name, key in (("perplexity", "perplexity"), ("accuracy", "token_accuracy"))
         ]
         dataset = {"name": ", ".join(part["name"] for part in provenance["data"]), "type": "text"}
@@ -130,8 +134,8 @@ def figures(metrics: dict) -> str:
     """The table that the demo prints, which has the intervals."""
     data = metrics["data"]
     return (
-        f"Measured on {data['sequences']:,} validation sequences with {data['trained_tokens']:,} tokens of answers, none of them "
-        f"trained on; answers are greedy.\n\n```\n{comparison(metrics)}\n```\n"
+        f"Measured on {data['sequences']:,} {ROWS[data['measured_on']]} sequences with {data['trained_tokens']:,} tokens of "
+        f"answers, none of them trained on; answers are greedy.\n\n```\n{comparison(metrics)}\n```\n"
     )
 
 

@@ -1,12 +1,15 @@
-"""Make training and validation rows out of a dataset, and account for each row that was read.
+"""Make rows for training, validation and test out of a dataset, and account for each row that was read.
 
     python scripts/prepare.py --settings '{"sources": [{"path": "data.jsonl", ...}], ...}' \\
         --train results/prepared/demo/train.jsonl --val results/prepared/demo/val.jsonl \\
-        --metadata results/prepared/demo/metadata.json
+        --test results/prepared/demo/test.jsonl --metadata results/prepared/demo/metadata.json
 
 First stage after fetch; needs no model. In this order: read -> normalise to one shape -> drop broken and empty rows ->
-drop exact duplicates -> language filter -> sample -> split by group -> check that train and val share nothing -> repeat
-by weight. Weights come last: a row repeated before the split would land on both sides. Same input and seed, same bytes.
+drop exact duplicates -> language filter -> sample -> split by group -> check that the parts share nothing -> repeat
+by weight. Weights come last: a row repeated before the split would land in several parts. Same input and seed, same bytes.
+
+A checkpoint is chosen on val, and the result is measured on test. Without a test part (moult/data/split.py), test.jsonl holds the
+rows of val.
 
 Rows are not held in memory. The first pass over the sources, in all processes, normalises each row, writes its finished line
 to a temporary file (about as large as the output), and keeps a small record of it. What follows is decided on the records.
@@ -26,6 +29,7 @@ from moult.data.first_pass import first_pass, set_first_pass
 from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
 from moult.data.ledger import Ledger
 from moult.data.readers import chunks_in, expand, read_chunks
+from moult.data.split import LONG, check_overlap, parts_of, split, tell_parts, without
 from moult.errors import MoultError, some
 from moult.files import atomic_file, read_json, sha256_file, temporary_file, write_json
 from moult.parallel import ordered_stream
@@ -39,11 +43,15 @@ if TYPE_CHECKING:  # it imports numpy
 # From this number of rows on, the exact language detector takes more than a minute or two (3 ms a row).
 MANY_ROWS = 50_000
 
+# The parts besides train, which can have sources of their own.
+PARTS = ("test", "val")
+
 
 def main() -> None:
     parser = stage_parser(__doc__, "prepare", threads="processes")
     parser.add_argument("--train", required=True, help="training rows to write (.jsonl)")
     parser.add_argument("--val", required=True, help="validation rows to write (.jsonl)")
+    parser.add_argument("--test", required=True, help="test rows to write (.jsonl)")
     parser.add_argument("--metadata", required=True, help="the ledger to write (.json)")
     args = parser.parse_args()
 
@@ -66,24 +74,26 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
     rows = without_duplicates(rows, ledger)
     sample = None if settings["sample_size"] == "full" else settings["sample_size"]
     settings = {**settings, "language_detector": choose_detector(settings, len(rows) if sample is None else sample)}
-    val_rows, val_ledger, val_files = None, None, []
-    if settings["val_sources"]:
-        val_ledger = Ledger()
-        val_rows, val_files = read(settings["val_sources"], settings, lines, args.threads, val_ledger)
-        stop_at_broken_rows(val_ledger, settings["broken"])
-        tell_left_out(val_ledger, log, "val_source: ")
-        val_rows = without_duplicates(val_rows, val_ledger)
-        val_rows = in_languages(val_rows, settings, args.threads, None, val_ledger)
+    given, ledgers, given_files = {}, {}, {}
+    for part in PARTS:
+        if settings[f"{part}_sources"]:
+            ledgers[part] = Ledger()
+            given[part], given_files[part] = read_given(part, settings, args, log, lines, ledgers[part])
     rows = in_languages(rows, settings, args.threads, sample, ledger)
-    if val_rows is None:
-        train_rows, val_rows = split(rows, settings["val_size"])
-    else:
-        train_rows = without_val_rows(rows, val_rows, ledger)
-    check_ledger(ledger, len(train_rows) + (0 if val_ledger else len(val_rows)))
-    if val_ledger:
-        check_ledger(val_ledger, len(val_rows))
-    check_not_empty(train_rows, val_rows, ledger, val_ledger)
-    overlap = check_overlap(train_rows, val_rows)
+    if len(given) == 2:
+        given["val"] = without(given["val"], given["test"], "in_test", ledgers["val"])
+    for part in given:
+        rows = without(rows, given[part], f"in_{part}", ledger)
+    sizes = {part: settings[f"{part}_size"] for part in PARTS}
+    parts = split(rows, given, sizes)
+    apart = parts_of(parts)
+    check_ledger(ledger, sum(len(rows) for part, rows in apart.items() if part not in given))
+    for part in given:
+        check_ledger(ledgers[part], len(apart[part]))
+    check_not_empty(apart, {part: ledgers.get(part, ledger) for part in apart})
+    overlap = check_overlap(apart)
+    tell_parts(parts, sizes, given, log)
+    train_rows = parts.train
     times = train_rows.times([source["weight"] for source in settings["sources"]])
     if not times.any():
         raise MoultError(
@@ -91,26 +101,32 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
         )
 
     weighting = {"repeated": int((times - 1).clip(0).sum()), "left_out_by_weight": int((times == 0).sum())}
-    train, val = summary(train_rows, times) | weighting, summary(val_rows, val_rows.once())
+    written = {part: summary(rows, rows.once()) for part, rows in apart.items()}
+    written["train"] = summary(train_rows, times) | weighting
     write_lines(args.train, train_rows, times)
-    write_lines(args.val, val_rows, val_rows.once())
+    for part in PARTS:
+        rows = apart.get(part, parts.val)
+        write_lines(getattr(args, part), rows, rows.once())
     write_json(
         args.metadata,
         {
             "schema_version": 1,
             "sources": files,
-            "val_sources": val_files,
             "ledger": ledger.entry(),
-            "val_ledger": val_ledger.entry() if val_ledger else None,
-            "train": train,
-            "val": val,
+            **{f"{part}_sources": given_files.get(part, []) for part in PARTS},
+            **{f"{part}_ledger": ledgers[part].entry() if part in ledgers else None for part in PARTS},
+            **{part: written.get(part) for part in ("train", *PARTS)},
+            "measured_on": parts.measured_on,
+            "no_test_part_because": parts.reason,
+            "thresholds": parts.thresholds,
             "language_detector": settings["language_detector"] if settings["languages"] else None,
             "overlap": overlap,
             "seed": settings["seed"],
         },
     )
+    counted = some([f"{summary['written']:,} {part}" for part, summary in written.items()])
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(ledger.dropped.items()))
-    log.info("%s train and %s val rows; dropped: %s", f"{train['written']:,}", f"{val['written']:,}", dropped or "none")
+    log.info("%s rows; dropped: %s", counted, dropped or "none")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -154,6 +170,14 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
     return Rows.of(records, lines, start), files
 
 
+def read_given(part: str, settings: dict, args, log, lines: BinaryIO, ledger: Ledger) -> tuple["Rows", list]:
+    """The rows of a part that has a source of its own, and their files."""
+    rows, files = read(settings[f"{part}_sources"], settings, lines, args.threads, ledger)
+    stop_at_broken_rows(ledger, settings["broken"])
+    tell_left_out(ledger, log, f"{part}_source: ")
+    return in_languages(without_duplicates(rows, ledger), settings, args.threads, None, ledger), files
+
+
 def files_of(sources: list[dict], split: str) -> list[dict]:
     """What metadata.json says of each file, its rows not counted yet."""
     files = []
@@ -192,7 +216,7 @@ def stop_at_broken_rows(ledger: Ledger, policy: str) -> None:
 
 
 def check_columns(settings: dict, ledger: Ledger) -> None:
-    """A mapped column that no row has is a typo: a wrong `group` would let copies of a text into both parts."""
+    """A mapped column that no row has is a typo: a wrong `group` would let copies of a text into several parts."""
     mapped = {pair for source in settings["sources"] for pair in source["columns"].items() if pair[1] is not None}
     absent = sorted(f"{column}: {real}" for column, real in mapped if real not in ledger.columns)
     if absent and settings["max_rows"] is None:
@@ -297,43 +321,7 @@ def wanted(language: str, settings: dict) -> bool:
     return set(language.split("+")) <= allowed
 
 
-# --- splitting --------------------------------------------------------------------------------------------------------
-
-
-def split(rows: "Rows", val_size: float) -> tuple["Rows", "Rows"]:
-    """(train, val): whole groups go to val in the order of their hashes until it has `val_size`, a share or a number.
-
-    A group that would overshoot by more than val_size is left in train.
-    """
-    import numpy as np
-
-    if not rows:
-        return rows, rows
-    target = max(1, round(val_size * len(rows))) if val_size < 1 else int(val_size)
-    group, sizes, order = rows.groups()
-    chosen = np.zeros(len(sizes), bool)
-    count = 0
-    for number in order:
-        if count >= target:
-            break
-        if count + sizes[number] <= max(target + target // 2, 1):
-            chosen[number] = True
-            count += sizes[number]
-    is_val = chosen[group]
-    train, val = rows.take(~is_val), rows.take(is_val)
-    if not train or not val:
-        raise MoultError(
-            f"{len(rows):,} rows in {len(sizes):,} groups cannot be split into train and {target:,} val rows",
-            "set datasets.<name>.val_size, val_source, or columns.group (rows with the same prompt are one group)",
-        )
-    return train, val
-
-
-def without_val_rows(rows: "Rows", val_rows: "Rows", ledger: Ledger) -> "Rows":
-    """The training rows that share neither content nor group with a given validation set."""
-    in_val = rows.is_in(val_rows, "key") | rows.is_in(val_rows, "group")
-    ledger.drop_all("in_val", rows.take(in_val))
-    return rows.take(~in_val)
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_ledger(ledger: Ledger, kept: int) -> None:
@@ -345,23 +333,19 @@ def check_ledger(ledger: Ledger, kept: int) -> None:
         )
 
 
-def check_not_empty(train: "Rows", val: "Rows", ledger: Ledger, val_ledger: Ledger | None) -> None:
-    for name, rows, counts in (("training", train, ledger), ("validation", val, val_ledger or ledger)):
+def check_not_empty(parts: dict[str, "Rows"], ledgers: dict[str, Ledger]) -> None:
+    """`ledgers`: of each part, that of the rows which it comes from."""
+    for name, rows in parts.items():
         if not rows:
+            counts = ledgers[name]
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.most_common())
             shown = [examples[0] for examples in counts.examples.values() if ": " in examples[0]]
             raise MoultError(
-                "\n    ".join([f"no {name} row is left of {counts.read:,} (dropped: {reasons or 'none'})", *shown]),
-                "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, broken",
+                "\n    ".join(
+                    [f"no {LONG[name]} row is left of {counts.read:,} (dropped: {reasons or 'none'})", *shown]
+                ),
+                "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, test_size, broken",
             )
-
-
-def check_overlap(train: "Rows", val: "Rows") -> dict[str, int]:
-    """How many rows and groups are on both sides: none, or the run stops."""
-    rows, groups = (train.take(train.is_in(val, column)).count_of(column) for column in ("key", "group"))
-    if rows or groups:
-        raise MoultError(f"train and val share {rows:,} rows and {groups:,} groups", "this is a bug in prepare")
-    return {"rows": rows, "groups": groups}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 
 The rule smoke_test gives all paths and settings; by hand they come from the config. The server is this process's own: it
 listens on a free port of this machine, wants a key that nobody else knows, and is gone when this ends. All of
-eval.prompts and some validation rows go through the API, and what comes back is held against results/<run>/tuned:
+eval.prompts and some test rows go through the API, and what comes back is held against results/<run>/tuned:
 
 ready, models        the server gets ready in time, and has the model by its name
 files                the folder is what merge (finetune) wrote
@@ -35,7 +35,7 @@ from pathlib import Path
 
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_folder, write_json
-from moult.model.chat import FROZEN_DATE, Chat, date_variable, prints_date, shows_date
+from moult.model.chat import FROZEN_DATE, Chat, date_variable, messages_of, prints_date, shows_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -43,7 +43,7 @@ from moult.serving.checks import ServerTest
 from moult.serving.client import Client, Failed, Question
 from moult.serving.launch import Run, Server, address, engine_command, free_port, text_of, what_to_serve
 
-# Validation rows that are asked besides eval.prompts.
+# Test rows that are asked besides eval.prompts.
 ROWS = 8
 
 # What evaluate writes of an answer.
@@ -65,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--answers", help="answers.jsonl of the tuned model")
     parser.add_argument("--merge-check", help="merge_check.json of the tuned model: the dtype of its measurement")
-    parser.add_argument("--rows", help="val.jsonl: the validation rows' messages")
+    parser.add_argument("--rows", help="test.jsonl: the test rows' messages")
     parser.add_argument("--base", help="manifest or folder of the base model")
     parser.add_argument("--adapter", help="adapter folder")
     parser.add_argument("--merged", help="merged model's folder")
@@ -91,7 +91,7 @@ def fill_in(args) -> None:
     places = places_of(config, the_run(config, args.run))
     args.settings = stage_settings(config, "smoke_test", args.run)
     args.key = os.environ.get(config["runs"][args.run]["serve"]["api_key_env"])
-    args.answers, args.merge_check, args.rows = places.tuned_answers, places.merge_check, places.val_rows
+    args.answers, args.merge_check, args.rows = places.tuned_answers, places.merge_check, places.test_rows
     args.base, args.adapter, args.merged = places.model, places.adapter, places.merged
     args.merge, args.plan = places.merge_summary, places.plan
     args.result = args.result or places.smoke_test
@@ -180,10 +180,12 @@ def read_questions(
     entries = {prompt["id"]: prompt for prompt in prompts}
     questions, from_rows = [], 0
     for answer in read_jsonl(answers):
+        if answer["kind"] == "instruction":
+            continue
         expect: dict = {}
         if answer["kind"] == "prompt":
             entry = entries[answer["id"]]
-            messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+            messages = messages_of(entry)
             expect = entry.get("expect", {})
         else:
             row = by_id[answer["id"]]

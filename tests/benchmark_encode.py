@@ -50,14 +50,12 @@ def encode(
         "unrenderable": "drop",
     }
     settings |= {"max_length": max_length, "overlength": "truncate", "max_token_loss": 1.0}
-    command = [
-        sys.executable,
-        (checkout or args.checkout) / "scripts" / "encode.py",
-        "--settings",
-        json.dumps(settings),
-    ]
+    script = (checkout or args.checkout) / "scripts" / "encode.py"
+    command = [sys.executable, script, "--settings", json.dumps(settings)]
     command += ["--model", args.model, "--templates", ROOT / "config/chat_templates"]
     command += ["--train", train or folder / "train.jsonl", "--val", folder / "val.jsonl", "--out", folder / "tokens"]
+    if '"--test"' in script.read_text():  # an older checkout has no third part
+        command += ["--test", folder / "val.jsonl"]
     command += ["--threads", args.threads, "--log-file", folder / "log"]
     began, peak, spent = time.monotonic(), 0, {}
     process = psutil.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)

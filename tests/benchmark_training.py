@@ -136,6 +136,7 @@ def moult_trainer(model, rows: list[dict], folder: Path, **changes):
     from moult.model.shrunken import shrink
     from moult.training.arguments import trainer_config
     from moult.training.batches import choose_batches
+    from moult.training.early_stopping import EarlyStopping
     from moult.training.packing import try_batches
     from moult.training.trainer import Finetuner
 
@@ -172,6 +173,7 @@ def moult_trainer(model, rows: list[dict], folder: Path, **changes):
         checkpointing="auto",
         sizes=[BATCH],
         unmasked=batches.unmasked,
+        early_stopping=EarlyStopping.of(settings["train"]),
     )
 
 

@@ -42,7 +42,7 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """Libraries set variables that would reach the stages that a later test starts (torch's compiler: TORCHINDUCTOR_CACHE_DIR)."""
+    """Libraries set variables that would reach the stages of a later test (torch's compiler: TORCHINDUCTOR_CACHE_DIR)."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -17,7 +17,7 @@ from moult.workflow.config import load_schema, resolve
 from moult.workflow.stages import stage_settings
 
 SCHEMA = load_schema(str(ROOT / "config"))
-OUTPUTS = ("train.jsonl", "val.jsonl", "metadata.json")
+OUTPUTS = ("train.jsonl", "val.jsonl", "test.jsonl", "metadata.json")
 SPOKEN = {"prompt": "What is the weather like in the city today?", "completion": "It is sunny and very warm outside."}
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -33,12 +33,13 @@ def arguments(folder, threads: int = 1) -> dict:
 
 
 def run(folder, threads: int = 1, **dataset) -> SimpleNamespace:
-    """Prepare in this process: the rows of both parts and the metadata."""
+    """Prepare in this process: the rows of the parts and the metadata."""
     prepare.prepare(stage_input(**dataset), SimpleNamespace(**arguments(folder, threads)), logging.getLogger("test"))
-    train, val = [[json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] for name in OUTPUTS[:2]]
+    parts = {name.partition(".")[0]: (folder / name).read_text().split("\n")[:-1] for name in OUTPUTS[:3]}
     metadata = json.loads((folder / "metadata.json").read_text())
-    summaries = {f"{part}_summary": metadata.pop(part) for part in ("train", "val")}
-    return SimpleNamespace(train=train, val=val, **summaries, **metadata)
+    summaries = {f"{part}_summary": metadata.pop(part) for part in parts}
+    rows = {part: [json.loads(line) for line in lines] for part, lines in parts.items()}
+    return SimpleNamespace(**rows, **summaries, **metadata)
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:

@@ -38,13 +38,13 @@ def test_what_will_run_is_one_table(shown):
 def test_each_stage_says_in_one_line_what_it_found(shown):
     for line in (
         r"inspect_model  config/demo/base: 6 files",
-        r"prepare        demo: \d+ train and \d+ val rows; dropped: 8 duplicate, .*",
+        r"prepare        demo: \d+ train, \d+ val, \d+ test rows; dropped: 8 duplicate, .*",
         r"encode         demo: train: \d+ sequences, .*; val: .*",
         r"plan           demo: 200 steps of 8 sequences; .*",
         r"finetune       demo: adapter of step \d+ of 200, validation loss 0\.\d+",
         r"merge          demo: .*28 tensors changed .*",
-        r"evaluate_base  demo: 72 sequences measured, 73 questions answered",
-        r"evaluate_tuned demo: 72 sequences measured, 73 questions answered; merged model against base plus adapter: mean KL .*",
+        r"evaluate_base  demo: 60 sequences measured, 69 questions answered",
+        r"evaluate_tuned demo: 60 sequences measured, 69 questions answered; merged model against base plus adapter: mean KL .*",
         r"score          demo: helped\. .*",
     ):
         assert len(re.findall(rf"^\d\d:\d\d:\d\d {line}$", shown, re.MULTILINE)) == 1, line

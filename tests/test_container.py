@@ -65,7 +65,7 @@ def test_what_the_config_names_is_seen_and_not_what_lies_beside_it(machine):
     (machine / "home/template.jinja").touch()
     found = mounted(
         machine,
-        datasets={"d": {"source": str(machine / "data/rows.jsonl"), "val_source": "gone.jsonl"}},
+        datasets={"d": {"source": str(machine / "data/rows.jsonl"), "val_source": "gone.jsonl", "test_source": None}},
         paths={"models": str(machine / "models")},
         network={"tls": "~/ca.pem"},
         model={"name": "org/m", "chat_template": "~/template.jinja"},

@@ -73,8 +73,9 @@ def run(tmp_path):
     ) -> Namespace:
         write_json(tmp_path / "model.json", {"folder": str(model)})
         write_jsonl(tmp_path / "train.jsonl", train)
-        write_jsonl(tmp_path / "val.jsonl", rows(SHORT) if val is None else val)
-        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
+        for part in ("val", "test"):
+            write_jsonl(tmp_path / f"{part}.jsonl", rows(SHORT) if val is None else val)
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val", "test")}
         out, log = tmp_path / "tokens", Log()
         args = Namespace(
             model=str(tmp_path / "model.json"),
@@ -84,7 +85,7 @@ def run(tmp_path):
             **paths,
         )
         encode.encode({**SETTINGS, **settings}, args, log)
-        sequences = {part: pq.read_table(out / f"{part}.parquet").to_pylist() for part in ("train", "val")}
+        sequences = {part: pq.read_table(out / f"{part}.parquet").to_pylist() for part in ("train", "val", "test")}
         return Namespace(out=out, report=read_json(out / "report.json"), warnings=log.warnings, **sequences)
 
     return run
@@ -105,19 +106,24 @@ def test_same_input_same_bytes(tmp_path, run_script):
     """Whatever the number of processes. The labels are those of the conversations, token for token."""
     write_jsonl(tmp_path / "train.jsonl", MANY)
     write_jsonl(tmp_path / "val.jsonl", MANY[:7])
+    write_jsonl(tmp_path / "test.jsonl", MANY[7:11])
     written = []
     for threads in (1, 2):
         out = tmp_path / f"tokens{threads}"
         done = run_script(
             "encode",
             *("--settings", json.dumps(SETTINGS), "--model", DEMO, "--templates", ROOT / "config" / "chat_templates"),
-            *("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", out),
+            *("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl"),
+            *("--test", tmp_path / "test.jsonl", "--out", out),
             *("--threads", threads, "--log-file", tmp_path / "encode.log"),
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         written.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert sorted(written[0]) == ["chat_template.jinja", "preview.html", "report.json", "train.parquet", "val.parquet"]
+    assert sorted(written[0]) == [
+        *("chat_template.jinja", "preview.html", "report.json"),
+        *("test.parquet", "train.parquet", "val.parquet"),
+    ]
     assert written[0] == written[1]
     assert written[0]["chat_template.jinja"].decode() == CHATML
 
@@ -194,7 +200,16 @@ def test_wrong_input_is_one_message_and_no_output(tmp_path, run_script):
     done = run_script(
         "encode",
         *("--settings", json.dumps({**SETTINGS, "chat_template": None}), "--model", tmp_path / "model.json"),
-        *("--train", tmp_path / "rows.jsonl", "--val", tmp_path / "rows.jsonl", "--out", tmp_path / "tokens"),
+        *(
+            "--train",
+            tmp_path / "rows.jsonl",
+            "--val",
+            tmp_path / "rows.jsonl",
+            "--test",
+            tmp_path / "rows.jsonl",
+            "--out",
+            tmp_path / "tokens",
+        ),
         *("--log-file", tmp_path / "encode.log"),
         cwd=tmp_path,
     )

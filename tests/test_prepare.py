@@ -74,10 +74,10 @@ STOPS = [
     (
         lines(*pairs(1)),
         {},
-        "1 rows in 1 groups cannot be split into train and 1 val rows",
-        "set datasets.<name>.val_size, val_source, or columns.group",
+        "1 rows in 1 group cannot be split into train and val",
+        "set datasets.<name>.val_size, test_size, val_source, test_source, or columns.group",
     ),
-    (GOOD, {"val_size": 20}, "20 rows in 20 groups cannot be split into train and 20 val rows", "val_size"),
+    (GOOD, {"val_size": 20}, "20 rows in 20 groups cannot be split into train and val", "val_size"),
     (
         GOOD,
         {"columns": {"group": "completion"}, "val_size": 30},
@@ -87,7 +87,7 @@ STOPS = [
     (
         GOOD,
         {"source": {"path": "rows.jsonl", "weight": 1e-9}},
-        "the weights leave none of 19 training rows",
+        "the weights leave none of 17 training rows",
         "raise datasets.<name>.source weight",
     ),
     (GOOD, {"val_source": "rows.jsonl"}, "no training row is left of 20 (dropped: 20 in_val)", "loosen the filter"),
@@ -132,7 +132,7 @@ def test_a_bug_of_ours_would_be_seen():
         prepare.check_ledger(prepare.Ledger(read=3), 2)
     rows = Rows.of([record(b"k" * 32, b"g" * 32, 0.0, 0.0, False, 0, 2)], io.BytesIO(b"{}"), 0)
     with pytest.raises(MoultError, match="train and val share 1 rows and 1 groups"):
-        prepare.check_overlap(rows, rows)
+        prepare.check_overlap({"train": rows.take([]), "test": rows.take([]), "val": rows} | {"train": rows})
 
 
 # --- what is dropped --------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_every_row_is_accounted_for(tmp_path):
         {"messages": [USER, ANSWER, USER]},
         {"\ud800": "a column whose name is no text"},
     ]
-    result = run(tmp_path, source=write(tmp_path / "rows.jsonl", rows), broken="drop", val_size=2)
+    result = run(tmp_path, source=write(tmp_path / "rows.jsonl", rows), broken="drop", val_size=2, test_size=None)
     ledger = result.ledger
     assert ledger["dropped"] == {"duplicate": 1, "empty": 1, "missing_column": 2, "unknown_role": 1}
     assert (ledger["read"], ledger["kept"], ledger["turns_cut"]) == (17, 12, 1)
@@ -166,7 +166,7 @@ def test_rows_keep_where_they_come_from_and_the_order_in_which_they_were_read(tm
         write(tmp_path / name, pairs(10, start))
         for name, start in (("b/x.jsonl", 0), ("a/x.jsonl", 50), ("y.jsonl", 90))
     ]
-    result = run(tmp_path, source=sources, val_size=3)
+    result = run(tmp_path, source=sources, val_size=3, test_size=None)
     rows = result.train + result.val
     assert len({row["id"] for row in rows}) == 30
     for row in rows:
@@ -183,7 +183,7 @@ def test_rows_keep_where_they_come_from_and_the_order_in_which_they_were_read(tm
 def test_one_file_may_be_read_both_ways(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"en": f"word {n}", "de": f"Wort {n}"} for n in range(10)])
     both = [{"path": path, "columns": {"prompt": a, "completion": b}} for a, b in (("en", "de"), ("de", "en"))]
-    result = run(tmp_path, source=both, val_size=4)
+    result = run(tmp_path, source=both, val_size=4, test_size=None)
     assert len({row["id"] for row in result.train + result.val}) == 20
     assert sorted(prompts(result.train + result.val))[:2] == ["Wort 0", "Wort 1"]
 
@@ -228,7 +228,7 @@ def test_real_english_and_chinese(tmp_path, shared, detector, lost):
     ledger = result.ledger
     assert ledger["read"] == 1999 == ledger["kept"] + sum(ledger["dropped"].values())
     assert ledger["dropped"]["duplicate"] == 22
-    rows = result.train + result.val
+    rows = result.train + result.val + result.test
     assert len(rows) == ledger["kept"] == 985 - lost
     assert {row["source"] for row in rows} == {0}
     assert not re.search(r"[\u3400-\u9fff]", json.dumps([row["messages"] for row in rows], ensure_ascii=False))
@@ -241,7 +241,7 @@ def test_the_demo(tmp_path, monkeypatch):
     result = run(tmp_path, **dataset)
     dropped = {f"language_{language}": 21 for language in ("de", "es", "fr", "zh")}
     assert result.ledger["dropped"] == {"duplicate": 8, "empty": 3, **dropped}
-    assert (result.ledger["read"], len(result.train), len(result.val)) == (815, 648, 72)
+    assert (result.ledger["read"], len(result.train), len(result.val), len(result.test)) == (815, 589, 71, 60)
     assert result.overlap == {"rows": 0, "groups": 0}
 
 

@@ -1,7 +1,8 @@
 """prepare writes the same bytes whatever the number of processes and the size of chunks, and those that it has always written.
 
-FIRST was made by the version that held all rows in memory (commit e695d3c). If a rule changes what is written, say so in
-CHANGELOG.md, and take the hashes that the test shows.
+FIRST was made by the first version with three parts. Until then, all rows were those of the version that held them in memory
+(commit e695d3c); only the split was changed. If a rule changes what is written, say so in CHANGELOG.md, and take the hashes that
+the test shows.
 """
 
 import csv
@@ -143,6 +144,7 @@ def lay_out(folder: Path) -> dict[str, dict]:
         "formats": {"source": [{"path": path, "weight": 0.5 + n / 4} for n, path in enumerate(formats)]},
         "odd rows": {"source": ["odd.jsonl", "odd.json"], "broken": "drop", "val_size": 0.2, "seed": 3},
         "sample": {"source": "spoken.jsonl", "sample_size": 123, "val_size": 20},
+        "three parts": {"source": ["spoken.jsonl", "more.jsonl"], "val_size": 0.1, "test_size": 50},
         "ties": {"source": ["spoken.jsonl", turned], "sample_size": 200},
         "languages": {"source": ["spoken.jsonl", "more.jsonl"], "languages": ["en", "zh"], "val_size": 37},
         "sample of a language": {
@@ -169,14 +171,15 @@ def lay_out(folder: Path) -> dict[str, dict]:
 
 
 FIRST = {
-    "formats": ["4f12acc742902ac8", "62cbeccdaabe8d2d", "3f0f45e54079b3fb"],
-    "odd rows": ["05d767e15fa4a716", "718eef090736388e", "ba9226c3203a21ce"],
-    "sample": ["2ed2875825133c40", "4a049351dd365d27", "0390e71b99a4f313"],
-    "ties": ["484f6fb234307946", "04373049133fafba", "255fe515e469fb7e"],
-    "languages": ["1730d8a81e2a150d", "437871d41eb2cd15", "8a749387fa026853"],
-    "sample of a language": ["3374644f9c04302d", "643d32ada475930f", "023b36b1dbbe79bf"],
-    "given validation rows": ["2dbfb6c81bba0975", "7e3e367b4cfd4cb4", "d83ab5f59bb5e36e"],
-    "first rows": ["bd82c9fdf6d40aa8", "995ddc23bc336790", "5ac55f0f40f0ed5b"],
+    "formats": ["a4baf2799d8cb446", "ebeabe896acb36a9", "ebeabe896acb36a9", "12a093ac146943ac"],
+    "odd rows": ["6566db632abfcb7f", "bf42d0e543f9842e", "bf42d0e543f9842e", "a7254202f8491f11"],
+    "sample": ["7e82eb9b2c9f7f85", "bde9919ac39a067e", "bde9919ac39a067e", "be86fe527fb0efbf"],
+    "three parts": ["feb74c25813bb5f7", "7a3765ef4f42879a", "5fcd6761485bc97b", "50a03d754452cbd9"],
+    "ties": ["80aa14195962979c", "db928715d222a1fa", "db928715d222a1fa", "353b5602f7c05512"],
+    "languages": ["7ffb5174849ce244", "683540f89415515e", "683540f89415515e", "9fa3913a67d11a25"],
+    "sample of a language": ["68afa4ca60abbc1d", "d8303d9389d6a3d1", "d8303d9389d6a3d1", "921a64a1ff8afe9c"],
+    "given validation rows": ["2dbfb6c81bba0975", "7e3e367b4cfd4cb4", "7e3e367b4cfd4cb4", "5e8bc5d8a953ed23"],
+    "first rows": ["f0a4d7c362ccfcf2", "cc3ed2bc7abfab8b", "cc3ed2bc7abfab8b", "e8ca4a64436b8500"],
 }
 
 
@@ -186,10 +189,10 @@ def outcome(folder: Path, threads: int, dataset: dict) -> list[str]:
     paths = arguments(folder, threads)
     prepare.prepare(stage_input(**dataset), SimpleNamespace(**paths), logging.getLogger("test"))
     metadata = json.loads(Path(paths["metadata"]).read_text())
-    for file in metadata["sources"] + metadata["val_sources"]:
+    for file in metadata["sources"] + metadata["val_sources"] + metadata["test_sources"]:
         del file["sha256"]
     del metadata["language_detector"]
-    texts = [Path(paths[part]).read_text() for part in ("train", "val")]
+    texts = [Path(paths[part]).read_text() for part in ("train", "val", "test")]
     return [sha256_text(text)[:16] for text in (*texts, canonical(metadata))]
 
 

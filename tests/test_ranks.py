@@ -85,5 +85,29 @@ def test_ddp_does_not_look_for_what_is_not_there(name, given, unused, monkeypatc
     assert args.ddp_find_unused_parameters is unused and args.ddp_broadcast_buffers is False
 
 
-def test_signals_are_those_that_ask_to_stop():
-    assert set(ranks.STOPS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+OTHERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT)
+
+
+@pytest.fixture
+def stop_signal():
+    """A StopSignal of this process, whose handlers end with the test."""
+    before = {number: signal.getsignal(number) for number in (*ASKING, *OTHERS)}
+    yield ranks.StopSignal()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_what_asks_to_stop_waits_for_the_end_of_a_step_and_else_stops_at_once(number, stop_signal):
+    assert signal.getsignal(number) == stop_signal._receive, "without it, the signal would end the tests"
+    with pytest.raises(SystemExit) as ended:
+        signal.raise_signal(number)
+    assert ended.value.code == UNFINISHED
+    stop_signal.received, stop_signal.training = None, True
+    signal.raise_signal(number)
+    assert stop_signal.received == number.name
+
+
+def test_other_signals_keep_their_meaning(stop_signal):
+    assert all(signal.getsignal(number) != stop_signal._receive for number in OTHERS)

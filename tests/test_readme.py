@@ -249,7 +249,7 @@ def test_all_recipes_are_valid_and_go_together(users_folder):
         for dataset in recipe.get("datasets", {}).values():
             entries = dataset["source"] if isinstance(dataset["source"], list) else [dataset["source"]]
             named = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
-            for path in [*named, *filter(None, [dataset.get("val_source")])]:
+            for path in [*named, *filter(None, (dataset.get("val_source"), dataset.get("test_source")))]:
                 file = users_folder / path.replace("*", "any")
                 file.parent.mkdir(exist_ok=True)
                 file.touch()

@@ -291,7 +291,7 @@ def test_broken_error_stops_at_rows_without_a_user_turn(tmp_path):
 
 def test_rows_without_a_user_turn_are_grouped_by_what_comes_before_the_answer(tmp_path):
     rows = [{"messages": [{**SYSTEM, "content": f"s {n % 10}"}, {**ANSWER, "content": f"a {n}"}]} for n in range(40)]
-    result = run(tmp_path, source=write(tmp_path / "rows.jsonl", rows), val_size=8)
+    result = run(tmp_path, source=write(tmp_path / "rows.jsonl", rows), val_size=8, test_size=None)
     assert (result.val_summary["groups"], result.train_summary["groups"]) == (2, 8)
 
 

@@ -56,7 +56,7 @@ def test_each_answer_that_none_follows_ends_a_conversation(tmp_path, run_script,
     assert len(rows) == 8 * len(paths)
     assert f"{len(MESSAGES)} messages in 8 trees: {len(rows)} conversations" in result.stderr
     assert f"{len(MESSAGES) - 8 * (4 + len(paths[1:]))} messages are in none" in result.stderr
-    prepared = run(tmp_path, source=str(tmp_path / "rows.jsonl"), val_size=0.25)
+    prepared = run(tmp_path, source=str(tmp_path / "rows.jsonl"), val_size=2 * len(paths), test_size=None)
     assert prepared.ledger["unused_columns"] == prepared.ledger["dropped"] == {}
     for part in (prepared.train, prepared.val):
         assert {row["messages"][0]["role"] for row in part} == {"user"}

@@ -143,7 +143,7 @@ def measured(tmp_path):
         )
     write_jsonl(tmp_path / "answers.jsonl", rows)
     messages = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "?"}]
-    write_jsonl(tmp_path / "val.jsonl", [{"id": "three", "messages": messages}])
+    write_jsonl(tmp_path / "test.jsonl", [{"id": "three", "messages": messages}])
     make_run(tmp_path, "run")
     write_json(tmp_path / "merge.json", {"files": sha256_folder(tmp_path / "merged"), "adapter": {}})
     write_json(tmp_path / "merge_check.json", {"dtype": "float32"})
@@ -156,7 +156,7 @@ def start_smoke_test(folder: Path, fake: str, serve: dict | None = None, dtype: 
     settings["eval"] = {"prompts": prompts, "max_new_tokens": 8}
     command = [sys.executable, ROOT / "scripts" / "smoke_test.py", "--run", "run", "--settings", json.dumps(settings)]
     for name, file in (
-        *(("answers", "answers.jsonl"), ("merge-check", "merge_check.json"), ("rows", "val.jsonl"), ("base", "base")),
+        *(("answers", "answers.jsonl"), ("merge-check", "merge_check.json"), ("rows", "test.jsonl"), ("base", "base")),
         *(("adapter", "adapter"), ("merged", "merged"), ("merge", "merge.json"), ("plan", "plan.json")),
         *(("result", "smoke_test.json"), ("log-file", "smoke_test.log")),
     ):

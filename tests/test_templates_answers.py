@@ -49,11 +49,11 @@ def run(tmp_path):
             for number, content in enumerate(contents)
         ]
         write_json(tmp_path / "model.json", {"folder": str(model)})
-        for part in ("train", "val"):
+        for part in ("train", "val", "test"):
             write_jsonl(tmp_path / f"{part}.jsonl", rows)
         settings = {"chat_template": template, "chat_template_kwargs": {}, "trust_remote_code": False}
         settings |= {"max_length": 256, "overlength": "drop", "max_token_loss": 0.1, "unrenderable": "error"}
-        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val", "test")}
         said: list[str] = []
         say = lambda text, *words: said.append(text % words)  # noqa: E731
         arguments = Namespace(
@@ -224,9 +224,9 @@ def test_the_report_holds_the_named_templates(run, tmp_path):
     model = make_tokenizer(tmp_path / "model", template={"default": PLAIN, "tool_use": OBJECT, "rag": PLAIN + "rag"})
     made = run(model, [ANSWERED], TOOLS)
     told = made.report["template"]
-    assert told["named"] == {"tool_use": OBJECT, "rag": PLAIN + "rag"} and told["tool_use_rows"] == 2
+    assert told["named"] == {"tool_use": OBJECT, "rag": PLAIN + "rag"} and told["tool_use_rows"] == 3
     assert (tmp_path / "tokens/chat_template.jinja").read_text() == PLAIN
-    assert "tool_use for 2 rows with tools" in made.said
+    assert "tool_use for 3 rows with tools" in made.said
     assert run(model, [ASKED], template="chatml").report["template"].keys() == {"date", "origin", "sha256"}
 
 

@@ -44,7 +44,12 @@ def test_the_demo_teaches_something(demo):
 def test_everything_that_the_design_promises_is_there(demo):
     results = demo / "results"
     for path in (
-        *("prepared/demo/train.jsonl", "prepared/demo/val.jsonl", "prepared/demo/metadata.json"),
+        *(
+            "prepared/demo/train.jsonl",
+            "prepared/demo/val.jsonl",
+            "prepared/demo/test.jsonl",
+            "prepared/demo/metadata.json",
+        ),
         *(
             "demo/tokens/report.json",
             "demo/tokens/preview.html",

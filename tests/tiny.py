@@ -44,7 +44,7 @@ def make_tokens(
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1)
-    for part in ("train", "val"):
+    for part in ("train", "val", "test"):
         table = []
         for index in range(rows):
             size = length - index % 5
@@ -73,6 +73,7 @@ def make_tokens(
         "max_length": length,
         "train": {"sequences": rows, "tokens": rows * length, "length": lengths},
         "val": {"sequences": rows, "length": lengths},
+        "test": {"sequences": rows, "length": lengths},
     }
     (folder / "report.json").write_text(json.dumps(report))
     return folder

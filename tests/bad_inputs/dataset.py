@@ -248,25 +248,25 @@ CASES = [
         (
             "prepare failed: no training row is left of 40 (dropped: 40 language_en)\n"
             "what to do: loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, "
-            "broken"
+            "test_size, broken"
         ),
         data(languages=["ja"]),
     ),
     Case(
         "one row",
         (
-            "prepare failed: 1 rows in 1 groups cannot be split into train and 1 val rows\n"
-            "what to do: set datasets.<name>.val_size, val_source, or columns.group (rows with the same prompt "
-            "are one group)"
+            "prepare failed: 1 rows in 1 group cannot be split into train and val\n"
+            "what to do: set datasets.<name>.val_size, test_size, val_source, test_source, or columns.group (rows with "
+            "the same prompt are one group)"
         ),
         rows=ROWS[:1],
     ),
     Case(
         "all rows with one prompt",
         (
-            "prepare failed: 9 rows in 1 groups cannot be split into train and 1 val rows\n"
-            "what to do: set datasets.<name>.val_size, val_source, or columns.group (rows with the same prompt "
-            "are one group)"
+            "prepare failed: 9 rows in 1 group cannot be split into train and val\n"
+            "what to do: set datasets.<name>.val_size, test_size, val_source, test_source, or columns.group (rows with "
+            "the same prompt are one group)"
         ),
         rows=[{"prompt": "a", "completion": str(n)} for n in range(9)],
     ),
@@ -275,7 +275,7 @@ CASES = [
         (
             "prepare failed: no training row is left of 40 (dropped: 40 in_val)\n"
             "what to do: loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, "
-            "broken"
+            "test_size, broken"
         ),
         data(val_source="rows.jsonl"),
     ),
@@ -289,10 +289,10 @@ CASES = [
         (
             "encode failed: max_length 1,024 removes 99.9% of the trained train tokens (1 sequences, 2.6%, are "
             "longer), more than max_token_loss 10.0%\n"
-            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,014, "
-            "100% fit into 250,014), or max_token_loss"
+            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,016, "
+            "100% fit into 250,016), or max_token_loss"
         ),
-        rows=[*ROWS, {"prompt": "How many?", "completion": "two " * 250_000}],
+        rows=[*ROWS, {"prompt": "How many are there?", "completion": "two " * 250_000}],
     ),
     Case(
         "every row too long",

@@ -243,6 +243,7 @@ def test_any_row_is_written_or_counted(tmp_path, rows, columns, languages):
     settings = {
         "sources": [source, {**source, "columns": columns}],
         "val_sources": [],
+        "test_sources": [],
         "split": "train",
         "max_rows": 10**9,
         "languages": languages,
@@ -251,9 +252,10 @@ def test_any_row_is_written_or_counted(tmp_path, rows, columns, languages):
         "broken": "drop",
         "sample_size": "full",
         "val_size": 0.3,
+        "test_size": 0.3,
         "seed": 0,
     }
-    outputs = ("train.jsonl", "val.jsonl", "metadata.json")
+    outputs = ("train.jsonl", "val.jsonl", "test.jsonl", "metadata.json")
     paths = {name.partition(".")[0]: str(tmp_path / name) for name in outputs}
     try:
         prepare.prepare(settings, SimpleNamespace(**paths, threads=1), logging.getLogger("test"))

@@ -43,10 +43,10 @@ def stages(config: dict, threads: int) -> None:
     folder = "results/odd"
     files = {
         name: f"{folder}/{name}{suffix}"
-        for name, suffix in (("train", ".jsonl"), ("val", ".jsonl"), ("metadata", ".json"))
+        for name, suffix in (("train", ".jsonl"), ("val", ".jsonl"), ("test", ".jsonl"), ("metadata", ".json"))
     }
     prepare.prepare(stage_settings(config, "prepare", "odd"), SimpleNamespace(**files, threads=threads), LOG)
-    given_rows = {name: files[name] for name in ("train", "val")}
+    given_rows = {name: files[name] for name in ("train", "val", "test")}
     templates = str(ROOT / "config" / "chat_templates")
     tokens = f"{folder}/tokens"
     arguments = SimpleNamespace(**given_rows, model="base", templates=templates, out=tokens, threads=threads)

@@ -206,7 +206,14 @@ class Bench:
         rows = 120 if self.tiny else 2000
         write_jsonl(self.out / "rows.jsonl", made_up_rows(rows))
         prepared = self.out / "prepared"
-        files = ("--train", prepared / "train.jsonl", "--val", prepared / "val.jsonl")
+        files = (
+            "--train",
+            prepared / "train.jsonl",
+            "--val",
+            prepared / "val.jsonl",
+            "--test",
+            prepared / "test.jsonl",
+        )
         options = ("--settings", self.settings("prepare", "small"), *files, "--metadata", prepared / "metadata.json")
         self.stage("prepare", *options, case="data")
         tokens = ("--out", self.out / "tokens", "--threads", 4)
@@ -375,7 +382,8 @@ class Bench:
                 "evaluate_model",
                 *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
                 *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
-                *("--answers", folder / "tuned" / "answers.jsonl", "--base", self.base("small")),
+                *("--answers", folder / "tuned" / "answers.jsonl", "--general", folder / "tuned" / "general.jsonl"),
+                *("--kept", folder / "tuned" / "kept", "--base", self.base("small")),
                 *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
                 case="evaluate",
             )
@@ -398,7 +406,7 @@ class Bench:
             *("--answers", folder / "tuned" / "answers.jsonl", "--merge-check", folder / "tuned" / "merge_check.json"),
             *(
                 "--rows",
-                self.out / "prepared" / "val.jsonl",
+                self.out / "prepared" / "test.jsonl",
                 "--adapter",
                 folder / "adapter",
                 "--merged",

@@ -1,6 +1,6 @@
 """What a person sees of a stage while it runs: a line for each thing worth knowing, and one progress bar.
 
-    17:03:12 prepare        demo: 645 train and 72 val rows; dropped: 8 duplicate
+    17:03:12 prepare        demo: 568 train, 77 val, 72 test rows; dropped: 8 duplicate
     finetune demo: steps:  41%|████      | 82/200 [00:11<00:15,  7.6it/s, loss 0.022]
 
 `demo` is the run or dataset. On a terminal the bar stands below the lines; elsewhere (a file, Slurm, CI) it is a line now and

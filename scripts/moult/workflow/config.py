@@ -18,6 +18,7 @@ from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
 from moult.workflow.conflicts import run_problems
 from moult.workflow.hints import unknown_key
+from moult.workflow.seeds import with_seeds
 
 # Folders below results/ that are not runs.
 RESERVED = ("prepared", "models", "datasets", "summary")
@@ -65,7 +66,7 @@ def load_schema(folder: str) -> dict:
 
 
 def resolve(config: dict, schema: dict) -> dict:
-    """The config with all defaults, and `runs` completed: every run with its whole settings.
+    """The config with all defaults, and `runs` completed: every run with its whole settings, and those of further seeds.
 
     Raises ConfigError with every problem that can be seen without reading data or models.
     """
@@ -87,11 +88,12 @@ def resolve(config: dict, schema: dict) -> dict:
         del config["datasets"][name]
     over_datasets = config["override"].get("dataset", {})
     config["datasets"] = {name: merged(dataset, over_datasets) for name, dataset in config["datasets"].items()}
-    config["runs"], problems = _resolve_runs(config, schema, removed)
-    problems += _name_problems(config)
-    for name, run in config["runs"].items():
+    runs, problems = _resolve_runs(config, schema, removed)
+    for name, run in runs.items():
         problems += run_problems(name, run, config["datasets"].get(run["dataset"]))
         problems += _shortened(run["serve"]["vllm"], schema["$defs"]["serve"]["properties"]["vllm"]["properties"])
+    config["runs"], clashes = with_seeds(runs)
+    problems += clashes or _name_problems(config)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # the runs share most of their settings
     return {key: value for key, value in config.items() if key in known}
@@ -333,6 +335,8 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
             hint = f"; did you mean {close[0]}?" if close else f"; there are: {some(config['datasets'])}"
             problems.append(f"{key}: no dataset is named {dataset}{hint}")
             continue
+        if "seed" in override and override["seed"] != override.get("seeds", [override["seed"]])[0]:
+            problems.append(f"runs.{name}.seed: the seed of a run is the first of its seeds; leave one of the two out")
         base = shared
         if "name" in override.get("model", {}):
             base = {**shared, "model": no_model}

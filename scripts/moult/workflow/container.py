@@ -100,7 +100,7 @@ def _read(config: dict) -> Iterator[str]:
         if run["model"]["chat_template"]:
             yield run["model"]["chat_template"]
     for dataset in config["datasets"].values():
-        for source in filter(None, (dataset["source"], dataset["val_source"])):
+        for source in filter(None, (dataset["source"], dataset["val_source"], dataset["test_source"])):
             for entry in source_entries(source, dataset):
                 if is_local(entry["path"]):
                     yield from _with_links(entry["path"])

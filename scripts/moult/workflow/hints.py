@@ -18,8 +18,10 @@ ALIASES = {
     " quantization_config quantize",
     "model.revision": "base_model_revision model_revision",
     "datasets.<name>.source": "path file files data data_files data_path dataset_path dataset_name train_file file_name",
-    "datasets.<name>.val_source": "eval_dataset test_dataset validation_file val_file eval_file",
-    "datasets.<name>.val_size": "val_set_size eval_size test_size validation_size validation_split val_split eval_split",
+    "datasets.<name>.val_source": "eval_dataset validation_file val_file eval_file",
+    "datasets.<name>.test_source": "test_dataset test_file",
+    "datasets.<name>.val_size": "val_set_size eval_size validation_size validation_split val_split eval_split",
+    "datasets.<name>.test_size": "test_set_size test_split",
     "datasets.<name>.sample_size": "max_samples num_samples max_train_samples",
     "datasets.<name>.subset": "config_name dataset_config dataset_config_name",
     "datasets.<name>.max_length": "cutoff_len cutoff_length sequence_len sequence_length seq_len seq_length max_seq_len max_len"

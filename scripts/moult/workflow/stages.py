@@ -27,11 +27,13 @@ class Places(NamedTuple):
     prepared: str = "prepared/{ds}"
     train_rows: str = "prepared/{ds}/train.jsonl"
     val_rows: str = "prepared/{ds}/val.jsonl"
+    test_rows: str = "prepared/{ds}/test.jsonl"
     ledger: str = "prepared/{ds}/metadata.json"
     # encode; shared by the runs with the same data, model and template (`encoded_as`)
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
     val_tokens: str = "{run}/tokens/val.parquet"
+    test_tokens: str = "{run}/tokens/test.parquet"
     template: str = "{run}/tokens/chat_template.jinja"
     report: str = "{run}/tokens/report.json"
     preview: str = "{run}/tokens/preview.html"
@@ -49,10 +51,14 @@ class Places(NamedTuple):
     base: str = "{run}/base"
     base_likelihood: str = "{run}/base/likelihood.jsonl"
     base_answers: str = "{run}/base/answers.jsonl"
+    base_general: str = "{run}/base/general.jsonl"
+    base_kept: str = "models/{model}.answers"  # no output; for all runs of the model
     # evaluate_tuned
     tuned: str = "{run}/tuned"
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
+    tuned_general: str = "{run}/tuned/general.jsonl"
+    tuned_kept: str = "{run}/tuned/kept"  # no output
     merge_check: str = "{run}/tuned/merge_check.json"
     # score
     metrics: str = "{run}/metrics.json"
@@ -161,12 +167,13 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         "broken",
         "sample_size",
         "val_size",
+        "test_size",
     )
     sources = {
         key: source_entries(dataset[old], dataset) if dataset[old] else []
-        for key, old in (("sources", "source"), ("val_sources", "val_source"))
+        for key, old in (("sources", "source"), ("val_sources", "val_source"), ("test_sources", "test_source"))
     }
-    for entry in [*sources["sources"], *sources["val_sources"]]:
+    for entry in [entry for entries in sources.values() for entry in entries]:
         if not is_local(entry["path"]):
             entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
@@ -212,7 +219,7 @@ def _finetune(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
     # `expect` is score's: a changed expectation needs no new answers.
     prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
-    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens", "forgetting")
     return {
         "eval": {**own, "prompts": prompts},
         **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
@@ -234,8 +241,8 @@ def evaluation_gpus(run: dict) -> int:
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
-    return {"eval": _pick(run["eval"], *keys), "seed": run["seed"]}
+    keys = ("perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit", "confidence", "resamples", *limits)
+    return {"eval": _pick(run["eval"], *keys), **_pick(run, "seed", "seeds")}
 
 
 def _merge(config: dict, run: dict, dataset: dict) -> dict:
