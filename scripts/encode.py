@@ -12,7 +12,6 @@ moult/data/labels.py makes and checks the labels. This script counts them and ha
 Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
 """
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -53,9 +52,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
-    # A tokenizer that brings its own code may import torch.
-    light = contextlib.nullcontext() if args.settings["trust_remote_code"] else without_torch()
-    with stage("encode", args.log_file, args.settings) as log, light:
+    with stage("encode", args.log_file, args.settings) as log, without_torch(args.settings["trust_remote_code"]):
         encode(args.settings, args, log)
 
 

@@ -17,12 +17,12 @@ Template = str | dict[str, str]
 
 
 @contextlib.contextmanager
-def without_torch() -> Iterator[None]:
-    """Meanwhile transformers finds no torch, unless it is there already.
+def without_torch(own_code: bool) -> Iterator[None]:
+    """Meanwhile transformers finds no torch, unless it is there already, or the tokenizer's `own_code` may ask for it.
 
     It imports torch beside each tokenizer, and does not need it: 1.1 of the 2.2 seconds that encode took to start.
     """
-    if "torch" in sys.modules:
+    if own_code or "torch" in sys.modules:
         yield
         return
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would tell that there is no torch
