@@ -2,6 +2,7 @@
 
 Reads:  base model or merged model, test tokens, prompts
 Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl, general.jsonl; tuned/merge_check.json
+Keeps:  results/models/<model>.answers/ and results/<run>/tuned/kept/: answers that need not be generated again
 """
 
 # What shows what tuning has broken (moult/measuring/forgetting.py).
@@ -38,13 +39,14 @@ rule evaluate_base:
         code=code_of("evaluate_model", GENERAL_TEXT, INSTRUCTIONS),
         tokens=folder_of("report"),
         gpus=untracked(of_run(evaluation_gpus)),
+        kept=lambda wildcards, input: str(Path(input.model).with_suffix(Path(at.base_kept).suffix)),
         # Untracked: a changed check needs no new answers.
         checks=untracked(of_run(lambda run: canonical(run["eval"]))),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
-            --checks {params.checks:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --kept {params.kept:q} --checks {params.checks:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """
 
 
@@ -77,10 +79,11 @@ rule evaluate_tuned:
         script=script_of("evaluate_model"),
         code=code_of("evaluate_model", GENERAL_TEXT, INSTRUCTIONS),
         tokens=folder_of("report"),
+        kept=lambda wildcards, output: Path(output.answers).with_name(Path(at.tuned_kept).name),
         gpus=untracked(of_run(evaluation_gpus)),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
-            --base {input.model:q} --adapter {input.adapter:q} --merge-check {output.merge_check:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --base {input.model:q} --adapter {input.adapter:q} --merge-check {output.merge_check:q} --kept {params.kept:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """

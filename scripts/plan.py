@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from moult.data.token_file import lengths_of
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
 from moult.measuring.foresight import tell_power
@@ -115,7 +116,7 @@ def plan(settings: dict, args, log) -> None:
         "quantization": quantization,
         "steps": steps,
         "memory": memory,
-        "disk": estimate_disk(tensors, trainable, settings["train"]),
+        "disk": estimate_disk(tensors, trainable, settings["train"], report["train"]["tokens"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
         "serve": {
@@ -351,11 +352,16 @@ def count_steps(tokens: str, report: dict, train: dict) -> dict:
 
 
 def packed_count(tokens: str, report: dict, train: dict) -> int:
-    import pyarrow.parquet
+    import pyarrow as pa
     from datasets import Dataset
     from trl import pack_dataset
 
-    rows = Dataset(pyarrow.parquet.read_table(Path(tokens) / "train.parquet", columns=["input_ids", "labels"]))
+    # Only the lengths matter: lists of as many nulls, which take up no memory.
+    chunks = []
+    for lengths in lengths_of(Path(tokens) / "train.parquet"):
+        ends = lengths.cumsum()
+        chunks.append(pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), pa.nulls(int(ends[-1]))))
+    rows = Dataset(pa.table({"input_ids": pa.chunked_array(chunks)}))
     return len(pack_dataset(rows, report["max_length"], train["packing_strategy"]))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from configs import config
+from configs import SCHEMA, config
 from jsonschema import Draft202012Validator
 from workflow import checkout, planned, set_key, snakemake
 
@@ -17,7 +17,7 @@ from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.seeds import is_larger, spread, student, with_seeds
 from moult.measuring.table import between_seeds
-from moult.workflow.config import ConfigError
+from moult.workflow.config import ConfigError, resolve
 from moult.workflow.seeds import asked_for, seed_runs
 from moult.workflow.stages import STAGES, encoded_as, measured_as, places_of, stage_settings
 
@@ -28,19 +28,16 @@ SEVERAL = "runs: {a: {seeds: [3, 1, 0], lora: {r: 8}}, v: {dataset: a, seed: 7}}
 
 def test_each_further_seed_is_a_run_beside_the_first():
     runs = config(SEVERAL)["runs"]
-    assert {name: (run["seed"], run["seeds"]) for name, run in runs.items()} == {
-        "a": (3, [3, 1, 0]),
-        "a-seed1": (1, [1]),
-        "a-seed0": (0, [0]),
-        "b": (0, [0]),
-        "v": (7, [7]),
-    }
-    own = ("seed", "seeds", "seed_of")
+    assert {name: run["seed"] for name, run in runs.items()} == {"a": 3, "a-seed1": 1, "a-seed0": 0, "b": 0, "v": 7}
+    assert [name for name, run in runs.items() if "seeds" in run] == ["a"]
     for name in seed_runs("a", runs["a"]):
-        assert [{key: value for key, value in runs[run].items() if key not in own} for run in ("a", name)] == [
-            {key: value for key, value in runs["a"].items() if key not in own}
-        ] * 2
+        assert runs[name] | {"seed": 3, "seeds": [3, 1, 0]} == runs["a"]
     assert asked_for(runs) == ["a", "b", "v"] and seed_runs("b", runs["b"]) == []
+
+
+def test_what_is_resolved_can_be_resolved_again():
+    resolved = config(SEVERAL)
+    assert resolve(resolved, SCHEMA) == resolved
 
 
 def test_only_training_and_score_know_of_the_seed():
@@ -70,12 +67,16 @@ def test_they_share_tokens_and_the_measurement_of_the_base():
         ("{a: {seeds: [3, x]}}", "runs.a.seeds.1: expected integer, got 'x'"),
         ("{a: {seeds: 3}}", "runs.a.seeds: expected array, got 3"),
         (
-            "{a: {seed: 3, seeds: [3, 1]}}",
+            "{a: {seed: 1, seeds: [3, 1]}}",
             "runs.a.seed: the seed of a run is the first of its seeds; leave one of the two out",
         ),
         (
             "{a: {seeds: [3, 1]}, a-seed1: {dataset: a}}",
             "runs.a.seeds: the run of seed 1 is named a-seed1, which is there; rename that",
+        ),
+        (
+            f"{{{'x' * 60}: {{dataset: a, seeds: [3, 1]}}}}",
+            f"runs.{'x' * 60}: the run of seed 1 is named {'x' * 60}-seed1, which is too long; shorten the name",
         ),
         (
             "{a: {seeds: [3, 1]}, A-seed1: {dataset: a}}",
@@ -168,12 +169,13 @@ def measured(folder, gain: float, right: float) -> str:
         for row in range(40)
     ]
     answers = [
-        {"kind": "row", "id": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes", "stopped": True}
-        | {"answer": "yes" if row < right * 40 else "no"}
+        {"kind": "row", "id": str(row), "group": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes"}
+        | {"answer": "yes" if row < right * 40 else "no", "stopped": True}
         for row in range(40)
     ]
     write_jsonl(folder / "likelihood.jsonl", rows)
     write_jsonl(folder / "answers.jsonl", answers)
+    write_jsonl(folder / "general.jsonl", [])
     write_json(folder / "merge_check.json", {"mean_kl": 0.0, "top1_agreement": 1.0, "positions": 50})
     return str(folder)
 
@@ -212,9 +214,12 @@ def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     weighed = with_seeds(verdict, found["measurements"])
     assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed"])
     low, high = loss["interval"]
-    deviation = f"±{loss['standard_deviation']:.2g} between seeds"
-    said = f"loss, 3 seeds: {loss['mean']:+.3g} on average, {deviation} [{low:+.3g}, {high:+.3g}]"
+    spread_of = f"±{loss['standard_deviation']:.2g} between seeds [{low:+.3g}, {high:+.3g}]"
+    said = f"loss, 3 seeds: {loss['mean']:+.3g} nats per token on average, {spread_of}"
     assert said in weighed["reasons"] and f"  {said}\n" in between_seeds(found)
+    assert any(
+        "rows passed, 3 seeds: +83.3 points on average, ±29 between seeds" in line for line in weighed["reasons"]
+    )
 
 
 def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):

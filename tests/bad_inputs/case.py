@@ -21,7 +21,7 @@ SECRET = "correct-horse-battery-staple"
 ROWS = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {2 * n}."} for n in range(40)]
 CONFIG = {
     "model": {"name": "base"},
-    "datasets": {"demo": None, "d": {"source": "rows.jsonl"}},
+    "datasets": {"demo": None, "d": {"source": "rows.jsonl", "val_size": 2, "test_size": None}},
     "lora": {"r": 2},
     "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
     "eval": {"answer_rows": 2, "max_new_tokens": 4, "resamples": 100, "merge_check_rows": 1},

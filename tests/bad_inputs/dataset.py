@@ -289,10 +289,10 @@ CASES = [
         (
             "encode failed: max_length 1,024 removes 99.9% of the trained train tokens (1 sequences, 2.6%, are "
             "longer), more than max_token_loss 10.0%\n"
-            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,014, "
-            "100% fit into 250,014), or max_token_loss"
+            "what to do: raise datasets.<name>.max_length (95% fit into 30, 99% fit into 250,016, "
+            "100% fit into 250,016), or max_token_loss"
         ),
-        rows=[*ROWS, {"prompt": "How many?", "completion": "two " * 250_000}],
+        rows=[*ROWS, {"prompt": "How many are there?", "completion": "two " * 250_000}],
     ),
     Case(
         "every row too long",

@@ -383,7 +383,7 @@ class Bench:
                 *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
                 *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
                 *("--answers", folder / "tuned" / "answers.jsonl", "--general", folder / "tuned" / "general.jsonl"),
-                *("--base", self.base("small")),
+                *("--kept", folder / "tuned" / "kept", "--base", self.base("small")),
                 *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
                 case="evaluate",
             )

@@ -63,11 +63,13 @@ class Places(NamedTuple):
     base_likelihood: str = "{run}/base/likelihood.jsonl"
     base_answers: str = "{run}/base/answers.jsonl"
     base_general: str = "{run}/base/general.jsonl"
+    base_kept: str = "models/{model}.answers"  # no output; for all runs of the model
     # evaluate_tuned
     tuned: str = "{run}/tuned"
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
     tuned_general: str = "{run}/tuned/general.jsonl"
+    tuned_kept: str = "{run}/tuned/kept"  # no output
     merge_check: str = "{run}/tuned/merge_check.json"
     # benchmark_base; shared by the runs that ask the base the same (`benchmarked_as`)
     base_benchmark: str = "{run}/benchmark_base/{benchmark}.jsonl"
