@@ -48,7 +48,7 @@ def with_seeds(verdict: dict, measurements: dict[str, Spread]) -> dict:
     if lucky and not better:
         word = "hurt" if verdict["worse"] else "inconclusive"
     reasons = [
-        f"{name}, {in_words(found)}{', which is no larger than the difference between them' if name in lucky else ''}"
+        f"{name}, {in_words(name, found)}{', which is no larger than the difference between them' if name in lucky else ''}"
         for name, found in measurements.items()
     ]
     return {
@@ -66,12 +66,11 @@ def is_larger(found: Spread) -> bool:
     return min(sign * limit for limit in found["interval"]) > 0
 
 
-def in_words(found: Spread) -> str:
-    low, high = found["interval"]
-    return (
-        f"{len(found['by_seed'])} seeds: {found['mean']:+.3g} on average, ±{found['standard_deviation']:.2g} between seeds "
-        f"[{low:+.3g}, {high:+.3g}]"
-    )
+def in_words(name: str, found: Spread) -> str:
+    scale, unit = (1, "nats per token") if name == "loss" else (100, "points")
+    average, low, high = (f"{scale * figure:+.3g}" for figure in (found["mean"], *found["interval"]))
+    between = f"±{scale * found['standard_deviation']:.2g} between seeds"
+    return f"{len(found['by_seed'])} seeds: {average} {unit} on average, {between} [{low}, {high}]"
 
 
 @lru_cache
