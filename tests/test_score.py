@@ -297,7 +297,7 @@ def test_few_groups_are_no_evidence(rows, word, tmp_path):
     metrics = run(tmp_path, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
     assert metrics["verdict"]["verdict"] == word
     if word == "inconclusive":
-        reason = f"; these {rows // 2} groups of rows are too few to show any difference"
+        reason = f"; too few to show any difference: {rows // 2} groups of rows"
         assert metrics["verdict"]["reasons"][0].endswith(reason)
 
 
@@ -307,7 +307,7 @@ def test_a_verdict_names_its_evidence(tmp_path):
     assert verdict["worse"] == ["loss"] and verdict["better"] == ["rows passed"]
     assert verdict["unclear"] == ["prompts passed", "instructions passed"]
     assert verdict["smallest_effect"]["prompts passed"] is None
-    assert verdict["reasons"][1].endswith("; these 1 prompts are too few to show any difference")
+    assert verdict["reasons"][1].endswith("; too few to show any difference: 1 prompts")
     assert verdict["reasons"][0].startswith("loss worse: +0.919 nats per token [+")
     assert verdict["reasons"][-1] == "answers that stop: 100% -> 39%"
 
