@@ -1,8 +1,12 @@
 """Measure the base and the tuned model on the same token ids.
 
 Reads:  base model or merged model, test tokens, prompts
-Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl; tuned/merge_check.json
+Writes: results/<run>/base/ and results/<run>/tuned/: likelihood.jsonl, answers.jsonl, general.jsonl; tuned/merge_check.json
+Keeps:  results/models/<model>.answers/ and results/<run>/tuned/kept/: answers that need not be generated again
 """
+
+# What shows what tuning has broken (moult/measuring/forgetting.py).
+GENERAL_TEXT, INSTRUCTIONS = "scripts/moult/measuring/general_text.txt", "scripts/moult/measuring/instructions.jsonl"
 
 
 rule evaluate_base:
@@ -19,6 +23,7 @@ rule evaluate_base:
     output:
         likelihood=at.base_likelihood,
         answers=at.base_answers,
+        general=at.base_general,
     log:
         "<logs>/{run}/evaluate_base.log",
     benchmark:
@@ -31,13 +36,17 @@ rule evaluate_base:
     params:
         settings=settings("evaluate_base"),
         script=script_of("evaluate_model"),
-        code=code_of("evaluate_model"),
+        code=code_of("evaluate_model", GENERAL_TEXT, INSTRUCTIONS),
         tokens=folder_of("report"),
         gpus=untracked(of_run(evaluation_gpus)),
+        kept=lambda wildcards, input: str(Path(input.model).with_suffix(Path(at.base_kept).suffix)),
+        # Untracked: a changed check needs no new answers.
+        checks=untracked(of_run(lambda run: canonical(run["eval"]))),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --likelihood {output.likelihood:q} --answers {output.answers:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
+            --kept {params.kept:q} --checks {params.checks:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """
 
 
@@ -54,6 +63,7 @@ rule evaluate_tuned:
     output:
         likelihood=at.tuned_likelihood,
         answers=at.tuned_answers,
+        general=at.tuned_general,
         merge_check=at.merge_check,
     log:
         "<logs>/{run}/evaluate_tuned.log",
@@ -67,12 +77,13 @@ rule evaluate_tuned:
     params:
         settings=settings("evaluate_tuned"),
         script=script_of("evaluate_model"),
-        code=code_of("evaluate_model"),
+        code=code_of("evaluate_model", GENERAL_TEXT, INSTRUCTIONS),
         tokens=folder_of("report"),
+        kept=lambda wildcards, output: Path(output.answers).with_name(Path(at.tuned_kept).name),
         gpus=untracked(of_run(evaluation_gpus)),
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
-            --likelihood {output.likelihood:q} --answers {output.answers:q} --base {input.model:q} --adapter {input.adapter:q} \
-            --merge-check {output.merge_check:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
+            --base {input.model:q} --adapter {input.adapter:q} --merge-check {output.merge_check:q} --kept {params.kept:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """

@@ -10,8 +10,10 @@ rule score:
     input:
         base=of_base_measurer(at.base_likelihood),
         base_answers=of_base_measurer(at.base_answers),
+        base_general=of_base_measurer(at.base_general),
         tuned=at.tuned_likelihood,
         tuned_answers=at.tuned_answers,
+        tuned_general=at.tuned_general,
         merge_check=at.merge_check,
         prepared=of_dataset(at.ledger),
         report=of_encoder(at.report),
@@ -34,7 +36,7 @@ rule score:
     params:
         settings=settings("score"),
         script=script_of("score"),
-        code=code_of("score", "scripts/moult/measuring/metrics.schema.json"),
+        code=code_of("score", "scripts/moult/measuring/metrics.schema.json", INSTRUCTIONS),
         base=folder_of("base"),
         tuned=folder_of("tuned"),
         tokens=folder_of("report"),

@@ -1,7 +1,9 @@
-"""Measure a model: the likelihood of the answers in the test rows, and the answers that the model gives itself.
+"""Measure a model: the likelihood of the answers in the test rows, and the answers that the model gives itself. What
+tuning may have broken, too: the likelihood of a general text, and answers to plain instructions.
 
     python scripts/evaluate_model.py --settings '{"eval": {...}, ...}' --model results/demo/merged --tokens results/demo/tokens \\
-        --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl
+        --likelihood results/demo/tuned/likelihood.jsonl --answers results/demo/tuned/answers.jsonl \\
+        --general results/demo/tuned/general.jsonl --kept results/demo/tuned/kept
 
 The rules evaluate_base and evaluate_tuned run it; runs with the same model and data share the result of evaluate_base. score
 compares the two. Both models get the same token ids, from encode. Decoding is greedy. With --adapter, --base and
@@ -9,26 +11,27 @@ compares the two. Both models get the same token ids, from encode. Decoding is g
 (model.quantization), also with that.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
+from moult.data.token_file import rows_of
 from moult.files import read_json, sha256_text, write_json, write_jsonl
-from moult.measuring.likelihood import MAX_TOKENS, batches, likelihood, scored_logits
-from moult.model.chat import Chat, prompt_of
-from moult.model.device import enough_memory, limit_threads, load_model, pick
-from moult.model.estimates import cache_bytes
+from moult.measuring.answers import KeptAnswers, answer, window_of
+from moult.measuring.checks import PART, check, expectations
+from moult.measuring.foresight import rows_apart, tell_power
+from moult.measuring.forgetting import general_texts, instructions
+from moult.measuring.likelihood import likelihood, scored_logits
+from moult.model.chat import Chat, Unrenderable, messages_of, prompt_of
+from moult.model.device import enough_memory, limit_threads, load_model, pick, versions
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
+from moult.model.tokenizer import text_ids
 from moult.run.cli import stage_parser
-from moult.run.console import progress
 from moult.run.stage import stage
-
-# Most tokens, prompts and answers together, that are generated side by side.
-GENERATION_TOKENS = {"cpu": 16384, "cuda": 131072}
-
-# Most bytes of their keys and values: on a CPU a number, on a GPU a share of what the weights leave free.
-CPU_CACHE, GPU_CACHE_SHARE = 4 * 2**30, 0.5
+from moult.workflow.code import hash_of_script
 
 # Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
 KEPT_LOGITS = 2**27
@@ -42,8 +45,13 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--likelihood", required=True, help="output: one line per test sequence (.jsonl)")
     parser.add_argument("--answers", required=True, help="output: one line per answer (.jsonl)")
+    parser.add_argument("--general", required=True, help="output: one line per general text (.jsonl)")
+    parser.add_argument("--kept", required=True, help="folder for answers that need not be generated again")
     parser.add_argument(
         "--gpus", type=int, default=1, help="number of GPUs to spread a model over, where there are GPUs"
+    )
+    parser.add_argument(
+        "--checks", type=json.loads, help="JSON of the section eval: say what the base's answers can show"
     )
     parser.add_argument("--base", help="manifest or folder of the base model, for --merge-check")
     parser.add_argument("--adapter", help="adapter folder, for --merge-check")
@@ -62,29 +70,37 @@ def evaluate(settings: dict, args, log) -> None:
     tokens = Path(args.tokens)
     report = read_json(tokens / "report.json")
     template = (tokens / "chat_template.jinja").read_text(encoding="utf-8") or None
-    folder = str(open_model(args.model)[0])
+    path, manifest = open_model(args.model)
+    folder = str(path)
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
     rows = read_rows(tokens / "test.parquet")
     log.info("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
-    lengths = [len(row["input_ids"]) for row in measured]
+    texts = general_sequences(chat, window_of(model)) if settings["eval"]["forgetting"] else []
+    lengths = [len(row["input_ids"]) for row in measured + texts]
     with enough_memory(
         f"measuring rows of up to {max(lengths, default=0):,} tokens",
         f"lower datasets.<name>.max_length, or {MORE_GPU}",
     ):
-        write_jsonl(args.likelihood, measure(model, measured, report["pad_token_id"]))
-    questions = prompt_questions(settings["eval"]["prompts"], chat) + row_questions(
-        rows, settings["eval"]["answer_rows"], chat
-    )
+        likelihoods = measure(model, measured, report["pad_token_id"])
+        write_jsonl(args.likelihood, likelihoods)
+        write_jsonl(args.general, measure_texts(model, texts, report["pad_token_id"]))
+    questions = prompt_questions(settings["eval"]["prompts"], chat)
+    questions += row_questions(rows, settings["eval"]["answer_rows"], chat)
+    if settings["eval"]["forgetting"] and template:
+        questions += instruction_questions(chat)
     room = settings["eval"]["max_new_tokens"]
     longest = max((len(question["ids"]) for question in questions), default=0)
     with enough_memory(
         f"answering questions of up to {longest:,} tokens with up to {room:,} tokens",
         f"lower eval.max_new_tokens, or {MORE_GPU}",
     ):
-        answers = answer(model, questions, chat, report, room)
+        kept = KeptAnswers(
+            Path(args.kept), depends_on(settings, manifest, report, device), alone=bool(args.merge_check)
+        )
+        answers = answer(model, questions, chat, report, room, kept)
     write_jsonl(args.answers, answers)
     found = f"{len(measured):,} sequences measured, {len(answers):,} questions answered"
     if args.merge_check:
@@ -95,12 +111,28 @@ def evaluate(settings: dict, args, log) -> None:
         write_json(args.merge_check, result)
         found += f"; merged model against base plus adapter: mean KL {result['mean_kl']:.2e}"
     log.info(found)
+    if args.checks:
+        tell_sharper(args.checks, likelihoods, answers, log)
 
 
-def read_rows(path: Path) -> list[dict]:
-    import pyarrow.parquet
+def depends_on(settings: dict, manifest: dict, report: dict, device: str) -> dict:
+    """What answers depend on, besides what is asked: all that may change a rounding."""
+    import torch
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return {
+        "model": manifest["files"],
+        "settings": {name: settings[name] for name in ("dtype", "attn_implementation", "trust_remote_code")},
+        "stop": report["stop"]["generation_stop_ids"],
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "parts": torch.cuda.device_count() if device.startswith("cuda") else torch.get_num_threads(),
+        "versions": {name: value for name, value in versions().items() if name not in ("moult", "python")},
+        "code": hash_of_script(Path(__file__)),
+    }
+
+
+def read_rows(path: Path) -> list:
+    """The sequences, dicts whose values are read when they are asked for."""
+    return rows_of(path)
 
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:
@@ -130,23 +162,44 @@ def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
     ]
 
 
+def general_sequences(chat, window: int) -> list[dict]:
+    """The general text as tokens: of each text the first `window`, of which all but the first are scored. Texts with characters
+    that the tokenizer has no tokens for are left out."""
+    sequences = []
+    for id, text in general_texts().items():
+        if not chat.lost_characters(text):
+            ids = text_ids(chat.tokenizer, text)[:window]
+            sequences.append({"id": id, "input_ids": ids, "labels": [IGNORE, *ids[1:]]})
+    return sequences
+
+
+def measure_texts(model, texts: list[dict], pad_id: int) -> list[dict]:
+    results = likelihood(model, texts, pad_id, "general text: likelihood")
+    return [
+        {"id": text["id"], "nll": result.nll, "tokens": result.tokens, "correct": result.correct}
+        for text, result in zip(texts, results, strict=True)
+    ]
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_questions(prompts: list[dict], chat) -> list[dict]:
+    return [_question("prompt", prompt["id"], *prompt_of(prompt, chat)) for prompt in prompts]
+
+
+def instruction_questions(chat) -> list[dict]:
+    """The instructions that are part of Moult, but for what the template cannot show."""
     questions = []
-    for prompt in prompts:
-        messages, ids = prompt_of(prompt, chat)
-        questions.append(
-            {
-                "kind": "prompt",
-                "id": prompt["id"],
-                "prompt": messages[-1]["content"],
-                "reference": None,
-                "ids": ids,
-            }
-        )
+    for entry in instructions():
+        messages = messages_of(entry)
+        with suppress(Unrenderable):
+            questions.append(_question("instruction", entry["id"], messages, chat.prompt_ids(messages)))
     return questions
+
+
+def _question(kind: str, id: str, messages: list[dict], ids: list[int]) -> dict:
+    return {"kind": kind, "id": id, "group": id, "prompt": messages[-1]["content"], "reference": None, "ids": ids}
 
 
 def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
@@ -158,6 +211,7 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
             {
                 "kind": "row",
                 "id": row["id"],
+                "group": row["group"],
                 "prompt": chat.decode(row["input_ids"][:start]),
                 "reference": chat.decode(reference, special=False).strip(),
                 "ids": row["input_ids"][:start],
@@ -166,100 +220,21 @@ def row_questions(rows: list[dict], count: int, chat) -> list[dict]:
     return questions
 
 
-def answer(model, questions: list[dict], chat, report: dict, max_new_tokens: int) -> list[dict]:
-    """The greedy answers of the model, in the order of the questions, with figures by which smoke_test recognises the weights."""
-    stop = report["stop"]["generation_stop_ids"]
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    lengths = [len(question["ids"]) + max_new_tokens for question in questions]
-    plan = batches(lengths, 1.0, generation_cost(model))
-    results: dict[int, dict] = {}
-    with progress(len(questions), "answers") as bar:
-        for indices in plan:
-            prompts = [questions[index]["ids"] for index in indices]
-            room = max(1, min(max_new_tokens, window - max(map(len, prompts))))
-            for index, ids in zip(indices, generate(model, prompts, stop, chat.pad_id, room), strict=True):
-                question = questions[index]
-                ended = bool(ids) and ids[-1] in stop
-                results[index] = {
-                    **{name: question[name] for name in ("kind", "id", "prompt", "reference")},
-                    "answer": chat.decode(ids[:-1] if ended else ids, special=False),
-                    "token_ids": ids,
-                    "stopped": ended,
-                    "prompt_ids": question["ids"],
-                }
-            bar.update(len(indices))
-    answers = [results[index] for index in range(len(questions))]
-    likelihoods = prompt_nll(model, answers, chat.pad_id)
-    return [
-        {**answer, "prompt_nll": nll, "margins": leads}
-        for answer, nll, leads in zip(answers, likelihoods, margins(model, answers, chat.pad_id), strict=True)
-    ]
+# --- what this can show -----------------------------------------------------------------------------------------------
 
 
-def generation_cost(model) -> Callable[[int], float]:
-    """What a sequence of a length takes up of what there is room for, at most 1: of the tokens, and of the memory for keys and
-    values. The memory is the device's, not what happens to be free, so base and tuned model get the same batches."""
-    import torch
-
-    device, config, width = model.device, model.config, model.dtype.itemsize
-    room = CPU_CACHE
-    if device.type == "cuda":
-        cards = {parameter.device for parameter in model.parameters()}
-        total = sum(torch.cuda.get_device_properties(card).total_memory for card in cards)
-        room = max(1, int(GPU_CACHE_SHARE * (total - model.get_memory_footprint())))
-    most = GENERATION_TOKENS[device.type]
-    return lambda length: max(length / most, cache_bytes(config, length, width) / room)
-
-
-def prompt_nll(model, answers: list[dict], pad_id: int) -> list[float]:
-    """The negative log-likelihood of each prompt. It was not trained on, so no two models agree on it."""
-    prompts = [row["prompt_ids"] for row in answers]
-    sequences = [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in prompts]
-    return [result.nll for result in likelihood(model, sequences, pad_id, "prompts: likelihood")]
-
-
-def margins(model, answers: list[dict], pad_id: int) -> list[list[float]]:
-    """The lead of the best token over the second one, in nats, at each token of each answer. If it is nearly a tie, another
-    kernel or another batch may choose the second one."""
-    import torch
-
-    sequences = [
-        {
-            "input_ids": row["prompt_ids"] + row["token_ids"],
-            "labels": [IGNORE] * len(row["prompt_ids"]) + row["token_ids"],
-        }
-        for row in answers
-    ]
-    found: list[list[float]] = [[] for _ in answers]
-    spoken = [index for index, row in enumerate(answers) if row["token_ids"]]
-    lengths = [len(sequences[index]["input_ids"]) for index in spoken]
-    with progress(len(spoken), "answers: margins") as bar, torch.inference_mode():
-        for batch in batches(lengths, MAX_TOKENS[model.device.type]):
-            indices = [spoken[place] for place in batch]
-            for logits, _, rows in scored_logits(model, [sequences[index] for index in indices], pad_id):
-                best = logits.topk(2).values
-                for row, lead in zip(rows.tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True):
-                    found[indices[row]].append(round(lead, 4))
-            bar.update(len(indices))
-    return found
-
-
-def generate(model, prompts: list[list[int]], stop: list[int], pad_id: int, max_new_tokens: int) -> list[list[int]]:
-    """The tokens that follow each prompt, the stop token included. Prompts are padded on the left, with a mask."""
-    import torch
-    from transformers import GenerationConfig
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    # Not the generation config of the model: base and tuned model must be asked in the same way.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad_id, use_cache=True
-    )
-    with torch.inference_mode():
-        new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
-    ends = [next((at + 1 for at, token in enumerate(row) if token in stop), len(row)) for row in new]
-    return [row[:end] for row, end in zip(new, ends, strict=True)]
+def tell_sharper(settings: dict, likelihoods: list[dict], answers: list[dict], log) -> None:
+    """What plan has told, now with the base's own pass rates, and its own differences between rows."""
+    expected = expectations(settings)
+    passed: dict[str, list[bool]] = {}
+    for row in answers:
+        if expect := expected(row["kind"], row["id"]):
+            part = passed.setdefault(PART[row["kind"]], [])
+            part.append(all(check(row["answer"], expect, row["reference"]).values()))
+    counts = {part: len(results) for part, results in passed.items()}
+    rates = {part: sum(results) / len(results) for part, results in passed.items()}
+    groups, spread = rows_apart(likelihoods)
+    tell_power(settings, counts, groups, log, rates, spread)
 
 
 # --- merged model against adapter -------------------------------------------------------------------------------------

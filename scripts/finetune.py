@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from moult.data.token_file import rows_in, unpack
 from moult.errors import UNFINISHED, MoultError, some
 from moult.files import (
     atomic_file,
@@ -42,6 +43,7 @@ from moult.training.arguments import batch_sizes, show_backbone, trainer_config
 from moult.training.batches import choose_batches
 from moult.training.checkpoints import (
     FORMAT,
+    UNPACKED,
     adopt,
     claim,
     differences,
@@ -152,6 +154,7 @@ def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop
         end = train(trainer, resume, total, stop, log)
     if rank() == 0:
         publish(settings, args, state, fingerprint, device, end, total, log)
+        shutil.rmtree(state / UNPACKED, ignore_errors=True)
 
 
 def is_last(checkpoint: Path, total: int, train: dict) -> bool:
@@ -218,7 +221,7 @@ def make_trainer(
     base = str(open_model(args.model)[0])
     tokenizer = load_tokenizer(base, settings["trust_remote_code"])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(report["pad_token_id"])
-    val = read_sequences(Path(args.tokens) / "val.parquet")
+    rows, val = open_tokens(Path(args.tokens), state)
     shards = world_size() if settings["train"]["shard"] else 1
     model = load_model(base, device, settings, settings["quantization"], shards)
     show_backbone(model)
@@ -232,12 +235,12 @@ def make_trainer(
                 model=model,
                 args=config,
                 processing_class=tokenizer,
-                train_dataset=read_sequences(Path(args.tokens) / "train.parquet"),
+                train_dataset=rows,
                 eval_dataset=val if config.eval_strategy != "no" else None,
                 peft_config=lora_config(settings["lora"]),
                 state=state,
                 fingerprint=fingerprint,
-                val_rows=val.to_list(),
+                val_rows=rows_in(val.data),
                 pad_id=report["pad_token_id"],
                 keep_best=settings["train"]["load_best_model_at_end"],
                 keep=settings["train"]["save_total_limit"],
@@ -268,12 +271,22 @@ def make_trainer(
     return trainer
 
 
-def read_sequences(path: Path):
-    """The token ids, labels and lengths (for group_by_length) of one part, as a datasets.Dataset."""
-    import pyarrow.parquet
+def open_tokens(tokens: Path, state: Path) -> list:
+    """Token ids, labels and lengths (for group_by_length) of train and val, as memory-mapped datasets.Datasets.
+
+    All processes map the same files. They are in the run's state, because the temporary folder of a node may be in memory; TRL
+    puts the rows that it has packed beside them.
+    """
     from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path, columns=["input_ids", "labels", "length"]))
+    def unpack_both() -> list[str]:
+        folder = state / UNPACKED
+        folder.mkdir(exist_ok=True)
+        for part in ("train", "val"):
+            unpack(tokens / f"{part}.parquet", folder / f"{part}.arrow", ["input_ids", "labels", "length"])
+        return [str(folder / f"{part}.arrow") for part in ("train", "val")]
+
+    return [Dataset.from_file(path) for path in from_main_process(unpack_both)]
 
 
 def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> int:

@@ -15,9 +15,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from moult.data.token_file import lengths_of
 from moult.errors import MoultError, some
 from moult.files import read_json, write_json
-from moult.measuring.power import rows_needed, smallest_effect
+from moult.measuring.foresight import tell_power
+from moult.measuring.forgetting import instructions
 from moult.model.architecture import auto_class, empty_model, other_class
 from moult.model.chat import Chat, prompt_of
 from moult.model.estimates import estimate_disk, estimate_job
@@ -36,9 +38,6 @@ from moult.training.memory import GB, Run, check_fits, memory_of, needed
 from moult.training.packing import ROUNDING, mixing, try_batches
 from moult.training.targets import out_of_reach, place_lora
 from moult.training.trial import without_router_loss
-
-# A change of the pass rate that people want to see.
-WISHED_EFFECT = 0.1
 
 
 def main() -> None:
@@ -117,7 +116,7 @@ def plan(settings: dict, args, log) -> None:
         "quantization": quantization,
         "steps": steps,
         "memory": memory,
-        "disk": estimate_disk(tensors, trainable, settings["train"]),
+        "disk": estimate_disk(tensors, trainable, settings["train"], report["train"]["tokens"]),
         "job": estimate_job(base_parameters, steps, settings, report),
         "merge": {"how": "peft" if merge_reasons else "streamed", "reasons": merge_reasons},
         "serve": {
@@ -132,7 +131,9 @@ def plan(settings: dict, args, log) -> None:
     write_json(args.out, result)
     tell(result, args, log)
     tell_schedule(settings["train"], log)
-    tell_power(args.eval, report["test"]["sequences"], log)
+    if args.eval:
+        has_template = (Path(args.tokens) / "chat_template.jinja").stat().st_size > 0
+        tell_questions(args.eval, report["test"]["sequences"], has_template, log)
 
 
 def plan_quantization(kind: str, model, small, targets, lora: dict) -> dict:
@@ -351,11 +352,16 @@ def count_steps(tokens: str, report: dict, train: dict) -> dict:
 
 
 def packed_count(tokens: str, report: dict, train: dict) -> int:
-    import pyarrow.parquet
+    import pyarrow as pa
     from datasets import Dataset
     from trl import pack_dataset
 
-    rows = Dataset(pyarrow.parquet.read_table(Path(tokens) / "train.parquet", columns=["input_ids", "labels"]))
+    # Only the lengths matter: lists of as many nulls, which take up no memory.
+    chunks = []
+    for lengths in lengths_of(Path(tokens) / "train.parquet"):
+        ends = lengths.cumsum()
+        chunks.append(pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), pa.nulls(int(ends[-1]))))
+    rows = Dataset(pa.table({"input_ids": pa.chunked_array(chunks)}))
     return len(pack_dataset(rows, report["max_length"], train["packing_strategy"]))
 
 
@@ -418,31 +424,13 @@ def tell_schedule(train: dict, log) -> None:
         )
 
 
-def tell_power(questions: dict, test_rows: int, log) -> None:
-    """How small a change of the pass rates the evaluation will show, if the base passes half. Not in plan.json: more questions
-    change nothing of the training."""
-    confidence = questions.get("confidence")
-    checked = sum("expect" in prompt for prompt in questions.get("prompts", []))
-    counts = {
-        "prompts": checked,
-        "rows": min(questions["answer_rows"], test_rows) if questions.get("row_expect") else 0,
-    }
-    shown = {f"{n:,} {what}": smallest_effect(n, 0.5, confidence) for what, n in counts.items() if n}
-    if not shown:
-        return
-    found = "; ".join(
-        f"{asked} show a change of {100 * effect:.0f} points or more" if effect else f"{asked} are too few to show any"
-        for asked, effect in shown.items()
-    )
-    if min(effect or 1.0 for effect in shown.values()) > WISHED_EFFECT:
-        log.warning(
-            "pass rates: %s; to see %.0f points, ask %s questions (eval.answer_rows, datasets.<name>.test_size)",
-            found,
-            100 * WISHED_EFFECT,
-            f"{rows_needed(WISHED_EFFECT, 0.5, confidence):,}",
-        )
-    else:
-        log.info("pass rates: %s", found)
+def tell_questions(questions: dict, test_rows: int, has_template: bool, log) -> None:
+    """What the evaluation will show. Not in plan.json: more questions change nothing of the training."""
+    counts = {"prompts": sum("expect" in prompt for prompt in questions.get("prompts", []))}
+    counts["rows"] = min(questions["answer_rows"], test_rows) if questions.get("row_expect") else 0
+    counts["instructions"] = len(instructions()) if questions["forgetting"] and has_template else 0
+    measured = min(questions["max_rows"] or test_rows, test_rows) if questions["perplexity"] else 0
+    tell_power(questions, {part: n for part, n in counts.items() if n}, measured, log)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
-from moult.measuring.checks import check
-from moult.measuring.intervals import bootstrap, paired_difference, wilson
-from moult.measuring.power import smallest_effect, smallest_shift
+from moult.measuring.checks import PART, check, expectations
+from moult.measuring.intervals import PairedDifference, p_value, quantiles, rate, resample, wilson
 from moult.measuring.seeds import spread, with_seeds
+from moult.measuring.verdict import PARTS, verdict
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -29,7 +29,9 @@ SCHEMA = Path(__file__).parent / "moult" / "measuring" / "metrics.schema.json"
 def main() -> None:
     parser = stage_parser(__doc__, "score")
     parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--base", required=True, help="folder with the base's likelihood.jsonl and answers.jsonl")
+    parser.add_argument(
+        "--base", required=True, help="folder with the base's likelihood.jsonl, answers.jsonl, general.jsonl"
+    )
     parser.add_argument(
         "--tuned", required=True, help="folder with the same files of the tuned model, and merge_check.json"
     )
@@ -59,6 +61,7 @@ def score(settings: dict, args, log) -> None:
 
     options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
+    general = compare_general(sides, report["vocabulary"], **options) if settings["eval"]["forgetting"] else None
     answers, samples = compare_answers(sides, settings["eval"])
     rows = sides["base"]["likelihood"]
     # finetune measures on all rows of val.
@@ -67,7 +70,7 @@ def score(settings: dict, args, log) -> None:
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
     seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), args)
-    found = verdict(likelihood, answers, groups, settings["eval"]["confidence"], chosen_on(prepared, adapter))
+    found = verdict(likelihood, answers, general, groups, settings["eval"], chosen_on(prepared, adapter))
     metrics = {
         "schema_version": 1,
         "run": args.run,
@@ -84,6 +87,7 @@ def score(settings: dict, args, log) -> None:
         },
         "likelihood": likelihood,
         "answers": answers,
+        "general_text": general,
         "checks": [
             {"id": s["id"], "base": s["base"]["checks"], "tuned": s["tuned"]["checks"]}
             for s in samples
@@ -121,18 +125,22 @@ def score(settings: dict, args, log) -> None:
 
 def read_side(folder: str) -> dict[str, list[dict]]:
     """What was measured of one model."""
-    return {name: list(read_jsonl(Path(folder) / f"{name}.jsonl")) for name in ("likelihood", "answers")}
+    return {name: list(read_jsonl(Path(folder) / f"{name}.jsonl")) for name in QUESTIONS}
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
 
 # The file of a measurement: what it has a row for.
-QUESTIONS = {"likelihood": "sequences", "answers": "questions"}
+QUESTIONS = {"likelihood": "sequences", "answers": "questions", "general": "texts"}
 
 
 def check_same_questions(base: dict, tuned: dict) -> None:
     """Base and tuned were measured on the same sequences and asked with the same token ids."""
-    for name, fields in (("likelihood", ("id", "tokens")), ("answers", ("kind", "id", "prompt_ids"))):
+    for name, fields in (
+        ("likelihood", ("id", "tokens")),
+        ("answers", ("kind", "id", "prompt_ids")),
+        ("general", ("id", "tokens")),
+    ):
         both = [[[row[field] for field in fields] for row in side[name]] for side in (base, tuned)]
         if both[0] != both[1]:
             differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]
@@ -211,32 +219,18 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
     import numpy as np
 
     base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
-    groups = {group: index for index, group in enumerate(dict.fromkeys(row["group"] for row in base))}
-
-    def sums(rows: list[dict], field: str):
-        total = np.zeros(len(groups))
-        for row in rows:
-            total[groups[row["group"]]] += row[field]
-        return total
-
-    tokens, size = sums(base, "tokens"), sums(base, "bytes")
+    own = [row["group"] for row in base]
+    tokens, size = sums(base, own, "tokens"), sums(base, own, "bytes")
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     result: dict = {"base": {}, "tuned": {}, "difference": {}}
     for name, field in (("nll_per_token", "nll"), ("token_accuracy", "correct")):
-        columns = np.stack([sums(base, field), sums(tuned, field)], axis=1)
-        intervals = bootstrap(columns, tokens, confidence, resamples, seed)
-        values = (columns.sum(axis=0) / tokens.sum()).tolist()
-        for side, value, interval in zip(
-            ("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True
-        ):
-            result[side][name] = {"value": value, "interval": interval}
-    bits = np.stack([sums(base, "nll"), sums(tuned, "nll")], axis=1) / math.log(2)
-    for side, value, interval in zip(
-        ("base", "tuned"),
-        bits.sum(axis=0) / max(size.sum(), 1),
-        bootstrap(bits, np.maximum(size, 1e-9), confidence, resamples, seed),
-        strict=False,
-    ):
-        result[side]["bits_per_byte"] = {"value": float(value), "interval": interval}
+        found = compare_ratios(sums(base, own, field), sums(tuned, own, field), tokens, **options)
+        for side, figure in found.items():
+            result[side][name] = figure
+    bits = [sums(rows, own, "nll") / math.log(2) for rows in (base, tuned)]
+    found = compare_ratios(*bits, np.maximum(size, 1e-9), **options)
+    for side in ("base", "tuned"):
+        result[side]["bits_per_byte"] = found[side]
         nll = result[side]["nll_per_token"]
         result[side]["perplexity"] = {
             "value": math.exp(nll["value"]),
@@ -244,6 +238,55 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
         }
     result["rows_better"] = sum(t["nll"] < b["nll"] for b, t in zip(base, tuned, strict=True)) / len(base)
     return result
+
+
+def sums(rows: list[dict], groups: list[str], field: str):
+    """(groups,) array: of each group, in the order of the first rows, the sum over its rows."""
+    import numpy as np
+
+    place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    total = np.zeros(len(place))
+    for row, group in zip(rows, groups, strict=True):
+        total[place[group]] += row[field]
+    return total
+
+
+def compare_ratios(base, tuned, weights, confidence: float, resamples: int, seed: int) -> dict:
+    """Of sums over clusters, (clusters,) arrays, the ratios base / weights and tuned / weights, and their difference."""
+    import numpy as np
+
+    columns, clusters = np.stack([base, tuned], axis=1), len(weights)
+    ratios = resample(columns, weights, resamples, seed)
+    values = (columns.sum(axis=0) / weights.sum()).tolist()
+    intervals = quantiles(ratios, confidence, clusters)
+    found = {
+        side: {"value": value, "interval": interval}
+        for side, value, interval in zip(
+            ("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True
+        )
+    }
+    found["difference"]["p"] = p_value(lambda level: quantiles(ratios[:, -1:], level, clusters)[0])
+    return found
+
+
+def compare_general(sides: dict, vocabulary: int | None, **options) -> dict | None:
+    """The likelihood of the general text: each text is a cluster. None if the tokenizer can write none of them."""
+    base, tuned = sides["base"]["general"], sides["tuned"]["general"]
+    if not base:
+        return None
+    own = [row["id"] for row in base]
+    tokens = sums(base, own, "tokens")
+    result = compare_ratios(sums(base, own, "nll"), sums(tuned, own, "nll"), tokens, **options)
+    kinds = [row["id"].split("-")[0] for row in base]
+    shift = sums(tuned, kinds, "nll") - sums(base, kinds, "nll")
+    by_kind = dict(zip(dict.fromkeys(kinds), (shift / sums(base, kinds, "tokens")).tolist(), strict=True))
+    return {
+        "texts": len(base),
+        "tokens": int(tokens.sum()),
+        "guess": math.log(vocabulary) if vocabulary else None,
+        **result,
+        "by_kind": by_kind,
+    }
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
@@ -273,35 +316,35 @@ def data_name(file: dict) -> str:
 
 
 def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
-    """The pass rates of every check for prompts, rows and both together, and each question with both answers."""
-    expected = {prompt["id"]: prompt.get("expect", {}) for prompt in settings["prompts"]}
+    """The pass rates of every check for prompts, rows, instructions and all together, and each question with both answers."""
+    expected = expectations(settings)
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
-        expect = expected[base["id"]] if base["kind"] == "prompt" else settings.get("row_expect", {})
-        sample = {name: base[name] for name in ("kind", "id", "prompt", "reference")}
+        expect = expected(base["kind"], base["id"])
+        sample = {name: base[name] for name in ("kind", "id", "group", "prompt", "reference")}
         for side, row in (("base", base), ("tuned", tuned)):
             checks = check(row["answer"], expect, row["reference"])
             sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
         samples.append(sample)
     parts = {
-        "prompts": [s for s in samples if s["kind"] == "prompt"],
-        "rows": [s for s in samples if s["kind"] == "row"],
+        **{part: [s for s in samples if s["kind"] == kind] for kind, part in PART.items()},
         "all": samples,
     }
     return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
 
 
 def summarise(samples: list[dict], confidence: float) -> dict:
-    def rate(part: list[dict], holds) -> dict:
-        return compare_rates([[holds(sample[side]) for sample in part] for side in ("base", "tuned")], confidence)
+    def compared(part: list[dict], holds) -> dict:
+        passed = [[holds(sample[side]) for sample in part] for side in ("base", "tuned")]
+        return compare_rates(*passed, [sample["group"] for sample in part], confidence)
 
     checked = [sample for sample in samples if sample["base"]["checks"]]
     names = sorted({name for sample in checked for name in sample["base"]["checks"]})
-    result = {"n": len(samples), "stopped": rate(samples, lambda side: side["stopped"])}
+    result = {"n": len(samples), "stopped": compared(samples, lambda side: side["stopped"])}
     if checked:
-        result["passed"] = rate(checked, lambda side: all(side["checks"].values()))
+        result["passed"] = compared(checked, lambda side: all(side["checks"].values()))
         result["checks"] = {
-            name: rate(
+            name: compared(
                 [s for s in checked if name in s["base"]["checks"]],
                 lambda side, name=name: side["checks"][name],
             )
@@ -318,14 +361,18 @@ def summarise(samples: list[dict], confidence: float) -> dict:
     return result
 
 
-def compare_rates(passed: list[list[bool]], confidence: float) -> dict:
-    n = len(passed[0])
-    base, tuned = (sum(side) for side in passed)
+def compare_rates(base: list[bool], tuned: list[bool], groups: list[str], confidence: float) -> dict:
+    n, paired = len(base), PairedDifference(base, tuned, groups)
     return {
         "n": n,
-        "base": {"value": base / n, "interval": wilson(base, n, confidence)},
-        "tuned": {"value": tuned / n, "interval": wilson(tuned, n, confidence)},
-        "difference": {"value": (tuned - base) / n, "interval": paired_difference(*passed, confidence)},
+        "independent": paired.independent,
+        "base": {"value": sum(base) / n, "interval": rate(base, groups, confidence)},
+        "tuned": {"value": sum(tuned) / n, "interval": rate(tuned, groups, confidence)},
+        "difference": {
+            "value": (sum(tuned) - sum(base)) / n,
+            "interval": paired.interval(confidence),
+            "p": p_value(paired.interval),
+        },
     }
 
 
@@ -363,13 +410,10 @@ def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dic
 def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
     """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
     found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
-    for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
+    for part, name in PARTS.items():
         if rates := answers.get(part, {}).get("passed"):
             found[name] = rates["difference"]
     return found
-
-
-# --- verdict ----------------------------------------------------------------------------------------------------------
 
 
 def chosen_on(prepared: dict, adapter: dict) -> str | None:
@@ -377,63 +421,6 @@ def chosen_on(prepared: dict, adapter: dict) -> str | None:
     if prepared["measured_on"] == "test" or adapter["chosen"] == "last step":
         return None
     return f"the measured rows have also chosen the checkpoint: slightly too good ({prepared['no_test_part_because']})"
-
-
-def verdict(likelihood: dict | None, answers: dict, groups: int, confidence: float, caution: str | None = None) -> dict:
-    """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. A measurement is better or
-    worse if the interval of its paired difference does not contain 0. How many answers stop is reported but does not count:
-    a model with longer answers stops less often within max_new_tokens.
-
-    A bootstrap of very few groups gives intervals that are too narrow. Therefore the likelihood counts only if there are so
-    many groups that they would not all change in the same direction by chance (sign test; 6 groups at 95 %).
-
-    `caution` is the last of the reasons."""
-    evidence = {}  # what: (difference, whether more is better, unit, the smallest difference that would show)
-    enough = math.ceil(1 - math.log2(1 - confidence))
-    if likelihood:
-        shift = likelihood["difference"]["nll_per_token"]
-        evidence["loss"] = (shift, -1, "nats per token", smallest_shift(shift["interval"], confidence))
-    for part, name in (("prompts", "prompts passed"), ("rows", "rows passed")):
-        if rates := answers.get(part, {}).get("passed"):
-            shows = smallest_effect(rates["n"], rates["base"]["value"], confidence)
-            evidence[name] = (rates["difference"], 1, "of the questions", shows)
-    if not evidence:
-        raise MoultError(
-            "nothing was measured",
-            "set eval.perplexity: true, or add checks to eval.prompts (expect) or eval.row_expect",
-        )
-    found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    reasons, smallest = [], {}
-    for name, (difference, sign, unit, shows) in evidence.items():
-        low, high = sorted(sign * limit for limit in difference["interval"])
-        too_few = name == "loss" and groups < enough
-        kind = "unclear" if too_few or low <= 0 <= high else "better" if low > 0 else "worse"
-        found[kind].append(name)
-        shown = [f"{limit:+.3g}" for limit in [difference["value"], *difference["interval"]]]
-        reasons.append(f"{name} {kind}: {shown[0]} {unit} [{shown[1]}, {shown[2]}]")
-        if too_few:
-            reasons[-1] += f" (only {groups} groups of rows; {enough} are needed)"
-        elif kind == "unclear":
-            smallest[name] = shows
-            reasons[-1] += (
-                f" (the smallest difference that would show: {shows:.2g})" if shows else " (too few to show any)"
-            )
-    if "all" in answers:
-        stopped = answers["all"]["stopped"]
-        reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
-    if caution:
-        reasons.append(caution)
-    word = "inconclusive"
-    if found["better"] and not found["worse"]:
-        word = "helped"
-    elif found["worse"] and not found["better"]:
-        word = "hurt"
-    return {
-        "verdict": word,
-        **found,
-        "smallest_effect": smallest,
-        "reasons": reasons,
-    }
 
 
 if __name__ == "__main__":

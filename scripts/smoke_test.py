@@ -35,7 +35,7 @@ from pathlib import Path
 
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_folder, write_json
-from moult.model.chat import FROZEN_DATE, Chat, date_variable, prints_date, shows_date
+from moult.model.chat import FROZEN_DATE, Chat, date_variable, messages_of, prints_date, shows_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -180,10 +180,12 @@ def read_questions(
     entries = {prompt["id"]: prompt for prompt in prompts}
     questions, from_rows = [], 0
     for answer in read_jsonl(answers):
+        if answer["kind"] == "instruction":
+            continue
         expect: dict = {}
         if answer["kind"] == "prompt":
             entry = entries[answer["id"]]
-            messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+            messages = messages_of(entry)
             expect = entry.get("expect", {})
         else:
             row = by_id[answer["id"]]

@@ -13,6 +13,7 @@ from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
 from moult.errors import HOPELESS, MoultError
+from moult.measuring import answers
 from moult.measuring import likelihood as module
 from moult.measuring.likelihood import Likelihood, batches, likelihood
 from moult.model.device import load_model
@@ -53,6 +54,11 @@ def rows():
             labels[start : start + size // 5 + 1] = ids[start : start + size // 5 + 1]
         result.append({"id": str(index), "input_ids": ids, "labels": labels})
     return result
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return answers.KeptAnswers(tmp_path / "kept", {}, alone=False)
 
 
 def plain_loop(model, rows) -> list[tuple[float, int, int]]:
@@ -129,10 +135,10 @@ def test_the_logits_of_a_long_row_come_in_parts(kind, changes, tmp_path, rows, m
 
 
 def test_answers_are_batched_by_the_memory_of_keys_and_values(model, monkeypatch):
-    cost = evaluate_model.generation_cost(model)
+    cost = answers.generation_cost(model)
     assert cost(16384) == pytest.approx(1.0)  # a tiny model: the tokens are the limit
-    monkeypatch.setattr(evaluate_model, "CPU_CACHE", 4 * cache_bytes(model.config, 100, 4))
-    assert [len(batch) for batch in batches([100] * 9, 1.0, evaluate_model.generation_cost(model))] == [4, 4, 1]
+    monkeypatch.setattr(answers, "CPU_CACHE", 4 * cache_bytes(model.config, 100, 4))
+    assert [len(batch) for batch in batches([100] * 9, 1.0, answers.generation_cost(model))] == [4, 4, 1]
 
 
 def test_on_a_gpu_the_memory_is_what_the_weights_leave(monkeypatch):
@@ -145,14 +151,14 @@ def test_on_a_gpu_the_memory_is_what_the_weights_leave(monkeypatch):
     for gigabytes in (16, 80):
         card = Namespace(total_memory=gigabytes * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
-        plan = batches([1024] * 200, 1.0, evaluate_model.generation_cost(model))
+        plan = batches([1024] * 200, 1.0, answers.generation_cost(model))
         found.append(len(plan[0]))
     # Llama-2-7B has half a MiB for each token: 12.6 GiB of weights, and half of the rest.
     assert found == [3, 67]
     # On two of 16 GiB, the weights are there once. Here one of the two devices is `cpu`, the other `meta`.
     model.lm_head = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=16 * 2**30))
-    assert len(batches([1024] * 200, 1.0, evaluate_model.generation_cost(model))[0]) == 19
+    assert len(batches([1024] * 200, 1.0, answers.generation_cost(model))[0]) == 19
 
 
 def test_the_bytes_of_keys_and_values():
@@ -179,6 +185,12 @@ def test_batches_hold_every_sequence_once_within_the_budget():
 
 class Chat:
     pad_id = 0
+    tokenizer = staticmethod(
+        lambda text, **_: {"input_ids": list(text.encode()), "special_tokens_mask": [0] * len(text.encode())}
+    )
+
+    def lost_characters(self, text):
+        return "".join(set(text) & {"é", "猫"})
 
     def decode(self, ids, special=True):
         return " ".join(map(str, ids))
@@ -187,51 +199,62 @@ class Chat:
 def test_answers_do_not_depend_on_their_neighbours(model):
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 128, (size,), generator=generator).tolist() for size in (2, 9, 30, 31, 5)]
-    together = evaluate_model.generate(model, prompts, [2], 0, 12)
-    alone = [evaluate_model.generate(model, [prompt], [2], 0, 12)[0] for prompt in prompts]
+    together = answers.generate(model, prompts, [2], 0, 12)
+    alone = [answers.generate(model, [prompt], [2], 0, 12)[0] for prompt in prompts]
     assert together == alone
     assert all(1 <= len(ids) <= 12 for ids in together)
 
 
-def test_an_answer_ends_with_its_first_stop_token(model):
-    free = evaluate_model.generate(model, [[5, 6, 7]], [2], 0, 12)[0]
+def test_an_answer_ends_with_its_first_stop_token(model, kept):
+    free = answers.generate(model, [[5, 6, 7]], [2], 0, 12)[0]
     stop = free[4]
-    stopped = evaluate_model.generate(model, [[5, 6, 7]], [stop], 0, 12)[0]
+    stopped = answers.generate(model, [[5, 6, 7]], [stop], 0, 12)[0]
     assert stopped == free[: free.index(stop) + 1]
     report = {"stop": {"generation_stop_ids": [stop]}}
-    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5, 6, 7]}
-    (answer,) = evaluate_model.answer(model, [question], Chat(), report, 12)
+    question = {"kind": "prompt", "id": "a", "group": "a", "prompt": "?", "reference": None, "ids": [5, 6, 7]}
+    (answer,) = answers.answer(model, [question], Chat(), report, 12, kept)
     assert answer["stopped"] and answer["answer"] == " ".join(map(str, stopped[:-1]))
-    (answer,) = evaluate_model.answer(model, [question], Chat(), report, free.index(stop))
+    (answer,) = answers.answer(model, [question], Chat(), report, free.index(stop), kept)
     assert not answer["stopped"]
 
 
 @pytest.mark.parametrize("limit", [1, 40, 4096])
 def test_margins_do_not_depend_on_the_batch(limit, model, monkeypatch):
-    monkeypatch.setitem(evaluate_model.MAX_TOKENS, "cpu", limit)
+    monkeypatch.setitem(answers.MAX_TOKENS, "cpu", limit)
     monkeypatch.setattr(module, "MAX_LOGITS", 3 * model.config.vocab_size)  # in parts
     generator = torch.Generator().manual_seed(3)
-    answers = []
+    spoken_answers = []
     for size, spoken in ((5, 7), (9, 0), (3, 1), (12, 4)):
         ids = torch.randint(3, model.config.vocab_size, (size + spoken,), generator=generator).tolist()
-        answers.append({"prompt_ids": ids[:size], "token_ids": ids[size:]})
+        spoken_answers.append({"prompt_ids": ids[:size], "token_ids": ids[size:]})
     expected = []
-    for answer in answers:
+    for answer in spoken_answers:
         start = len(answer["prompt_ids"])
         with torch.inference_mode():
             logits = model(torch.tensor([answer["prompt_ids"] + answer["token_ids"]])).logits[0, start - 1 : -1]
         best = logits.topk(2).values
         expected.append((best[:, 0] - best[:, 1]).tolist())
-    found = evaluate_model.margins(model, answers, 0)
+    found = answers.margins(model, spoken_answers, 0)
     assert [len(leads) for leads in found] == [7, 0, 1, 4]
     for leads, wanted in zip(found, expected, strict=True):
         assert leads == pytest.approx(wanted, abs=2e-4)
 
 
-def test_answers_stay_within_the_models_window(model):
-    question = {"kind": "prompt", "id": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
-    (answer,) = evaluate_model.answer(model, [question], Chat(), {"stop": {"generation_stop_ids": [999]}}, 40)
+def test_answers_stay_within_the_models_window(model, kept):
+    question = {"kind": "prompt", "id": "a", "group": "a", "prompt": "?", "reference": None, "ids": [5] * 250}
+    (answer,) = answers.answer(model, [question], Chat(), {"stop": {"generation_stop_ids": [999]}}, 40, kept)
     assert len(answer["token_ids"]) == 6
+
+
+def test_the_general_text_is_measured_as_far_as_the_model_can_read_it(monkeypatch, model):
+    monkeypatch.setattr(evaluate_model, "general_texts", lambda: {"en-a": "abc" * 40, "fr-b": "été", "zh-c": "猫"})
+    (sequence,) = evaluate_model.general_sequences(Chat(), 100)
+    assert sequence["id"] == "en-a" and sequence["input_ids"] == list(("abc" * 40).encode()[:100])
+    assert sequence["labels"] == [-100, *sequence["input_ids"][1:]]
+    (measured,) = evaluate_model.measure_texts(model, [sequence], 0)
+    (expected,) = plain_loop(model, [sequence])
+    assert (measured["tokens"], measured["correct"]) == (99, expected[2])
+    assert measured["nll"] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_the_same_rows_are_chosen_each_time(rows):
@@ -340,17 +363,23 @@ def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_pat
         "open_model": lambda path: (path, {}),
         "Chat": lambda *_: Chat(),
         "load_model": lambda *_, **__: Namespace(eval=lambda: None),
+        "depends_on": lambda *_: {},
+        "window_of": lambda model: 100,
+        "general_texts": lambda: {"en": "some"},
         "measure": lambda *_: [],
+        "measure_texts": lambda *_: [],
         "prompt_questions": lambda *_: [{"ids": [3] * 9}],
         "row_questions": lambda *_: [],
+        "instruction_questions": lambda *_: [],
         "answer": lambda *_: [],
         "compare_with_adapter": lambda *_: {"mean_kl": 0.0},
     }
     for name, stub in (nothing | {place: out_of_memory}).items():
         monkeypatch.setattr(evaluate_model, name, stub)
     asked = {"perplexity": True, "max_rows": None, "answer_rows": 0, "max_new_tokens": 32, "prompts": []}
+    asked["forgetting"] = True
     settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
-    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "merge_check")}
+    files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "general", "kept", "merge_check")}
     arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
     log = Namespace(info=lambda *_: None)
     with pytest.raises(MoultError) as raised:

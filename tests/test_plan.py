@@ -299,25 +299,39 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
 # --- what the evaluation will show ---
 
 
+EVAL = {
+    "prompts": [],
+    "answer_rows": 0,
+    "row_expect": {},
+    "max_rows": None,
+    "perplexity": False,
+    "forgetting": False,
+    "confidence": 0.95,
+}
+
+
 @pytest.mark.parametrize(
     ("questions", "told"),
     [
         ({"answer_rows": 32}, None),
         (
             {"answer_rows": 4, "row_expect": {"exact": True}},
-            "pass rates: 4 rows are too few to show any; to see 10 points, ask 160 questions "
+            "4 rows are too few to show any change; to see 10 points, ask 160 questions "
             "(eval.answer_rows, datasets.<name>.test_size)",
         ),
         (
-            {
-                "answer_rows": 0,
-                "prompts": [{"id": f"p{index}", "prompt": "a", "expect": {"json": True}} for index in range(300)],
-            },
-            "pass rates: 300 prompts show a change of 7 points or more",
+            {"prompts": [{"id": f"p{index}", "prompt": "a", "expect": {"json": True}} for index in range(300)]},
+            "300 prompts show 7 points",
+        ),
+        ({"perplexity": True}, "300 groups of rows show 0.16 nats per token"),
+        # Beside others, each has a share of the error.
+        (
+            {"perplexity": True, "forgetting": True, "answer_rows": 256, "row_expect": {"exact": True}},
+            "300 groups of rows show 0.19 nats per token; 256 rows show 8 points",
         ),
     ],
 )
 def test_what_the_questions_can_show_is_told_before(questions, told):
     log = Log()
-    plan.tell_power({"prompts": [], "confidence": 0.95, **questions}, 8, log)
-    assert log.lines == ([told] if told else [])
+    plan.tell_questions({**EVAL, **questions}, 300, True, log)
+    assert log.lines == ([f"the smallest change that will show: {told}"] if told else [])

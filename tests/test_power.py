@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moult.measuring.intervals import paired_difference
+from moult.measuring.intervals import PairedDifference
 from moult.measuring.power import AGAINST, POWER, power, rows_needed, smallest_effect
 
 
@@ -13,7 +13,11 @@ def found(n: int, base: float, effect: float, trials: int = 1000) -> float:
     before = draw[..., 0] < base
     # Of those that were right some are wrong now; of those that were wrong enough are right to make up for it and the effect.
     after = np.where(before, draw[..., 1] >= AGAINST / base, draw[..., 1] < (effect + AGAINST) / (1 - base))
-    shown = [paired_difference(b.tolist(), a.tolist(), 0.95)[0] > 0 for b, a in zip(before, after, strict=True)]
+    apart = list(map(str, range(n)))
+    shown = [
+        PairedDifference(b.tolist(), a.tolist(), apart).interval(0.95)[0] > 0
+        for b, a in zip(before, after, strict=True)
+    ]
     return sum(shown) / trials
 
 

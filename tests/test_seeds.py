@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from configs import config
+from configs import SCHEMA, config
 from jsonschema import Draft202012Validator
 from workflow import checkout, planned, set_key, snakemake
 
@@ -17,7 +17,7 @@ from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.seeds import is_larger, spread, student, with_seeds
 from moult.measuring.table import between_seeds
-from moult.workflow.config import ConfigError
+from moult.workflow.config import ConfigError, resolve
 from moult.workflow.seeds import asked_for, seed_runs
 from moult.workflow.stages import STAGES, encoded_as, measured_as, places_of, stage_settings
 
@@ -28,19 +28,16 @@ SEVERAL = "runs: {a: {seeds: [3, 1, 0], lora: {r: 8}}, v: {dataset: a, seed: 7}}
 
 def test_each_further_seed_is_a_run_beside_the_first():
     runs = config(SEVERAL)["runs"]
-    assert {name: (run["seed"], run["seeds"]) for name, run in runs.items()} == {
-        "a": (3, [3, 1, 0]),
-        "a-seed1": (1, [1]),
-        "a-seed0": (0, [0]),
-        "b": (0, [0]),
-        "v": (7, [7]),
-    }
-    own = ("seed", "seeds", "seed_of")
+    assert {name: run["seed"] for name, run in runs.items()} == {"a": 3, "a-seed1": 1, "a-seed0": 0, "b": 0, "v": 7}
+    assert [name for name, run in runs.items() if "seeds" in run] == ["a"]
     for name in seed_runs("a", runs["a"]):
-        assert [{key: value for key, value in runs[run].items() if key not in own} for run in ("a", name)] == [
-            {key: value for key, value in runs["a"].items() if key not in own}
-        ] * 2
+        assert runs[name] | {"seed": 3, "seeds": [3, 1, 0]} == runs["a"]
     assert asked_for(runs) == ["a", "b", "v"] and seed_runs("b", runs["b"]) == []
+
+
+def test_what_is_resolved_can_be_resolved_again():
+    resolved = config(SEVERAL)
+    assert resolve(resolved, SCHEMA) == resolved
 
 
 def test_only_training_and_score_know_of_the_seed():
@@ -70,12 +67,16 @@ def test_they_share_tokens_and_the_measurement_of_the_base():
         ("{a: {seeds: [3, x]}}", "runs.a.seeds.1: expected integer, got 'x'"),
         ("{a: {seeds: 3}}", "runs.a.seeds: expected array, got 3"),
         (
-            "{a: {seed: 3, seeds: [3, 1]}}",
+            "{a: {seed: 1, seeds: [3, 1]}}",
             "runs.a.seed: the seed of a run is the first of its seeds; leave one of the two out",
         ),
         (
             "{a: {seeds: [3, 1]}, a-seed1: {dataset: a}}",
             "runs.a.seeds: the run of seed 1 is named a-seed1, which is there; rename that",
+        ),
+        (
+            f"{{{'x' * 60}: {{dataset: a, seeds: [3, 1]}}}}",
+            f"runs.{'x' * 60}: the run of seed 1 is named {'x' * 60}-seed1, which is too long; shorten the name",
         ),
         (
             "{a: {seeds: [3, 1]}, A-seed1: {dataset: a}}",

@@ -382,7 +382,8 @@ class Bench:
                 "evaluate_model",
                 *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
                 *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
-                *("--answers", folder / "tuned" / "answers.jsonl", "--base", self.base("small")),
+                *("--answers", folder / "tuned" / "answers.jsonl", "--general", folder / "tuned" / "general.jsonl"),
+                *("--kept", folder / "tuned" / "kept", "--base", self.base("small")),
                 *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
                 case="evaluate",
             )

@@ -5,6 +5,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from moult.measuring.forgetting import instructions
+
+# The part of the answers that a kind of question is in.
+PART = {"prompt": "prompts", "row": "rows", "instruction": "instructions"}
+
 
 def check(answer: str, expect: dict, reference: str | None = None) -> dict[str, bool]:
     """{name of the check: whether it holds} for each that `expect` asks for.
@@ -15,6 +20,14 @@ def check(answer: str, expect: dict, reference: str | None = None) -> dict[str, 
         reference: the row's own answer, for `exact: true`, `contains: true` and `match`.
     """
     return {name: CHECKS[name](answer, value, reference) for name, value in sorted(expect.items())}
+
+
+def expectations(settings: dict) -> Callable[[str, str], dict]:
+    """What is expected of the answer to a question, by its kind and id. `settings`: the section eval."""
+    expected = {("prompt", prompt["id"]): prompt.get("expect", {}) for prompt in settings["prompts"]}
+    expected |= {("instruction", entry["id"]): entry["expect"] for entry in instructions()}
+    row_expect = settings.get("row_expect", {})
+    return lambda kind, id: row_expect if kind == "row" else expected[kind, id]
 
 
 def _contains(answer: str, value, reference: str | None) -> bool:

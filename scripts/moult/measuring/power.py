@@ -59,7 +59,14 @@ def rows_needed(effect: float, base: float, confidence: float) -> int:
     return math.ceil(high / 10) * 10
 
 
-def smallest_shift(interval: list[float], confidence: float) -> float:
-    """The smallest difference that a measurement like the one with this interval shows in `POWER` of all cases, in its unit."""
+def smallest_shift(interval: list[float], confidence: float, level: float) -> float:
+    """The smallest difference that a measurement like the one with this interval, of `confidence`, shows at the confidence
+    `level` in `POWER` of all cases, in its unit."""
+    error = (interval[1] - interval[0]) / 2 / NormalDist().inv_cdf((1 + confidence) / 2)
+    return shift_shown(1, error, level)
+
+
+def shift_shown(n: int, spread: float, level: float) -> float:
+    """The same for the mean of `n` independent differences with the standard deviation `spread`."""
     normal = NormalDist()
-    return (interval[1] - interval[0]) / 2 * (1 + normal.inv_cdf(POWER) / normal.inv_cdf((1 + confidence) / 2))
+    return spread / math.sqrt(n) * (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER))

@@ -21,7 +21,7 @@ def table(metrics: dict, folder: Path) -> str:
     )
     return f"""
 {metrics["run"]}: {metrics["verdict"]["verdict"].upper()}
-
+{reasons(metrics["verdict"])}
 {textwrap.indent(comparison(metrics), "  ")}
 {between_seeds(metrics.get("seeds"))}
   measured on {data["sequences"]:,} {ROWS[data["measured_on"]]} sequences, {data["trained_tokens"]:,} trained tokens; \
@@ -32,11 +32,19 @@ merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
 """
 
 
+def reasons(verdict: dict) -> str:
+    """Why it is not `helped`, a line each. What helped is seen in the table."""
+    found = [] if verdict["verdict"] == "helped" else verdict["reasons"]
+    return "".join(f"  - {reason}\n" for reason in found)
+
+
 def comparison(metrics: dict) -> str:
     """A line for each measurement: base, tuned, and the difference with its interval."""
     percent = round(100 * metrics["data"]["confidence"])
     return tabulate(
-        likelihood_rows(metrics["likelihood"]) + answer_rows(metrics["answers"]),
+        likelihood_rows(metrics["likelihood"])
+        + answer_rows(metrics["answers"])
+        + general_rows(metrics["general_text"]),
         headers=("", "base", "tuned", f"difference [{percent} %]"),
         tablefmt="plain",
         disable_numparse=True,
@@ -77,12 +85,21 @@ def answer_rows(parts: dict) -> list[tuple[str, str, str, str]]:
     for part, answers in parts.items():
         if part == "all":
             continue
-        rates = {"passed": answers.get("passed"), **answers.get("checks", {}), "stopped": answers["stopped"]}
+        rates = {"passed": answers.get("passed")}
+        if part != "instructions":  # their checks are Moult's own, each of one or two questions
+            rates |= {**answers.get("checks", {}), "stopped": answers["stopped"]}
         for name, rate in rates.items():
             if rate:
                 label = f"{part} ({rate['n']}): {name}"
                 rows.append((label, share(rate["base"]), share(rate["tuned"]), change(rate["difference"], 100)))
     return rows
+
+
+def general_rows(general: dict | None) -> list[tuple[str, str, str, str]]:
+    if not general:
+        return []
+    label = f"general text ({general['texts']}): nats per token"
+    return [(label, number(general["base"]), number(general["tuned"]), change(general["difference"]))]
 
 
 def number(figure: dict) -> str:

@@ -366,9 +366,14 @@ def date_variable(chat: Chat, messages: list[dict]) -> dict[str, str]:
 # --- prompts and templates ----------------------------------------------------------------------------------------------
 
 
+def messages_of(entry: dict) -> list[dict]:
+    """The messages of an entry of eval.prompts."""
+    return entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+
+
 def prompt_of(entry: dict, chat: Chat) -> tuple[list[dict], list[int]]:
     """The messages of an entry of eval.prompts, and their tokens. Raises MoultError where the template cannot show them."""
-    messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+    messages = messages_of(entry)
     try:
         return messages, chat.prompt_ids(messages)
     except Unrenderable as refusal:

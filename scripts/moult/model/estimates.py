@@ -59,18 +59,20 @@ def cache_bytes(config, length: int, width: int) -> float:
     return per_token * ((layers - short) * length + short * min(length, window or length))
 
 
-def estimate_disk(tensors: dict, trainable: int, train: dict) -> dict:
+def estimate_disk(tensors: dict, trainable: int, train: dict, tokens: int) -> dict:
     """Bytes that the run writes: checkpoints (adapter and two moments, float32; the kept, the best, the one being written),
-    the adapter, the merged model."""
+    the adapter, the merged model, and while it trains the tokens and their labels, unpacked and perhaps packed."""
     merged = sum(tensor.end - tensor.begin for tensor in tensors.values())
     checkpoint = trainable * 12
     checkpoints = checkpoint * (train["save_total_limit"] + 2)
     adapter = trainable * 4
+    tokens = tokens * 8 * (2 if train["packing"] else 1)
     return {
         "checkpoints": checkpoints,
         "adapter": adapter,
         "merged": merged,
-        "total": checkpoints + adapter + merged,
+        "tokens": tokens,
+        "total": checkpoints + adapter + merged + tokens,
     }
 
 

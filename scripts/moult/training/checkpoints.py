@@ -30,6 +30,7 @@ log = logging.getLogger("moult")
 FORMAT = 1  # version of the files in a checkpoint; other versions cannot be resumed
 MANIFEST = "manifest.json"
 STAGING = "staging"
+UNPACKED = "tokens"  # while it trains
 TRAINING_LOG = "training_log.jsonl"
 
 
@@ -70,7 +71,8 @@ def locked(state: Path, patience: float = 120) -> Iterator[None]:
 
 def claim(state: Path, fingerprint: dict) -> None:
     """Prepare `state` for `fingerprint`. Checkpoints of another fingerprint are moved aside and never resumed."""
-    shutil.rmtree(state / STAGING, ignore_errors=True)  # a kill in the middle of a checkpoint
+    for left in (STAGING, UNPACKED):  # by a kill
+        shutil.rmtree(state / left, ignore_errors=True)
     path = state / "fingerprint.json"
     if path.exists():
         old = read_json(path)

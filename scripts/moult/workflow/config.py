@@ -335,7 +335,7 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
             hint = f"; did you mean {close[0]}?" if close else f"; there are: {some(config['datasets'])}"
             problems.append(f"{key}: no dataset is named {dataset}{hint}")
             continue
-        if override.get("seeds") and "seed" in override:
+        if "seed" in override and override["seed"] != override.get("seeds", [override["seed"]])[0]:
             problems.append(f"runs.{name}.seed: the seed of a run is the first of its seeds; leave one of the two out")
         base = shared
         if "name" in override.get("model", {}):

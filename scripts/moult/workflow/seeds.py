@@ -5,31 +5,37 @@ The first seed is that of the run itself, in its own folder. For each further se
 not ask for it: the score of the first reads what it has measured.
 """
 
+# The longest name of a run (config/schema.yaml).
+LONGEST = 64
+
 
 def with_seeds(runs: dict[str, dict]) -> tuple[dict[str, dict], list[str]]:
-    """The runs, with one more for each further seed, and what is wrong with their names.
-
-    Each gets `seeds`, all that its score compares, and those that are made here also `seed_of`, the run that they belong to.
-    """
+    """The runs, with one more for each further seed, and what is wrong with their seeds. `runs` may hold them already."""
     result: dict[str, dict] = {}
     problems = []
     for name, run in runs.items():
-        seeds = run.get("seeds") or [run["seed"]]
-        result[name] = {**run, "seed": seeds[0], "seeds": seeds}
-        for seed, other in zip(seeds[1:], seed_runs(name, result[name]), strict=True):
-            if other in runs:
+        first, *others = run.get("seeds", [run["seed"]])
+        result[name] = {**run, "seed": first}
+        for seed, other in zip(others, seed_runs(name, run), strict=True):
+            made = {key: value for key, value in run.items() if key != "seeds"} | {"seed": seed}
+            if runs.get(other, made) != made:
                 problems.append(
                     f"runs.{name}.seeds: the run of seed {seed} is named {other}, which is there; rename that"
                 )
-            result[other] = {**run, "seed": seed, "seeds": [seed], "seed_of": name}
+            if len(other) > LONGEST:
+                problems.append(
+                    f"runs.{name}: the run of seed {seed} is named {other}, which is too long; shorten the name"
+                )
+            result[other] = made
     return result, problems
 
 
 def seed_runs(name: str, run: dict) -> list[str]:
     """The names of the runs with the further seeds of the run `name`, in their order."""
-    return [f"{name}-seed{seed}" for seed in run["seeds"][1:]]
+    return [f"{name}-seed{seed}" for seed in run.get("seeds", [])[1:]]
 
 
 def asked_for(runs: dict[str, dict]) -> list[str]:
     """The runs that the config names: all but those of further seeds."""
-    return [name for name, run in runs.items() if "seed_of" not in run]
+    made = {other for name, run in runs.items() for other in seed_runs(name, run)}
+    return [name for name in runs if name not in made]

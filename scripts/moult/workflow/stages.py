@@ -51,10 +51,14 @@ class Places(NamedTuple):
     base: str = "{run}/base"
     base_likelihood: str = "{run}/base/likelihood.jsonl"
     base_answers: str = "{run}/base/answers.jsonl"
+    base_general: str = "{run}/base/general.jsonl"
+    base_kept: str = "models/{model}.answers"  # no output; for all runs of the model
     # evaluate_tuned
     tuned: str = "{run}/tuned"
     tuned_likelihood: str = "{run}/tuned/likelihood.jsonl"
     tuned_answers: str = "{run}/tuned/answers.jsonl"
+    tuned_general: str = "{run}/tuned/general.jsonl"
+    tuned_kept: str = "{run}/tuned/kept"  # no output
     merge_check: str = "{run}/tuned/merge_check.json"
     # score
     metrics: str = "{run}/metrics.json"
@@ -216,7 +220,7 @@ def _finetune(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
     # `expect` is score's: a changed expectation needs no new answers.
     prompts = [{key: prompt[key] for key in prompt if key != "expect"} for prompt in run["eval"]["prompts"]]
-    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens")
+    own = _pick(run["eval"], "perplexity", "max_rows", "answer_rows", "max_new_tokens", "forgetting")
     return {
         "eval": {**own, "prompts": prompts},
         **_pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code"),
@@ -238,7 +242,7 @@ def evaluation_gpus(run: dict) -> int:
 
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("perplexity", "prompts", "row_expect", "confidence", "resamples", *limits)
+    keys = ("perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit", "confidence", "resamples", *limits)
     return {"eval": _pick(run["eval"], *keys), **_pick(run, "seed", "seeds")}
 
 
