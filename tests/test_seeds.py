@@ -167,16 +167,8 @@ def measured(folder, gain: float, right: float) -> str:
         for row in range(40)
     ]
     answers = [
-        {
-            "kind": "row",
-            "id": str(row),
-            "group": str(row),
-            "prompt": "?",
-            "prompt_ids": [row],
-            "reference": "yes",
-            "stopped": True,
-        }
-        | {"answer": "yes" if row < right * 40 else "no"}
+        {"kind": "row", "id": str(row), "group": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes"}
+        | {"answer": "yes" if row < right * 40 else "no", "stopped": True}
         for row in range(40)
     ]
     write_jsonl(folder / "likelihood.jsonl", rows)
@@ -220,9 +212,12 @@ def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     weighed = with_seeds(verdict, found["measurements"])
     assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed"])
     low, high = loss["interval"]
-    deviation = f"±{loss['standard_deviation']:.2g} between seeds"
-    said = f"loss, 3 seeds: {loss['mean']:+.3g} nats per token on average, {deviation} [{low:+.3g}, {high:+.3g}]"
+    spread_of = f"±{loss['standard_deviation']:.2g} between seeds [{low:+.3g}, {high:+.3g}]"
+    said = f"loss, 3 seeds: {loss['mean']:+.3g} nats per token on average, {spread_of}"
     assert said in weighed["reasons"] and f"  {said}\n" in between_seeds(found)
+    assert any(
+        "rows passed, 3 seeds: +83.3 points on average, ±29 between seeds" in line for line in weighed["reasons"]
+    )
 
 
 def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):

@@ -42,13 +42,13 @@ def spread(by_seed: list[float], interval: list[float], confidence: float) -> Sp
 def with_seeds(verdict: dict, measurements: dict[str, Spread]) -> dict:
     """The verdict of the rows, with what the seeds say: what is better must also be larger than the difference between seeds, or
     else this training was lucky. What is worse stays so: it is the model of this training that is published."""
-    lucky = [name for name in verdict["better"] if name in measurements and not is_larger(measurements[name])]
+    lucky = [name for name in verdict["better"] if not is_larger(measurements[name])]
     better = [name for name in verdict["better"] if name not in lucky]
     word = verdict["verdict"]
     if lucky and not better:
         word = "hurt" if verdict["worse"] else "inconclusive"
     reasons = [
-        f"{name}, {in_words(name, found)}{', which is no larger than the difference between them' if name in lucky else ''}"
+        f"{in_words(name, found)}{', which is no larger than the difference between them' if name in lucky else ''}"
         for name, found in measurements.items()
     ]
     return {
@@ -68,9 +68,11 @@ def is_larger(found: Spread) -> bool:
 
 def in_words(name: str, found: Spread) -> str:
     scale, unit = (1, "nats per token") if name == "loss" else (100, "points")
-    average, low, high = (f"{scale * figure:+.3g}" for figure in (found["mean"], *found["interval"]))
-    between = f"±{scale * found['standard_deviation']:.2g} between seeds"
-    return f"{len(found['by_seed'])} seeds: {average} {unit} on average, {between} [{low}, {high}]"
+    middle, low, high = (f"{scale * value:+.3g}" for value in (found["mean"], *found["interval"]))
+    deviation = f"±{scale * found['standard_deviation']:.2g}"
+    return (
+        f"{name}, {len(found['by_seed'])} seeds: {middle} {unit} on average, {deviation} between seeds [{low}, {high}]"
+    )
 
 
 @lru_cache
