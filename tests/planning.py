@@ -70,7 +70,7 @@ def make(
     arguments = Namespace(
         model=str(base),
         tokens=str(tokens),
-        eval={"prompts": prompts, **(questions or {})},
+        eval={"prompts": prompts, "perplexity": False, "forgetting": False, "confidence": 0.95, **(questions or {})},
         out=str(tmp_path / "plan.json"),
     )
     with contextlib.nullcontext() if simulated else patch.object(memory, "simulate", side_effect=RuntimeError):
