@@ -22,6 +22,7 @@ rule score:
         seed_adapters=of_other_seeds(at.adapter_summary),
         seed_likelihoods=of_other_seeds(at.tuned_likelihood),
         seed_answers=of_other_seeds(at.tuned_answers),
+        seed_generals=of_other_seeds(at.tuned_general),
         seed_merge_checks=of_other_seeds(at.merge_check),
     output:
         metrics=at.metrics,

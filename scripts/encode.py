@@ -27,6 +27,7 @@ from moult.errors import MoultError
 from moult.files import atomic_files, read_json, read_jsonl, write_json, write_text
 from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, choose_template, prints_date, template_sha256
 from moult.model.manifest import open_model
+from moult.model.tokenizer import without_torch
 from moult.parallel import ordered_stream
 from moult.run.cli import stage_parser
 from moult.run.console import progress
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
-    with stage("encode", args.log_file, args.settings) as log:
+    with stage("encode", args.log_file, args.settings) as log, without_torch(args.settings["trust_remote_code"]):
         encode(args.settings, args, log)
 
 

@@ -87,6 +87,7 @@ def stages(folder: Path, checkout: Path, config: dict) -> dict[str, list]:
     finetune = ["--plan", folder / "plan.json", "--state", folder / "state"]
     finetune += [part for option, name in outputs.items() for part in (option, folder / name)]
     answers = ["--likelihood", folder / "likelihood.jsonl", "--answers", folder / "answers.jsonl"]
+    answers += ["--general", folder / "general.jsonl", "--kept", folder / "kept"]
     return {
         "plan": command("plan", "plan", "few", False, *plan),
         "finetune": command("finetune", "finetune", "few", False, *finetune),
@@ -97,7 +98,7 @@ def stages(folder: Path, checkout: Path, config: dict) -> dict[str, list]:
 
 
 def prepare(folder: Path, checkout: Path, count: int) -> None:
-    """Below `folder`: `few` with so many rows in train and 50 in val, and `many` with so many in val."""
+    """Below `folder`: `few` with so many rows in train and 50 in val, and `many` with so many in test."""
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     row = json.dumps({"id": "r", "group": "g", "source": 0, "messages": said})
     settings = {
@@ -110,7 +111,7 @@ def prepare(folder: Path, checkout: Path, count: int) -> None:
     (folder / "rows.jsonl").write_text(f"{row}\n")
     command = [sys.executable, checkout / "scripts/encode.py", "--settings", json.dumps(settings), "--model", BASE]
     command += ["--templates", ROOT / "config/chat_templates", "--out", folder / "few", "--log-file", folder / "log"]
-    command += ["--train", folder / "rows.jsonl", "--val", folder / "rows.jsonl"]
+    command += [*(part for name in ("--train", "--val", "--test") for part in (name, folder / "rows.jsonl"))]
     peak(command, folder / "log")
     write_tokens(folder / "few/train.parquet", count)
     write_tokens(folder / "few/val.parquet", 50)
@@ -120,7 +121,7 @@ def prepare(folder: Path, checkout: Path, count: int) -> None:
         report[part]["length"]["longest_kept"] = 349
     (folder / "few/report.json").write_text(json.dumps(report))
     shutil.copytree(folder / "few", folder / "many")
-    shutil.copy(folder / "few/train.parquet", folder / "many/val.parquet")
+    shutil.copy(folder / "few/train.parquet", folder / "many/test.parquet")
 
 
 def main() -> None:

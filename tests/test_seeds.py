@@ -167,12 +167,13 @@ def measured(folder, gain: float, right: float) -> str:
         for row in range(40)
     ]
     answers = [
-        {"kind": "row", "id": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes", "stopped": True}
-        | {"answer": "yes" if row < right * 40 else "no"}
+        {"kind": "row", "id": str(row), "group": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes"}
+        | {"answer": "yes" if row < right * 40 else "no", "stopped": True}
         for row in range(40)
     ]
     write_jsonl(folder / "likelihood.jsonl", rows)
     write_jsonl(folder / "answers.jsonl", answers)
+    write_jsonl(folder / "general.jsonl", [])
     write_json(folder / "merge_check.json", {"mean_kl": 0.0, "top1_agreement": 1.0, "positions": 50})
     return str(folder)
 
@@ -193,7 +194,7 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
     settings = {"eval": EVAL, "seed": 0, "seeds": list(range(len(gains)))}
     found = score.compare_seeds(settings, base, score.differences(likelihood, answers), arguments)
-    return found, score.verdict(likelihood, answers, 40, 0.95)
+    return found, score.verdict(likelihood, answers, None, 40, EVAL)
 
 
 def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
@@ -211,9 +212,12 @@ def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     weighed = with_seeds(verdict, found["measurements"])
     assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed"])
     low, high = loss["interval"]
-    deviation = f"±{loss['standard_deviation']:.2g} between seeds"
-    said = f"loss, 3 seeds: {loss['mean']:+.3g} on average, {deviation} [{low:+.3g}, {high:+.3g}]"
+    spread_of = f"±{loss['standard_deviation']:.2g} between seeds [{low:+.3g}, {high:+.3g}]"
+    said = f"loss, 3 seeds: {loss['mean']:+.3g} nats per token on average, {spread_of}"
     assert said in weighed["reasons"] and f"  {said}\n" in between_seeds(found)
+    assert any(
+        "rows passed, 3 seeds: +83.3 points on average, ±29 between seeds" in line for line in weighed["reasons"]
+    )
 
 
 def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):

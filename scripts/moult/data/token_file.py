@@ -119,7 +119,7 @@ def rows_of(path: Path) -> list[Row]:
         unpack(path, Path(unpacked))
         table = pa.ipc.open_stream(pa.memory_map(unpacked)).read_all()
     finally:
-        os.unlink(unpacked)
+        Path(unpacked).unlink()
     return rows_in(table)
 
 

@@ -42,13 +42,13 @@ def spread(by_seed: list[float], interval: list[float], confidence: float) -> Sp
 def with_seeds(verdict: dict, measurements: dict[str, Spread]) -> dict:
     """The verdict of the rows, with what the seeds say: what is better must also be larger than the difference between seeds, or
     else this training was lucky. What is worse stays so: it is the model of this training that is published."""
-    lucky = [name for name in verdict["better"] if name in measurements and not is_larger(measurements[name])]
+    lucky = [name for name in verdict["better"] if not is_larger(measurements[name])]
     better = [name for name in verdict["better"] if name not in lucky]
     word = verdict["verdict"]
     if lucky and not better:
         word = "hurt" if verdict["worse"] else "inconclusive"
     reasons = [
-        f"{name}, {in_words(found)}{', which is no larger than the difference between them' if name in lucky else ''}"
+        f"{in_words(name, found)}{', which is no larger than the difference between them' if name in lucky else ''}"
         for name, found in measurements.items()
     ]
     return {
@@ -66,11 +66,12 @@ def is_larger(found: Spread) -> bool:
     return min(sign * limit for limit in found["interval"]) > 0
 
 
-def in_words(found: Spread) -> str:
-    low, high = found["interval"]
+def in_words(name: str, found: Spread) -> str:
+    scale, unit = (1, "nats per token") if name == "loss" else (100, "points")
+    middle, low, high = (f"{scale * value:+.3g}" for value in (found["mean"], *found["interval"]))
+    deviation = f"±{scale * found['standard_deviation']:.2g}"
     return (
-        f"{len(found['by_seed'])} seeds: {found['mean']:+.3g} on average, ±{found['standard_deviation']:.2g} between seeds "
-        f"[{low:+.3g}, {high:+.3g}]"
+        f"{name}, {len(found['by_seed'])} seeds: {middle} {unit} on average, {deviation} between seeds [{low}, {high}]"
     )
 
 

@@ -55,7 +55,7 @@ def comparison(metrics: dict) -> str:
 def between_seeds(seeds: dict | None) -> str:
     """A line for each measurement over all seeds, if there are several."""
     found = seeds["measurements"] if seeds else {}
-    return "".join(f"  {name}, {in_words(spread)}\n" for name, spread in found.items())
+    return "".join(f"  {in_words(name, spread)}\n" for name, spread in found.items())
 
 
 def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:

@@ -1,7 +1,11 @@
 """The tokenizer of a model folder: its own chat templates, what it makes of text, and the tokens that end its answers."""
 
 import codecs
+import contextlib
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from moult.errors import MoultError
@@ -10,6 +14,23 @@ from moult.files import read_json
 # What a model has of templates, as transformers has it in `tokenizer.chat_template`: one text, or several by name.
 # "default" is for any conversation, "tool_use" for those with tools, others only for who asks for them by name.
 Template = str | dict[str, str]
+
+
+@contextlib.contextmanager
+def without_torch(own_code: bool) -> Iterator[None]:
+    """Meanwhile transformers finds no torch, unless it is there already, or the tokenizer's `own_code` may ask for it.
+
+    It imports torch beside each tokenizer, and does not need it: 1.1 of the 2.2 seconds that encode took to start.
+    """
+    if own_code or "torch" in sys.modules:
+        yield
+        return
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would tell that there is no torch
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool = False):
