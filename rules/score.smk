@@ -15,6 +15,9 @@ rule score:
         tuned_answers=at.tuned_answers,
         tuned_general=at.tuned_general,
         merge_check=at.merge_check,
+        benchmarks=of_benchmarks(at.base_benchmark, at.tuned_benchmark),
+        benchmark_summaries=of_benchmarks(at.base_benchmark_summary, at.tuned_benchmark_summary),
+        contamination=contamination_of,
         prepared=of_dataset(at.ledger),
         report=of_encoder(at.report),
         adapter=at.adapter_summary,
@@ -46,6 +49,7 @@ rule score:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
+            --benchmarks {input.benchmarks:q} --contamination {input.contamination:q} \
             --seed-tuned {params.seeds:q} --seed-adapters {input.seed_adapters:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

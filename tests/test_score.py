@@ -9,6 +9,7 @@ import pytest
 from planning import Log
 
 import score
+from moult.data.contamination import rows_told
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
@@ -44,6 +45,8 @@ EVAL = {
     "merge_kl_limit": 0.05,
     "merge_top1_limit": 0.95,
     "quantization_kl_limit": 0.05,
+    "benchmarks": {},
+    "contamination": "exclude",
     "prompts": [{"id": "a", "prompt": "?", "expect": {"contains": "yes"}}, {"id": "b", "prompt": "?"}],
     "row_expect": {"exact": True, "json": True},
     "forgetting": True,
@@ -156,11 +159,15 @@ def make_sides(
     write_json(folder / "merge.json", {"base": {"name": "b", "commit": None, "files": {}}, "files": {}})
 
 
-def run(folder, log=None, **settings) -> dict:
+def run(folder, log=None, benchmark_files=(), contamination_files=(), **settings) -> dict:
     arguments = {name: str(folder / name) for name in ("base", "tuned", "tokens")}
     arguments |= {"run": "demo", "prepared": str(folder / "metadata.json")}
     arguments |= {name: str(folder / f"{name}.json") for name in ("adapter", "merge", "metrics")}
-    arguments["samples"] = str(folder / "samples.jsonl")
+    arguments |= {
+        "samples": str(folder / "samples.jsonl"),
+        "benchmarks": list(benchmark_files),
+        "contamination": list(contamination_files),
+    }
     arguments["seed_tuned"] = []
     score.score({"eval": {**EVAL, **settings}, "seed": 0}, Namespace(**arguments), log or Log())
     return read_json(folder / "metrics.json")
@@ -477,6 +484,59 @@ def test_a_merged_model_that_is_not_what_was_trained_is_said_and_stops_nothing(t
         log = Log()
         run(tmp_path, log=log)
         assert any("above eval.quantization_kl_limit 0.05" in line for line in log.lines) == said
+
+
+def add_benchmark(folder, tuned: float) -> list[str]:
+    """A benchmark of 200 questions, of which the base answers half, and the tuned model this share."""
+    paths = []
+    for side, right in (("base", 0.5), ("tuned", tuned)):
+        value = {"task": "t", "doc_hash": "d", "prompt_hash": "p"}
+        rows = [value | {"doc_id": n, "values": {"acc,none": float(n < right * 200)}} for n in range(200)]
+        summary = {
+            "metrics": [{"name": "acc,none", "higher_is_better": True}],
+            "limit": None,
+            "tasks": {"t": {"num_fewshot": 0, "version": "1"}},
+            "cut": 0,
+            "versions": {"lm_eval": "0"},
+        }
+        paths.append(str(folder / side / "bench.jsonl"))
+        write_jsonl(paths[-1], rows)
+        write_json(folder / side / "bench.json", summary)
+    return paths
+
+
+def test_a_benchmark_counts_in_the_verdict(tmp_path):
+    make_sides(tmp_path, better=0.0, right=0.0)
+    asked = {"bench": {"metric": None, "slug": "bench"}}
+    for tuned, kind in ((0.7, "better"), (0.3, "worse"), (0.5, "unclear")):
+        metrics = run(tmp_path, benchmarks=asked, benchmark_files=add_benchmark(tmp_path, tuned))
+        assert "benchmark bench" in metrics["verdict"][kind]
+        assert metrics["benchmarks"]["bench"]["metrics"]["acc,none"]["difference"]["value"] == pytest.approx(
+            tuned - 0.5
+        )
+    reason = next(reason for reason in metrics["verdict"]["reasons"] if "bench" in reason)
+    assert reason.startswith("benchmark bench inconclusive: +0 points [")
+    assert "these 200 questions show" in reason
+
+
+def test_questions_in_the_training_rows_do_not_count(tmp_path):
+    make_sides(tmp_path)
+    found = [{"kind": "prompt", "question": "yes or no?"}]
+    found += [{"kind": "benchmark", "benchmark": "bench", "task": "t", "doc_id": n} for n in range(200)]
+    path = tmp_path / "contamination.json"
+    write_json(path, {"found": found, "contaminated_rows": rows_told(["a row"])})
+    prompts = [{**EVAL["prompts"][0], "prompt": "yes or no?"}, EVAL["prompts"][1]]
+    asked = {"bench": {"metric": None, "slug": "bench"}}
+    options = {"prompts": prompts, "benchmarks": asked, "benchmark_files": add_benchmark(tmp_path, 0.7)}
+    metrics = run(tmp_path, contamination_files=[str(path)], **options)
+    assert metrics["answers"]["prompts"]["n"] == 1
+    assert metrics["benchmarks"]["bench"]["left_out"] == 200
+    assert metrics["contamination"]["prompts"] == ["a"]
+    verdict = metrics["verdict"]
+    assert not any("bench" in name for kind in ("better", "worse", "unclear") for name in verdict[kind])
+    assert "in the training rows: 1 of 2 prompts, 200 questions of bench; they do not count" in verdict["reasons"]
+    metrics = run(tmp_path, contamination_files=[str(path)], **options, contamination="report")
+    assert (metrics["answers"]["prompts"]["n"], metrics["benchmarks"]["bench"]["left_out"]) == (2, 0)
 
 
 def test_nothing_measured_is_no_verdict(tmp_path):

@@ -149,6 +149,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(seeds, noise):
 
 EVAL = {
     "perplexity": True,
+    "forgetting": False,
+    "forgetting_limit": 0.05,
     "confidence": 0.95,
     "resamples": 500,
     "prompts": [],
@@ -193,8 +195,8 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     answers = score.compare_answers(sides, EVAL)[0]
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
     settings = {"eval": EVAL, "seed": 0, "seeds": list(range(len(gains)))}
-    found = score.compare_seeds(settings, base, score.differences(likelihood, answers), arguments)
-    return found, score.verdict(likelihood, answers, None, 40, EVAL)
+    found = score.compare_seeds(settings, base, score.differences(likelihood, answers), None, arguments)
+    return found, score.verdict(likelihood, answers, None, {}, 40, EVAL)
 
 
 def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
