@@ -22,6 +22,18 @@ def grown(amount, attempt):
     return int(amount * min(1 + (attempt - 1) / 2, 2))
 
 
+def growing_with_input(amount, share):
+    """Resource: `amount` MB and this share of the size of the inputs, growing with each attempt. What a compressed file holds is
+    taken for five times its size."""
+
+    def read(wildcards, input, attempt):
+        # While an input is missing, this is an OSError: Snakemake asks again when it is there.
+        sizes = (Path(path).stat().st_size * (5 if path.endswith((".gz", ".parquet")) else 1) for path in input)
+        return grown(amount + share * sum(sizes) / 1e6, attempt)
+
+    return read
+
+
 def planned(resource):
     """Resource of finetune: the estimate in plan.json, growing with each attempt."""
 
