@@ -59,6 +59,15 @@ def of_benchmarks(base, tuned):
     return files
 
 
+def of_seed_benchmarks(tuned):
+    """Input: a file of all benchmarks, of each run with a further seed of this run."""
+    return lambda wildcards: [
+        tuned.format(run=other, benchmark=benchmark.slug)
+        for other in seed_runs(wildcards.run, config["runs"][wildcards.run])
+        for benchmark in benchmarks_of(config["runs"][other])
+    ]
+
+
 rule fetch_benchmark:
     """A task of lm-eval -> its questions, and what was downloaded for them. A download is kept."""
     input:

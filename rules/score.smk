@@ -26,6 +26,8 @@ rule score:
         seed_likelihoods=of_other_seeds(at.tuned_likelihood),
         seed_answers=of_other_seeds(at.tuned_answers),
         seed_generals=of_other_seeds(at.tuned_general),
+        seed_benchmarks=of_seed_benchmarks(at.tuned_benchmark),
+        seed_benchmark_summaries=of_seed_benchmarks(at.tuned_benchmark_summary),
         seed_merge_checks=of_other_seeds(at.merge_check),
     output:
         metrics=at.metrics,
@@ -51,5 +53,6 @@ rule score:
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
             --benchmarks {input.benchmarks:q} --contamination {input.contamination:q} \
             --seed-tuned {params.seeds:q} --seed-adapters {input.seed_adapters:q} \
+            --seed-benchmarks {input.seed_benchmarks:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

@@ -20,7 +20,7 @@ from moult.measuring.checks import PART, check, expectations
 from moult.measuring.contamination import Contamination
 from moult.measuring.intervals import compare_rates, p_value, quantiles, resample, wilson
 from moult.measuring.seeds import spread, with_seeds
-from moult.measuring.verdict import PARTS, verdict
+from moult.measuring.verdict import Measure, measures_of, verdict
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -52,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--seed-tuned", nargs="*", default=[], help="--tuned of the runs with the further seeds")
     parser.add_argument("--seed-adapters", nargs="*", default=[], help="--adapter of the same runs")
+    parser.add_argument("--seed-benchmarks", nargs="*", default=[], help="the same runs' samples of each benchmark")
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -82,7 +83,8 @@ def score(settings: dict, args, log) -> None:
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
-    seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), contamination, args)
+    measures = measures_of(likelihood, answers, benchmarks, groups, settings["eval"]["confidence"])
+    seeds = compare_seeds(settings, sides["base"], measures, groups, contamination, args)
     told = contamination.reason() if contamination else None
     cautions = [reason for reason in (told, chosen_on(prepared, adapter)) if reason]
     found = verdict(likelihood, answers, general, benchmarks, groups, settings["eval"], cautions)
@@ -415,20 +417,25 @@ def compare_benchmarks(samples: list[str], asked: dict, contamination: Contamina
 
 
 def compare_seeds(
-    settings: dict, base: dict, own: dict[str, dict], contamination: Contamination | None, args
+    settings: dict, base: dict, own: list[Measure], groups: int, contamination: Contamination | None, args
 ) -> dict | None:
-    """The differences of the run (`own`) beside those of the same run with other seeds. None if it has only one seed."""
+    """What the verdict looks at (`own`), beside the same of the runs with other seeds. None if the run has only one seed."""
     if not args.seed_tuned:
         return None
-    found = [own]
-    for folder in args.seed_tuned:
+    # One resample: the intervals over rows are those of the run itself.
+    options = {"confidence": settings["eval"]["confidence"], "resamples": 1, "seed": 0}
+    asked = settings["eval"]["benchmarks"]
+    values = {measure.name: [measure.difference["value"]] for measure in own}
+    for number, folder in enumerate(args.seed_tuned):
         sides = {"base": base, "tuned": read_side(folder)}
         check_same_questions(base, sides["tuned"])
         check_merge(read_json(Path(folder) / "merge_check.json"), settings["eval"])
-        # One resample: the interval over rows is that of the run itself.
-        measure = settings["eval"]["perplexity"]
-        likelihood = compare_likelihood(sides, settings["eval"]["confidence"], 1, 0) if measure else None
-        found.append(differences(likelihood, compare_answers(sides, settings["eval"], contamination)[0]))
+        samples = args.benchmarks[: len(asked)] + args.seed_benchmarks[number * len(asked) : (number + 1) * len(asked)]
+        likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
+        answers = compare_answers(sides, settings["eval"], contamination)[0]
+        benchmarks = compare_benchmarks(samples, asked, contamination, options)
+        for measure in measures_of(likelihood, answers, benchmarks, groups, options["confidence"]):
+            values[measure.name].append(measure.difference["value"])
     adapters = [read_json(path) for path in (args.adapter, *args.seed_adapters)]
     return {
         "trained": [
@@ -436,21 +443,12 @@ def compare_seeds(
             for seed, adapter in zip(settings["seeds"], adapters, strict=True)
         ],
         "measurements": {
-            name: spread(
-                [each[name]["value"] for each in found], difference["interval"], settings["eval"]["confidence"]
+            measure.name: spread(
+                values[measure.name], measure.difference["interval"], options["confidence"], measure.unit
             )
-            for name, difference in own.items()
+            for measure in own
         },
     }
-
-
-def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
-    """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
-    found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
-    for part, name in PARTS.items():
-        if rates := answers.get(part, {}).get("passed"):
-            found[name] = rates["difference"]
-    return found
 
 
 def chosen_on(prepared: dict, adapter: dict) -> str | None:

@@ -16,22 +16,27 @@ from functools import lru_cache
 from statistics import mean, stdev
 from typing import TypedDict
 
+from moult.measuring.verdict import POINTS
+
 
 class Spread(TypedDict):
-    """One measurement over all seeds, in its own unit; the first seed is that of the model that is published."""
+    """One measurement over all seeds; the first seed is that of the model that is published. `unit`: for people; points are
+    hundredths of what stands here."""
 
+    unit: str
     by_seed: list[float]
     mean: float
     standard_deviation: float
     interval: list[float]
 
 
-def spread(by_seed: list[float], interval: list[float], confidence: float) -> Spread:
+def spread(by_seed: list[float], interval: list[float], confidence: float, unit: str) -> Spread:
     """`by_seed`: tuned minus base, for each of at least two seeds. `interval`: of the first of them, over rows."""
     middle, deviation, count = mean(by_seed), stdev(by_seed), len(by_seed)
     error = student(confidence, count - 1) * deviation / math.sqrt(count)
     down, up = (math.hypot(abs(limit - by_seed[0]), error) for limit in interval)
     return {
+        "unit": unit,
         "by_seed": by_seed,
         "mean": middle,
         "standard_deviation": deviation,
@@ -67,12 +72,11 @@ def is_larger(found: Spread) -> bool:
 
 
 def in_words(name: str, found: Spread) -> str:
-    scale, unit = (1, "nats per token") if name == "loss" else (100, "points")
+    scale = 100 if found["unit"] == POINTS else 1
     middle, low, high = (f"{scale * value:+.3g}" for value in (found["mean"], *found["interval"]))
     deviation = f"±{scale * found['standard_deviation']:.2g}"
-    return (
-        f"{name}, {len(found['by_seed'])} seeds: {middle} {unit} on average, {deviation} between seeds [{low}, {high}]"
-    )
+    middle += "" if found["unit"] == "on average" else f" {found['unit']}"
+    return f"{name}, {len(found['by_seed'])} seeds: {middle} on average, {deviation} between seeds [{low}, {high}]"
 
 
 @lru_cache

@@ -209,6 +209,7 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         "unknown_language",
         "broken",
         "sample_size",
+        "near_duplicates",
         "val_size",
         "test_size",
     )
