@@ -9,6 +9,8 @@
 # make schema update the files that are generated from config/schema.yaml and the libraries
 # make image  build the image of the training stages for Apptainer; make docker-image: for Docker
 #             make serve-image and make docker-serve-image: the image of the server
+#             make benchmark-image: the image of the benchmarks, for Apptainer
+# make benchmark-env  create .venv-benchmark, the environment of the benchmarks
 #
 # The environment is .venv, created with the interpreter PYTHON. BASE_IMAGE is another base for an image: an image in a registry,
 # or for `make image` a .sif file or a folder.
@@ -32,7 +34,8 @@ LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test test-all serve publish lint bench schema env image serve-image docker-image docker-serve-image
+.PHONY: demo test test-all serve publish lint bench schema env image serve-image docker-image docker-serve-image \
+    benchmark-image benchmark-env
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -70,6 +73,15 @@ env: $(VENV)/workflow.stamp
 image: containers/moult-train-$(VERSION).sif
 
 serve-image: containers/moult-serve-$(VERSION).sif
+
+benchmark-image: containers/moult-benchmark-$(VERSION).sif
+
+benchmark-env: .venv-benchmark/stamp
+
+.venv-benchmark/stamp: envs/benchmark.txt envs/benchmark-constraints.txt
+	$(PYTHON) -m venv .venv-benchmark
+	.venv-benchmark/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c envs/benchmark-constraints.txt
+	@touch $@
 
 containers/moult-%-$(VERSION).sif: containers/%.def containers/install.sh $(wildcard envs/*.txt)
 	@command -v apptainer >/dev/null || \

@@ -10,7 +10,15 @@ from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misp
 from moult.workflow.container import identity
 from moult.workflow.functions import known
 from moult.workflow.seeds import asked_for, seed_runs
-from moult.workflow.stages import encoded_as, evaluation_gpus, measured_as, model_slug, places_below, stage_settings
+from moult.workflow.stages import (
+    benchmarked_as,
+    encoded_as,
+    evaluation_gpus,
+    measured_as,
+    model_slug,
+    places_below,
+    stage_settings,
+)
 
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent
@@ -47,9 +55,9 @@ config["paths"]["results"] = workflow.pathvars.apply("<results>")
 refuse(misplaced(config))
 
 # Every path below results/, with wildcards. Several runs can share a file; `encoders` and `base_measurers` are
-# {run: the run that makes the shared file}.
+# {run: the run that makes the shared file}, `benchmarkers` is that for each benchmark.
 at = places_below("<results>")
-encoders, base_measurers = encoded_as(config), measured_as(config)
+encoders, base_measurers, benchmarkers = encoded_as(config), measured_as(config), benchmarked_as(config)
 
 
 def settings(stage):

@@ -15,6 +15,9 @@ rule score:
         tuned_answers=at.tuned_answers,
         tuned_general=at.tuned_general,
         merge_check=at.merge_check,
+        benchmarks=of_benchmarks(at.base_benchmark, at.tuned_benchmark),
+        benchmark_summaries=of_benchmarks(at.base_benchmark_summary, at.tuned_benchmark_summary),
+        contamination=contamination_of,
         prepared=of_dataset(at.ledger),
         report=of_encoder(at.report),
         adapter=at.adapter_summary,
@@ -22,6 +25,9 @@ rule score:
         seed_adapters=of_other_seeds(at.adapter_summary),
         seed_likelihoods=of_other_seeds(at.tuned_likelihood),
         seed_answers=of_other_seeds(at.tuned_answers),
+        seed_generals=of_other_seeds(at.tuned_general),
+        seed_benchmarks=of_seed_benchmarks(at.tuned_benchmark),
+        seed_benchmark_summaries=of_seed_benchmarks(at.tuned_benchmark_summary),
         seed_merge_checks=of_other_seeds(at.merge_check),
     output:
         metrics=at.metrics,
@@ -45,6 +51,8 @@ rule score:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --base {params.base:q} --tuned {params.tuned:q} \
             --prepared {input.prepared:q} --tokens {params.tokens:q} --adapter {input.adapter:q} --merge {input.merge:q} \
+            --benchmarks {input.benchmarks:q} --contamination {input.contamination:q} \
             --seed-tuned {params.seeds:q} --seed-adapters {input.seed_adapters:q} \
+            --seed-benchmarks {input.seed_benchmarks:q} \
             --metrics {output.metrics:q} --samples {output.samples:q} --log-file {log:q}
         """

@@ -14,12 +14,13 @@ Rows are read, encoded and written as they come, so memory does not grow with th
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+from moult.data.contamination import rows_told
 from moult.data.labels import sequences_of_all
+from moult.data.portions import PORTION_BYTES, PORTION_ROWS, portions
 from moult.data.preview import page
 from moult.data.sequence import IGNORE, Sequence
 from moult.data.token_file import TokenFile, every_nth, token_schema
@@ -35,10 +36,6 @@ from moult.run.stage import stage
 
 PREVIEWED = 10
 
-# What a process encodes at a time: so few rows of a few turns, or so much text of long ones, that the bar moves.
-PORTION_ROWS = 256
-PORTION_BYTES = 2**18
-
 
 def main() -> None:
     parser = stage_parser(__doc__, "encode", threads="processes")
@@ -49,6 +46,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="prepared training rows (.jsonl)")
     parser.add_argument("--val", required=True, help="prepared validation rows (.jsonl)")
     parser.add_argument("--test", required=True, help="prepared test rows (.jsonl)")
+    parser.add_argument("--without", nargs="*", default=[], help="ids of training rows to leave out (.json)")
     parser.add_argument("--out", required=True, help="folder to write to")
     args = parser.parse_args()
 
@@ -72,12 +70,15 @@ def encode(settings: dict, args, log) -> None:
     if template is None:
         warn_of_added_end(chat, log)
 
-    report: dict = {"schema_version": 1}
+    without = frozenset(id for path in args.without for id in read_json(path))
+    report: dict = {"schema_version": 1, "contaminated_rows": rows_told(without)}
     out = Path(args.out)
     with atomic_files(out, *(f"{part}.parquet" for part in paths)) as files:
         counts: dict[str, Counts] = {}
         for part, path in paths.items():
-            counts[part] = encode_rows(part, path, files[f"{part}.parquet"], chat_settings, settings, args.threads)
+            left_out = without if part == "train" else frozenset()
+            target = files[f"{part}.parquet"]
+            counts[part] = encode_rows(part, path, left_out, target, chat_settings, settings, args.threads)
             check_rows(part, counts[part], settings)
             check_lengths(part, counts[part], settings)
             check_vocabulary(part, counts[part], vocabulary)
@@ -190,7 +191,9 @@ class Counts:
                 setattr(self, one.name, max(mine, theirs) if one.name in ("largest", "longest") else mine + theirs)
 
 
-def encode_rows(part: str, path: Path, target: Path, chat_settings: tuple, settings: dict, workers: int) -> Counts:
+def encode_rows(
+    part: str, path: Path, without: frozenset[str], target: Path, chat_settings: tuple, settings: dict, workers: int
+) -> Counts:
     """Write the sequences of all rows to `target`, and count."""
     with path.open("rb") as file:
         total = sum(1 for _ in file)
@@ -198,26 +201,13 @@ def encode_rows(part: str, path: Path, target: Path, chat_settings: tuple, setti
     counts = Counts()
     work = partial(encode_portion, limit=settings["max_length"], overlength=settings["overlength"])
     with progress(total, f"{part} rows: tokens") as bar, TokenFile(target) as made:
-        for found, batch in ordered_stream(work, portions(path), workers, f"{part} rows", set_chat, chat_settings):
+        for found, batch in ordered_stream(
+            work, portions(path, without), workers, f"{part} rows", set_chat, chat_settings
+        ):
             counts.add(found)
             made.add(batch)
             bar.update(found.rows)
     return counts
-
-
-def portions(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a file, some at a time."""
-    lines: list[bytes] = []
-    size = 0
-    with path.open("rb") as file:
-        for line in file:
-            lines.append(line)
-            size += len(line)
-            if len(lines) >= PORTION_ROWS or size >= PORTION_BYTES:
-                yield lines
-                lines, size = [], 0
-    if lines:
-        yield lines
 
 
 def set_chat(*chat_settings) -> None:
@@ -353,6 +343,11 @@ def trained_spans(labels) -> tuple[int, list[int]]:
 
 
 def check_rows(part: str, counts: Counts, settings: dict) -> None:
+    if not counts.rows:
+        raise MoultError(
+            f"every {part} row has a question of the evaluation (results/prepared/<dataset>/contamination.json)",
+            "set eval.contamination: exclude, or ask other questions",
+        )
     refused = counts.refused.total()
     if refused and (settings["unrenderable"] == "error" or refused == counts.rows):
         listing = "\n    ".join(

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from moult.files import read_json, write_text
-from moult.measuring.table import ROWS, comparison
+from moult.measuring.table import ROWS, between_seeds, comparison
 from moult.model.chat import FROZEN_DATE, prints_date
 from moult.model.export import PLACE
 from moult.model.manifest import open_model
@@ -135,7 +135,8 @@ def figures(metrics: dict) -> str:
     data = metrics["data"]
     return (
         f"Measured on {data['sequences']:,} {ROWS[data['measured_on']]} sequences with {data['trained_tokens']:,} tokens of "
-        f"answers, none of them trained on; answers are greedy.\n\n```\n{comparison(metrics)}\n```\n"
+        f"answers, none of them trained on; answers are greedy.\n\n```\n{comparison(metrics)}\n"
+        f"{between_seeds(metrics['seeds'])}```\n"
     )
 
 

@@ -5,8 +5,8 @@
         --test results/prepared/demo/test.jsonl --metadata results/prepared/demo/metadata.json
 
 First stage after fetch; needs no model. In this order: read -> normalise to one shape -> drop broken and empty rows ->
-drop exact duplicates -> language filter -> sample -> split by group -> check that the parts share nothing -> repeat
-by weight. Weights come last: a row repeated before the split would land in several parts. Same input and seed, same bytes.
+drop exact duplicates -> language filter -> sample -> find near copies -> split by group -> check that the parts share nothing ->
+repeat by weight. Weights come last: a row repeated before the split would land in several parts. Same input and seed, same bytes.
 
 A checkpoint is chosen on val, and the result is measured on test. Without a test part (moult/data/split.py), test.jsonl holds the
 rows of val.
@@ -22,12 +22,14 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from moult.data.first_pass import first_pass, set_first_pass
 from moult.data.language import UNKNOWN, detector, languages_of, spoken_texts
 from moult.data.ledger import Ledger
+from moult.data.near_duplicates import is_near_copy, join_groups
 from moult.data.readers import chunks_in, expand, read_chunks
 from moult.data.split import LONG, check_overlap, parts_of, split, tell_parts, without
 from moult.errors import MoultError, some
@@ -60,13 +62,22 @@ def main() -> None:
 
 
 def prepare(settings: dict, args, log) -> None:
-    with temporary_file(args.train) as lines:
-        _prepare(settings, args, log, lines)
+    with temporary_file(args.train) as lines, temporary_file(args.train) as signatures:
+        _prepare(settings, args, log, Spool(lines, signatures))
 
 
-def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
+@dataclass
+class Spool:
+    """What the first pass leaves of all rows: their lines, their signatures, and how many they are."""
+
+    lines: BinaryIO
+    signatures: BinaryIO
+    rows: int = 0
+
+
+def _prepare(settings: dict, args, log, spool: Spool) -> None:
     ledger = Ledger()
-    rows, files = read(settings["sources"], settings, lines, args.threads, ledger)
+    rows, files = read(settings["sources"], settings, spool, args.threads, ledger)
     log.debug("read %s rows from %s", f"{ledger.read:,}", some([file["path"] for file in files], 3))
     stop_at_broken_rows(ledger, settings["broken"])
     check_columns(settings, ledger)
@@ -78,8 +89,12 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
     for part in PARTS:
         if settings[f"{part}_sources"]:
             ledgers[part] = Ledger()
-            given[part], given_files[part] = read_given(part, settings, args, log, lines, ledgers[part])
+            given[part], given_files[part] = read_given(part, settings, args, log, spool, ledgers[part])
     rows = in_languages(rows, settings, args.threads, sample, ledger)
+    alike = None
+    if settings["near_duplicates"] != "ignore":
+        rows, given, alike = without_near_copies(rows, given, settings["near_duplicates"], spool, ledger, ledgers)
+        tell_alike(alike, len(rows), log)
     if len(given) == 2:
         given["val"] = without(given["val"], given["test"], "in_test", ledgers["val"])
     for part in given:
@@ -120,6 +135,7 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
             "no_test_part_because": parts.reason,
             "thresholds": parts.thresholds,
             "language_detector": settings["language_detector"] if settings["languages"] else None,
+            "near_duplicates": alike,
             "overlap": overlap,
             "seed": settings["seed"],
         },
@@ -132,10 +148,10 @@ def _prepare(settings: dict, args, log, lines: BinaryIO) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, ledger: Ledger) -> tuple["Rows", list]:
+def read(sources: list[dict], settings: dict, spool: Spool, workers: int, ledger: Ledger) -> tuple["Rows", list]:
     """All rows that can be training rows, and the files that they came from with their hashes.
 
-    The finished lines are added to `lines`.
+    Their finished lines and their signatures are added to the spool.
     """
     from moult.data.records import Rows
 
@@ -144,7 +160,7 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
     before = list(itertools.accumulate(sizes, initial=0))
     workers = min(workers, chunks_in(before[-1]))
     names = names_of(files)
-    start = lines.seek(0, os.SEEK_END)
+    start = spool.lines.seek(0, os.SEEK_END)
     records = []
     chunks = (
         (index, chunk)
@@ -159,7 +175,8 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
             for name in part.formats:
                 file["format"] = name if file["format"] in (None, name) else "mixed"
             ledger.add(part.ledger)
-            lines.write(part.lines)
+            spool.lines.write(part.lines)
+            spool.signatures.write(part.signatures)
             records.append(part.records)
             bar.update(((before[part.file] + part.end) >> 20) - bar.done, f"{ledger.read:,} rows")
     if ledger.read == 0:
@@ -167,12 +184,14 @@ def read(sources: list[dict], settings: dict, lines: BinaryIO, workers: int, led
             f"{some([file['path'] for file in files])}: no rows",
             "the files are empty; check datasets.<name>.source",
         )
-    return Rows.of(records, lines, start), files
+    rows = Rows.of(records, spool.lines, start, spool.rows)
+    spool.rows += len(rows)
+    return rows, files
 
 
-def read_given(part: str, settings: dict, args, log, lines: BinaryIO, ledger: Ledger) -> tuple["Rows", list]:
+def read_given(part: str, settings: dict, args, log, spool: Spool, ledger: Ledger) -> tuple["Rows", list]:
     """The rows of a part that has a source of its own, and their files."""
-    rows, files = read(settings[f"{part}_sources"], settings, lines, args.threads, ledger)
+    rows, files = read(settings[f"{part}_sources"], settings, spool, args.threads, ledger)
     stop_at_broken_rows(ledger, settings["broken"])
     tell_left_out(ledger, log, f"{part}_source: ")
     return in_languages(without_duplicates(rows, ledger), settings, args.threads, None, ledger), files
@@ -245,6 +264,45 @@ def without_duplicates(rows: "Rows", ledger: Ledger) -> "Rows":
     is_first = rows.is_first("key")
     ledger.drop_all("duplicate", rows.take(~is_first))
     return rows.take(is_first)
+
+
+def without_near_copies(
+    rows: "Rows", given: dict, policy: str, spool: Spool, ledger: Ledger, ledgers: dict
+) -> tuple["Rows", dict, dict]:
+    """(rows and the given parts, in which near copies have one group; what metadata.json says of them).
+
+    With the policy `drop`, of near copies in one part only the first is left.
+    """
+    import numpy as np
+
+    parts, counts = {"train": rows, **given}, {"train": ledger, **ledgers}
+    if policy == "drop":
+        for part, of_part in parts.items():
+            is_copy = is_near_copy(of_part, spool.signatures)
+            counts[part].drop_all("near_duplicate", of_part.take(is_copy))
+            parts[part] = of_part.take(~is_copy)
+    together = replace(rows, records=np.concatenate([part.records for part in parts.values()]))
+    alike = join_groups(together, spool.signatures)
+    at = 0
+    for of_part in parts.values():
+        of_part.records = together.records[at : at + len(of_part)]
+        at += len(of_part)
+    return parts.pop("train"), parts, {"policy": policy, **alike}
+
+
+def tell_alike(alike: dict, rows: int, log) -> None:
+    if alike["rows"]:
+        log.info(
+            "near copies: %s rows form %s groups, the largest of %s rows",
+            *(f"{alike[name]:,}" for name in ("rows", "groups", "largest")),
+        )
+    if alike["left_apart"]:
+        log.warning(
+            "%s of %s rows are near copies of each other, as are rows made from a template. They are not kept in one part: "
+            "give them a group (datasets.<name>.columns.group), or none (near_duplicates: ignore)",
+            f"{alike['left_apart']:,}",
+            f"{rows:,}",
+        )
 
 
 def choose_detector(settings: dict, wanted: int) -> str:

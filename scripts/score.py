@@ -15,10 +15,12 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.measuring.benchmarks import compare_benchmark, read_answers
 from moult.measuring.checks import PART, check, expectations
-from moult.measuring.intervals import PairedDifference, p_value, quantiles, rate, resample, wilson
+from moult.measuring.contamination import Contamination
+from moult.measuring.intervals import compare_rates, p_value, quantiles, resample, wilson
 from moult.measuring.seeds import spread, with_seeds
-from moult.measuring.verdict import PARTS, verdict
+from moult.measuring.verdict import Measure, measures_of, verdict
 from moult.model.manifest import public_name
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -39,8 +41,18 @@ def main() -> None:
     parser.add_argument("--tokens", required=True, help="folder with the tokens that encode wrote")
     parser.add_argument("--adapter", required=True, help="finetune's adapter.json")
     parser.add_argument("--merge", required=True, help="merge's merge.json")
+    parser.add_argument(
+        "--benchmarks",
+        nargs="*",
+        default=[],
+        help="samples of each benchmark: first the base's of all, then the tuned model's",
+    )
+    parser.add_argument(
+        "--contamination", nargs="*", default=[], help="what contamination has found, if the run asks anything"
+    )
     parser.add_argument("--seed-tuned", nargs="*", default=[], help="--tuned of the runs with the further seeds")
     parser.add_argument("--seed-adapters", nargs="*", default=[], help="--adapter of the same runs")
+    parser.add_argument("--seed-benchmarks", nargs="*", default=[], help="the same runs' samples of each benchmark")
     parser.add_argument("--metrics", required=True, help="output: metrics.json")
     parser.add_argument("--samples", required=True, help="output: samples.jsonl")
     args = parser.parse_args()
@@ -62,15 +74,20 @@ def score(settings: dict, args, log) -> None:
     options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
     general = compare_general(sides, report["vocabulary"], **options) if settings["eval"]["forgetting"] else None
-    answers, samples = compare_answers(sides, settings["eval"])
+    contamination = contaminated(args.contamination, settings["eval"], report)
+    answers, samples = compare_answers(sides, settings["eval"], contamination)
+    benchmarks = compare_benchmarks(args.benchmarks, settings["eval"]["benchmarks"], contamination, options)
     rows = sides["base"]["likelihood"]
     # finetune measures on all rows of val.
     same_rows = prepared["measured_on"] == "val" and len(rows) == report["val"]["sequences"]
     cost = quantization_cost(merge_check.pop("quantization", None), adapter, likelihood, same_rows)
     tell_quantization(cost, settings["eval"]["quantization_kl_limit"], log)
     groups = len({row["group"] for row in rows})
-    seeds = compare_seeds(settings, sides["base"], differences(likelihood, answers), args)
-    found = verdict(likelihood, answers, general, groups, settings["eval"], chosen_on(prepared, adapter))
+    measures = measures_of(likelihood, answers, benchmarks, groups, settings["eval"]["confidence"])
+    seeds = compare_seeds(settings, sides["base"], measures, groups, contamination, args)
+    told = contamination.reason() if contamination else None
+    cautions = [reason for reason in (told, chosen_on(prepared, adapter)) if reason]
+    found = verdict(likelihood, answers, general, benchmarks, groups, settings["eval"], cautions)
     metrics = {
         "schema_version": 1,
         "run": args.run,
@@ -93,6 +110,8 @@ def score(settings: dict, args, log) -> None:
             for s in samples
             if s["kind"] == "prompt"
         ],
+        "benchmarks": benchmarks,
+        "contamination": contamination.told() if contamination else None,
         "by_source": by_source(sides, prepared),
         "seeds": seeds,
         "merged_vs_adapter": merge_check,
@@ -211,6 +230,20 @@ def tell_quantization(cost: dict | None, limit: float, log) -> None:
         )
 
 
+def contaminated(files: list[str], settings: dict, report: dict) -> Contamination | None:
+    """What of this run's questions is in the training rows. With `drop`, encode must have left out just these rows."""
+    if not files:
+        return None
+    found = read_json(files[0])
+    if settings["contamination"] == "drop" and found["contaminated_rows"] != report["contaminated_rows"]:
+        raise MoultError(
+            f"eval.contamination is drop, and encode has left out other rows than those of {files[0]} "
+            f"({report['contaminated_rows']['count']:,}, not {found['contaminated_rows']['count']:,})",
+            "run the same command again: it trains without them",
+        )
+    return Contamination.of(found, settings)
+
+
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +348,9 @@ def data_name(file: dict) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
-    """The pass rates of every check for prompts, rows, instructions and all together, and each question with both answers."""
+def compare_answers(sides: dict, settings: dict, contamination: Contamination | None = None) -> tuple[dict, list[dict]]:
+    """The pass rates of every check for prompts, rows, instructions and all together, and each question with both answers.
+    Prompts that are in the training rows do not count if `contamination` says so."""
     expected = expectations(settings)
     samples = []
     for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
@@ -326,9 +360,11 @@ def compare_answers(sides: dict, settings: dict) -> tuple[dict, list[dict]]:
             checks = check(row["answer"], expect, row["reference"])
             sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
         samples.append(sample)
+    left_out = contamination.prompts_left_out() if contamination else ()
+    counted = [s for s in samples if s["kind"] != "prompt" or s["id"] not in left_out]
     parts = {
-        **{part: [s for s in samples if s["kind"] == kind] for kind, part in PART.items()},
-        "all": samples,
+        **{part: [s for s in counted if s["kind"] == kind] for kind, part in PART.items()},
+        "all": counted,
     }
     return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
 
@@ -361,37 +397,45 @@ def summarise(samples: list[dict], confidence: float) -> dict:
     return result
 
 
-def compare_rates(base: list[bool], tuned: list[bool], groups: list[str], confidence: float) -> dict:
-    n, paired = len(base), PairedDifference(base, tuned, groups)
+def compare_benchmarks(samples: list[str], asked: dict, contamination: Contamination | None, options: dict) -> dict:
+    """{name: the comparison} of each benchmark. `asked`: {name: its metric and slug}, in the order of the files."""
+    pairs = zip(samples[: len(asked)], samples[len(asked) :], strict=True)
     return {
-        "n": n,
-        "independent": paired.independent,
-        "base": {"value": sum(base) / n, "interval": rate(base, groups, confidence)},
-        "tuned": {"value": sum(tuned) / n, "interval": rate(tuned, groups, confidence)},
-        "difference": {
-            "value": (sum(tuned) - sum(base)) / n,
-            "interval": paired.interval(confidence),
-            "p": p_value(paired.interval),
-        },
+        name: compare_benchmark(
+            name,
+            read_answers(base),
+            read_answers(tuned),
+            one["metric"],
+            options,
+            contamination.questions_left_out(one["slug"]) if contamination else (),
+        )
+        for (name, one), (base, tuned) in zip(asked.items(), pairs, strict=True)
     }
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dict | None:
-    """The differences of the run (`own`) beside those of the same run with other seeds. None if it has only one seed."""
+def compare_seeds(
+    settings: dict, base: dict, own: list[Measure], groups: int, contamination: Contamination | None, args
+) -> dict | None:
+    """What the verdict looks at (`own`), beside the same of the runs with other seeds. None if the run has only one seed."""
     if not args.seed_tuned:
         return None
-    found = [own]
-    for folder in args.seed_tuned:
+    # One resample: the intervals over rows are those of the run itself.
+    options = {"confidence": settings["eval"]["confidence"], "resamples": 1, "seed": 0}
+    asked = settings["eval"]["benchmarks"]
+    values = {measure.name: [measure.difference["value"]] for measure in own}
+    for number, folder in enumerate(args.seed_tuned):
         sides = {"base": base, "tuned": read_side(folder)}
         check_same_questions(base, sides["tuned"])
         check_merge(read_json(Path(folder) / "merge_check.json"), settings["eval"])
-        # One resample: the interval over rows is that of the run itself.
-        measure = settings["eval"]["perplexity"]
-        likelihood = compare_likelihood(sides, settings["eval"]["confidence"], 1, 0) if measure else None
-        found.append(differences(likelihood, compare_answers(sides, settings["eval"])[0]))
+        samples = args.benchmarks[: len(asked)] + args.seed_benchmarks[number * len(asked) : (number + 1) * len(asked)]
+        likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
+        answers = compare_answers(sides, settings["eval"], contamination)[0]
+        benchmarks = compare_benchmarks(samples, asked, contamination, options)
+        for measure in measures_of(likelihood, answers, benchmarks, groups, options["confidence"]):
+            values[measure.name].append(measure.difference["value"])
     adapters = [read_json(path) for path in (args.adapter, *args.seed_adapters)]
     return {
         "trained": [
@@ -399,21 +443,12 @@ def compare_seeds(settings: dict, base: dict, own: dict[str, dict], args) -> dic
             for seed, adapter in zip(settings["seeds"], adapters, strict=True)
         ],
         "measurements": {
-            name: spread(
-                [each[name]["value"] for each in found], difference["interval"], settings["eval"]["confidence"]
+            measure.name: spread(
+                values[measure.name], measure.difference["interval"], options["confidence"], measure.unit
             )
-            for name, difference in own.items()
+            for measure in own
         },
     }
-
-
-def differences(likelihood: dict | None, answers: dict) -> dict[str, dict]:
-    """What the verdict is about: the difference between base and tuned of each measurement, with its interval."""
-    found = {"loss": likelihood["difference"]["nll_per_token"]} if likelihood else {}
-    for part, name in PARTS.items():
-        if rates := answers.get(part, {}).get("passed"):
-            found[name] = rates["difference"]
-    return found
 
 
 def chosen_on(prepared: dict, adapter: dict) -> str | None:

@@ -1,6 +1,7 @@
 """Prepare rows of 1.26 kB: seconds of the processor, and the most memory of all its processes together.
 
     python tests/benchmark_prepare.py /tmp/prepare --rows 200000 1000000 --threads 1 2
+    python tests/benchmark_prepare.py /tmp/prepare --rows 200000 --near-duplicates ignore
     python tests/benchmark_prepare.py /tmp/prepare --rows 200000 --checkout ../older
 
 `--checkout` is another checkout, whose prepare is measured instead. The last column is a hash of what is written.
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--near-duplicates", default="group", choices=["group", "drop", "ignore"])
     parser.add_argument("--checkout", type=Path, default=TESTS.parent)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,7 @@ def main() -> None:
     for rows in args.rows:
         file = make(args.folder / f"{rows}.jsonl", rows)
         for threads in args.threads:
-            seconds, of_processor, peak = measure(args.checkout, file, args.folder / "out", threads)
+            seconds, of_processor, peak = measure(args, file, threads)
             digest = hashlib.sha256(b"".join((args.folder / "out" / name).read_bytes() for name in OUTPUTS))
             speed = f"{rows / of_processor:,.0f} | {peak / 1e6:,.0f} | {digest.hexdigest()[:8]}"
             print(f"| {rows:,} | {threads} | {seconds:.1f} | {of_processor:.1f} | {speed} |", flush=True)
@@ -64,13 +66,14 @@ def make(file: Path, count: int) -> Path:
     return file
 
 
-def measure(checkout: Path, file: Path, out: Path, threads: int) -> tuple[float, float, int]:
+def measure(args, file: Path, threads: int) -> tuple[float, float, int]:
     """(seconds, seconds of the processor, most bytes of memory), shared memory counted once."""
+    out = args.folder / "out"
     options = [str(option) for name, value in arguments(out, threads).items() for option in (f"--{name}", value)]
-    given = json.dumps(stage_input(source=str(file)))
+    given = json.dumps(stage_input(source=str(file), near_duplicates=args.near_duplicates))
     command = [
         sys.executable,
-        checkout / "scripts/prepare.py",
+        args.checkout / "scripts/prepare.py",
         "--settings",
         given,
         *options,

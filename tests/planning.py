@@ -41,6 +41,18 @@ class Log:
     debug = warning = info
 
 
+# Nothing is asked, so nothing is told of it.
+EVAL = {
+    "prompts": [],
+    "answer_rows": 0,
+    "row_expect": {},
+    "max_rows": None,
+    "perplexity": False,
+    "forgetting": False,
+    "confidence": 0.95,
+}
+
+
 def make(
     base,
     tmp_path,
@@ -70,7 +82,7 @@ def make(
     arguments = Namespace(
         model=str(base),
         tokens=str(tokens),
-        eval={"prompts": prompts, **(questions or {})},
+        eval={**EVAL, "prompts": prompts, **(questions or {})},
         out=str(tmp_path / "plan.json"),
     )
     with contextlib.nullcontext() if simulated else patch.object(memory, "simulate", side_effect=RuntimeError):

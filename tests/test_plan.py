@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from planning import LORA, Log, make
+from planning import EVAL, LORA, Log, make
 from tiny import make_model, make_tokens
 
 import plan
@@ -297,17 +297,6 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
 
 
 # --- what the evaluation will show ---
-
-
-EVAL = {
-    "prompts": [],
-    "answer_rows": 0,
-    "row_expect": {},
-    "max_rows": None,
-    "perplexity": False,
-    "forgetting": False,
-    "confidence": 0.95,
-}
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def lay_out(folder: Path) -> dict[str, dict]:
     (folder / "more.jsonl").write_text(lines(*spoken(250, 100)))
     (folder / "given.jsonl").write_text(lines(*spoken(40, 60), {"prompt": "q", "completion": ""}))
     turned = {"path": "spoken.jsonl", "columns": {"prompt": "completion", "completion": "prompt"}, "weight": 0.3}
-    return {
+    cases = {
         "formats": {"source": [{"path": path, "weight": 0.5 + n / 4} for n, path in enumerate(formats)]},
         "odd rows": {"source": ["odd.jsonl", "odd.json"], "broken": "drop", "val_size": 0.2, "seed": 3},
         "sample": {"source": "spoken.jsonl", "sample_size": 123, "val_size": 20},
@@ -167,7 +167,15 @@ def lay_out(folder: Path) -> dict[str, dict]:
             "broken": "drop",
             "columns": {"group": "nowhere"},
         },
+        "near copies": {
+            "source": [{"path": "spoken.jsonl", "weight": 1.5}, "odd.jsonl"],
+            "test_source": "given.jsonl",
+            "near_duplicates": "group",
+            "broken": "drop",
+        },
+        "dropped near copies": {"source": ["spoken.jsonl", "more.jsonl"], "near_duplicates": "drop", "test_size": 40},
     }
+    return {name: {"near_duplicates": "ignore"} | case for name, case in cases.items()}
 
 
 FIRST = {
@@ -180,6 +188,8 @@ FIRST = {
     "sample of a language": ["68afa4ca60abbc1d", "d8303d9389d6a3d1", "d8303d9389d6a3d1", "921a64a1ff8afe9c"],
     "given validation rows": ["2dbfb6c81bba0975", "7e3e367b4cfd4cb4", "7e3e367b4cfd4cb4", "5e8bc5d8a953ed23"],
     "first rows": ["f0a4d7c362ccfcf2", "cc3ed2bc7abfab8b", "cc3ed2bc7abfab8b", "e8ca4a64436b8500"],
+    "near copies": ["c8e04aca1c55ef43", "08938e6e9336268a", "de51c20b3f4f8d31", "4d5ae8db2ace7097"],
+    "dropped near copies": ["8e31dcf61e2268ed", "d658374932e1d141", "0ffff91a0b12b7d0", "ed06ce1548d475e5"],
 }
 
 
@@ -192,6 +202,8 @@ def outcome(folder: Path, threads: int, dataset: dict) -> list[str]:
     for file in metadata["sources"] + metadata["val_sources"] + metadata["test_sources"]:
         del file["sha256"]
     del metadata["language_detector"]
+    if metadata["near_duplicates"] is None:
+        del metadata["near_duplicates"]
     texts = [Path(paths[part]).read_text() for part in ("train", "val", "test")]
     return [sha256_text(text)[:16] for text in (*texts, canonical(metadata))]
 

@@ -104,16 +104,16 @@ def test_student(confidence, df, wanted):
 
 
 def test_the_interval_is_that_of_the_rows_where_seeds_agree_and_that_of_the_seeds_where_rows_do():
-    same = spread([2.0, 2.0, 2.0], [1.0, 2.5], 0.95)
+    same = spread([2.0, 2.0, 2.0], [1.0, 2.5], 0.95, "points")
     assert (same["mean"], same["standard_deviation"], same["interval"]) == (2.0, 0.0, [1.0, 2.5])
-    exact = spread([1.0, 2.0, 3.0], [1.0, 1.0], 0.95)
+    exact = spread([1.0, 2.0, 3.0], [1.0, 1.0], 0.95, "points")
     half = 4.3027 / math.sqrt(3)
     assert exact["interval"] == pytest.approx([2 - half, 2 + half], rel=1e-4)
-    both = spread([1.0, 2.0, 3.0], [0.5, 1.0], 0.95)
+    both = spread([1.0, 2.0, 3.0], [0.5, 1.0], 0.95, "points")
     assert both["interval"] == pytest.approx([2 - math.hypot(half, 0.5), 2 + half], rel=1e-4)
     assert is_larger(same) and not is_larger(exact) and not is_larger(both)
-    assert is_larger(spread([-2.0, -2.0], [-3.0, -1.0], 0.95))
-    assert not is_larger(spread([0.1, -2.0, -2.0], [0.05, 0.15], 0.3)), "the first is on the other side"
+    assert is_larger(spread([-2.0, -2.0], [-3.0, -1.0], 0.95, "points"))
+    assert not is_larger(spread([0.1, -2.0, -2.0], [0.05, 0.15], 0.3, "points")), "the first is on the other side"
 
 
 def simulated(generator, seeds: int, rows: int, over_rows: float, over_seeds: float, both: float) -> tuple:
@@ -137,7 +137,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(seeds, noise):
     held = alone = 0
     for _ in range(trials):
         by_seed, interval = simulated(generator, seeds, 64, *noise)
-        low, high = spread(by_seed, interval, 0.95)["interval"]
+        low, high = spread(by_seed, interval, 0.95, "points")["interval"]
         held += low <= 0 <= high
         alone += interval[0] <= 0 <= interval[1]
     assert held / trials > 0.95 - 3 * math.sqrt(0.05 * 0.95 / trials), (held, alone)
@@ -148,7 +148,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(seeds, noise):
 # --- metrics.json -----------------------------------------------------------------------------------------------------
 
 EVAL = {
+    "benchmarks": {"quiz": {"metric": None, "slug": "quiz"}},
     "perplexity": True,
+    "forgetting": False,
+    "forgetting_limit": 0.05,
     "confidence": 0.95,
     "resamples": 500,
     "prompts": [],
@@ -167,12 +170,18 @@ def measured(folder, gain: float, right: float) -> str:
         for row in range(40)
     ]
     answers = [
-        {"kind": "row", "id": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes", "stopped": True}
-        | {"answer": "yes" if row < right * 40 else "no"}
+        {"kind": "row", "id": str(row), "group": str(row), "prompt": "?", "prompt_ids": [row], "reference": "yes"}
+        | {"answer": "yes" if row < right * 40 else "no", "stopped": True}
         for row in range(40)
     ]
     write_jsonl(folder / "likelihood.jsonl", rows)
     write_jsonl(folder / "answers.jsonl", answers)
+    write_jsonl(folder / "general.jsonl", [])
+    asked = {"task": "quiz", "doc_hash": "h", "prompt_hash": "p"}
+    values = {"acc": 0.5 + gain / 10}
+    write_jsonl(folder / "questions.jsonl", [asked | {"doc_id": row, "values": values} for row in range(40)])
+    told = {"metrics": [{"name": "acc", "higher_is_better": True}], "limit": None, "tasks": {}, "cut": 0}
+    write_json(folder / "questions.json", told | {"versions": {"lm_eval": "0"}})
     write_json(folder / "merge_check.json", {"mean_kl": 0.0, "top1_agreement": 1.0, "positions": 50})
     return str(folder)
 
@@ -190,30 +199,39 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     sides = {"base": base, "tuned": score.read_side(folders[0])}
     likelihood = score.compare_likelihood(sides, 0.95, 500, 0)
     answers = score.compare_answers(sides, EVAL)[0]
+    asked = [str(folder / side / "questions.jsonl") for side in ("base", *map(str, range(len(gains))))]
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
+    arguments.benchmarks, arguments.seed_benchmarks = asked[:2], asked[2:]
+    options = {"confidence": 0.95, "resamples": 500, "seed": 0}
+    benchmarks = score.compare_benchmarks(arguments.benchmarks, EVAL["benchmarks"], None, options)
+    own = score.measures_of(likelihood, answers, benchmarks, 40, 0.95)
     settings = {"eval": EVAL, "seed": 0, "seeds": list(range(len(gains)))}
-    found = score.compare_seeds(settings, base, score.differences(likelihood, answers), arguments)
-    return found, score.verdict(likelihood, answers, 40, 0.95)
+    found = score.compare_seeds(settings, base, own, 40, None, arguments)
+    return found, score.verdict(likelihood, answers, None, benchmarks, 40, EVAL)
 
 
 def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):
     found, verdict = seeds_of(tmp_path, [1.0, 1.2, 0.9], [1.0, 1.0, 0.5])
     schema = read_json(score.SCHEMA)
     Draft202012Validator({**schema["properties"]["seeds"], "$defs": schema["$defs"]}).validate(found)
-    assert set(found["measurements"]) == {"loss", "rows passed"}
+    assert set(found["measurements"]) == {"loss", "rows passed", "benchmark quiz"}
     loss = found["measurements"]["loss"]
     assert loss["by_seed"] == pytest.approx([-1.0, -1.2, -0.9], abs=0.06)
     assert (loss["mean"], loss["standard_deviation"]) == (mean(loss["by_seed"]), stdev(loss["by_seed"]))
     assert loss["interval"][0] < loss["mean"] < loss["interval"][1] < 0
     assert found["measurements"]["rows passed"]["by_seed"] == [1.0, 1.0, 0.5]
+    assert found["measurements"]["benchmark quiz"]["by_seed"] == pytest.approx([0.1, 0.12, 0.09])
     assert found["trained"][2] == {"seed": 2, "step": 12, "adapter_sha256": "hash2"}
 
     weighed = with_seeds(verdict, found["measurements"])
-    assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed"])
+    assert (weighed["verdict"], weighed["better"]) == ("helped", ["loss", "rows passed", "benchmark quiz"])
     low, high = loss["interval"]
-    deviation = f"±{loss['standard_deviation']:.2g} between seeds"
-    said = f"loss, 3 seeds: {loss['mean']:+.3g} on average, {deviation} [{low:+.3g}, {high:+.3g}]"
+    spread_of = f"±{loss['standard_deviation']:.2g} between seeds [{low:+.3g}, {high:+.3g}]"
+    said = f"loss, 3 seeds: {loss['mean']:+.3g} nats per token on average, {spread_of}"
     assert said in weighed["reasons"] and f"  {said}\n" in between_seeds(found)
+    assert any(
+        "rows passed, 3 seeds: +83.3 points on average, ±29 between seeds" in line for line in weighed["reasons"]
+    )
 
 
 def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):
@@ -224,13 +242,13 @@ def test_a_run_with_one_seed_says_nothing_of_seeds(tmp_path):
 def test_what_is_no_larger_than_between_seeds_is_inconclusive(tmp_path):
     """Clear by its rows, and lost with the next seed."""
     found, verdict = seeds_of(tmp_path, [1.0, -0.2, 0.6], [0.0, 0.0, 0.0])
-    assert (verdict["verdict"], verdict["better"]) == ("helped", ["loss"])
+    assert (verdict["verdict"], verdict["better"]) == ("helped", ["loss", "benchmark quiz"])
     weighed = with_seeds(verdict, found["measurements"])
     assert (weighed["verdict"], weighed["better"]) == ("inconclusive", [])
     assert "loss" in weighed["unclear"] and "loss" not in weighed["smallest_effect"]
     [reason] = [reason for reason in weighed["reasons"] if reason.startswith("loss, 3 seeds")]
     assert reason.endswith(", which is no larger than the difference between them")
-    assert verdict["better"] == ["loss"], "the verdict of the rows is not changed in place"
+    assert verdict["better"][0] == "loss", "the verdict of the rows is not changed in place"
 
 
 def test_one_clear_measurement_is_enough(tmp_path):
@@ -244,7 +262,7 @@ def test_what_another_seed_would_have_made_better_is_still_hurt(tmp_path):
     found, verdict = seeds_of(tmp_path, [-1.0, 0.2, 1.4], [0.0, 0.0, 0.0])
     assert not is_larger(found["measurements"]["loss"])
     weighed = with_seeds(verdict, found["measurements"])
-    assert (weighed["verdict"], weighed["worse"]) == ("hurt", ["loss"])
+    assert (weighed["verdict"], weighed["worse"]) == ("hurt", ["loss", "benchmark quiz"])
 
 
 def test_what_was_better_by_luck_does_not_make_up_for_what_is_worse(tmp_path):
@@ -285,11 +303,10 @@ def test_snakemake_makes_what_is_shared_once(tmp_path):
     use_seeds(folder, [0, 1, 2])
     output = snakemake(folder, "-n", "results/demo/metrics.json")
     table = dict(re.findall(r"^(\w+) +(\d+)$", output[output.index("Job stats:") :], re.MULTILINE))
-    assert table == {
-        **dict.fromkeys(("inspect_model", "prepare", "encode", "evaluate_base", "score"), "1"),
-        **dict.fromkeys(("plan", "finetune", "merge", "evaluate_tuned"), "3"),
-        "total": "17",
-    }
+    assert {job for job, count in table.items() if count == "3"} == {"plan", "finetune", "merge", "evaluate_tuned"}
+    shared = {"inspect_model", "prepare", "encode", "evaluate_base", "score"}
+    assert shared <= {job for job, count in table.items() if count == "1"}
+    assert set(table.values()) - {table["total"]} == {"1", "3"}
     everything = snakemake(folder, "-n")
     assert re.search(r"^score +1$", everything, re.MULTILINE) and re.search(
         r"^model_card +1$", everything, re.MULTILINE

@@ -124,9 +124,11 @@ def test_a_taken_port_is_told_with_who_has_it():
 
 @pytest.fixture
 def measured(tmp_path):
-    """A run as evaluate leaves it: two prompts and a row, measured. The fake engine knows the answers."""
+    """A run as evaluate leaves it: two prompts, a row and an instruction, measured. The fake engine knows the answers. The
+    instruction is none of the config's, and not asked."""
     rows = []
-    for number, (kind, text) in enumerate([("prompt", "one"), ("prompt", "two"), ("row", "three")]):
+    kinds = [("prompt", "one"), ("prompt", "two"), ("row", "three"), ("instruction", "four")]
+    for number, (kind, text) in enumerate(kinds):
         rows.append(
             {
                 "kind": kind,

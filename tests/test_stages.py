@@ -14,6 +14,7 @@ from moult.workflow.stages import STAGES, encoded_as, measured_as, stage_setting
 
 BOTH = {"evaluate_base", "evaluate_tuned"}
 ASKING = {*BOTH, "smoke_test"}
+BENCHMARKS = {"benchmark_base", "benchmark_tuned"}
 PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
 
 
@@ -37,7 +38,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("seed: 5", {"prepare", "finetune", "score"}),
         ("runs: {a: {seed: 5}}", {"finetune", "score"}),
         ("runs: {a: {seeds: [0, 5]}}", {"score"}),
-        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "score"}),
+        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "contamination", "score"}),
         ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score", "smoke_test"}),
         ("eval: {row_expect: {exact: true}}", {"score"}),
         ("eval: {confidence: 0.9}", {"score"}),
@@ -52,10 +53,16 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("datasets: {a: {test_source: held.jsonl}}", {"prepare"}),
         ("datasets: {a: {columns: {prompt: q}}}", {"prepare"}),
         ("datasets: {b: {max_length: 64, languages: [en]}}", set()),
-        ("model: {dtype: float16}", {"plan", "finetune", *ASKING}),
+        ("model: {dtype: float16}", {"plan", "finetune", *ASKING, *BENCHMARKS}),
         ("model: {quantization: nf4}", {"plan", "finetune", "evaluate_tuned"}),
         ("eval: {gpu: 2}", set()),
-        ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, "model_card"}),
+        (
+            "eval: {benchmarks: [{task: gsm8k}]}",
+            {"contamination", "score"},
+        ),  # its rules have a param for each benchmark
+        ("eval: {lm_eval: {batch_size: 4}}", BENCHMARKS),
+        ("eval: {lm_eval: {python: /opt/python, container: other.sif}}", set()),
+        ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, *BENCHMARKS, "model_card"}),
         ("model: {chat_template: null}", {"encode"}),
         ("model: {revision: v2}", {"fetch_model", "inspect_model"}),
         ("serve: {max_model_len: 64}", {"smoke_test"}),

@@ -64,7 +64,7 @@ def simulated(seed: int, groups: np.ndarray, effect: float = 0.0, shift: float =
     )
     general |= {"texts": TEXTS, "guess": 11.9}
     answers = {part: {"passed": rates} for part, rates in asked.items()}
-    return verdict(loss, answers, general, groups.max() + 1, SETTINGS)
+    return verdict(loss, answers, general, {}, groups.max() + 1, SETTINGS)
 
 
 def false_verdicts(n: int, trials: int) -> float:

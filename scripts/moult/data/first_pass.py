@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from moult.data.conversation import find_format, normalise
 from moult.data.fields import BadRow, value_of
+from moult.data.language import spoken_texts
 from moult.data.ledger import Ledger
+from moult.data.near_duplicates import signatures_of
 from moult.data.readers import Chunk
 from moult.files import canonical
 
@@ -19,7 +21,7 @@ class Part:
     """What has become of a chunk of a file.
 
     file: index of the file. end: how far into it, in bytes. ledger: of these rows. formats: those that were found.
-    lines, records: of the rows that can be training rows.
+    lines, records, signatures: of the rows that can be training rows.
     """
 
     file: int
@@ -28,6 +30,7 @@ class Part:
     formats: set[str] = field(default_factory=set)
     lines: bytes = b""
     records: bytes = b""
+    signatures: bytes = b""
 
 
 _given: tuple[list[dict], list[dict], list[str], dict]
@@ -57,7 +60,7 @@ def _first_pass(index: int, chunk: Chunk) -> Part:
     source = sources[number_of_source]
     is_sample, fraction = settings["sample_size"] != "full", source["weight"] % 1
     part = Part(index, chunk.content.end)
-    lines, records = [], []
+    lines, records, said = [], [], []
     for number, raw in chunk.rows(name):
         part.ledger.read += 1
         part.ledger.columns |= raw.keys()
@@ -71,19 +74,24 @@ def _first_pass(index: int, chunk: Chunk) -> Part:
         draws = draw(seed, "sample", key) if is_sample else 0.0, draw(seed, "split", group)
         again = fraction > 0 and draw(seed, "weight", key) < fraction
         lines.append(line)
+        said.append(row.said)
         records.append(record(row.key, row.group, *draws, again, number_of_source, len(line)))
     part.lines, part.records = b"".join(lines), b"".join(records)
+    if settings["near_duplicates"] != "ignore":
+        part.signatures = signatures_of(said)
     return part
 
 
 @dataclass
 class Row:
-    """A row in the one shape. fields: {field: canonical JSON}. key, group: SHA-256 of the content and of what its group is."""
+    """A row in the one shape. fields: {field: canonical JSON}. key, group: SHA-256 of the content and of what its group is.
+    said: the texts of user and assistant."""
 
     format: str
     fields: dict[str, bytes]
     key: bytes
     group: bytes
+    said: str
 
 
 def to_row(place: str, raw: dict, source: dict, ledger: Ledger) -> Row | None:
@@ -102,7 +110,7 @@ def to_row(place: str, raw: dict, source: dict, ledger: Ledger) -> Row | None:
     ledger.leave_out(left)
     # pandas writes NaN for a missing number. A number and the same digits as text are one group.
     group = prompt_json(row) if group is None or group != group else canonical(ascii(str(group)))
-    return Row(format_name, fields, digest(joined(fields)), digest(group.encode()))
+    return Row(format_name, fields, digest(joined(fields)), digest(group.encode()), "\n".join(spoken_texts(row)))
 
 
 def prompt_json(row: dict) -> str:

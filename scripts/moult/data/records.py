@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 # Packed by the processes that read, and taken as an array as it is.
-_PACKED = struct.Struct("<16s16sdd?IIQQ")
+_PACKED = struct.Struct("<16s16sdd?IIQQQ?")
 RECORD = np.dtype(
     [
         ("key", ">u8", 2),
@@ -25,6 +25,8 @@ RECORD = np.dtype(
         ("language", "<u4"),
         ("length", "<u8"),
         ("start", "<u8"),
+        ("number", "<u8"),
+        ("moved", "?"),
     ]
 )
 
@@ -43,15 +45,16 @@ def record(key: bytes, group: bytes, sample: float, split: float, again: bool, s
         source: index of its source.
         length: bytes of its line.
     """
-    return _PACKED.pack(key[:16], group[:16], sample, split, again, source, 0, length, 0)
+    return _PACKED.pack(key[:16], group[:16], sample, split, again, source, 0, length, 0, 0, False)
 
 
 @dataclass
 class Rows:
     """Rows in the order in which they were read.
 
-    records: array of RECORD. Its language is an index of `languages`, whose first is "": not looked for.
-    lines: the file with their lines, as they are written but for language and copies.
+    records: array of RECORD. Its language is an index of `languages`, whose first is "": not looked for. number: which of the
+        rows of all sources it is. moved: whether its group is another one than its line says.
+    lines: the file with their lines, as they are written but for language, copies and moved groups.
     """
 
     records: np.ndarray
@@ -59,11 +62,12 @@ class Rows:
     languages: list[str]
 
     @classmethod
-    def of(cls, packed: list[bytes], lines: BinaryIO, start: int) -> "Rows":
-        """Rows whose lines follow each other in `lines` from `start` on."""
+    def of(cls, packed: list[bytes], lines: BinaryIO, start: int, number: int = 0) -> "Rows":
+        """Rows whose lines follow each other in `lines` from `start` on, and whose numbers begin with `number`."""
         records = np.frombuffer(bytearray().join(packed), RECORD)
         ends = start + np.cumsum(records["length"])
         records["start"] = ends - records["length"]
+        records["number"] = number + np.arange(len(records))
         return cls(records, lines, [""])
 
     def __len__(self) -> int:
@@ -82,9 +86,13 @@ class Rows:
 
     # --- what is equal ---
 
+    def first_of(self, column: str) -> np.ndarray:
+        """Of each row the index of the first one with its key or group."""
+        return _first_equal(self.records[column])
+
     def is_first(self, column: str) -> np.ndarray:
         """Mask of the rows that are the first of their key or group."""
-        return _first_equal(self.records[column]) == np.arange(len(self))
+        return self.first_of(column) == np.arange(len(self))
 
     def count_of(self, column: str) -> int:
         """How many different keys or groups there are."""
@@ -133,7 +141,7 @@ class Rows:
         """(how many rows, their lines) in pieces: each row `times` as often, with its language; a copy has an id of its own."""
         start, language = self.records["start"], self.records["language"]
         end = start + self.records["length"]
-        is_plain = (times == 1) & (language == 0)
+        is_plain = (times == 1) & (language == 0) & ~self.records["moved"]
         # Rows that stand together in the file and stay as they are are copied together, but not too many at once.
         goes_on = is_plain[1:] & is_plain[:-1] & (start[1:] == end[:-1])
         goes_on[_TOGETHER - 1 :: _TOGETHER] = False
@@ -143,7 +151,8 @@ class Rows:
             self.lines.seek(int(start[first]))
             data = self.lines.read(int(end[last] - start[first]))
             if not is_plain[first]:
-                data = _copies(data, int(times[first]), self.languages[language[first]])
+                group = b"%016x" % int(self.records["group"][first][0])
+                data = _copies(data, int(times[first]), self.languages[language[first]], group)
             yield int(last - first) + 1, data
 
 
@@ -163,9 +172,10 @@ def _first_equal(values: np.ndarray) -> np.ndarray:
 _IDENTITY = re.compile(rb'\{"group":"\w{16}","id":"(?:[^"\\]|\\.)*"')
 
 
-def _copies(line: bytes, count: int, language: str) -> bytes:
+def _copies(line: bytes, count: int, language: str, group: bytes) -> bytes:
     identity = _IDENTITY.match(line)
     assert identity is not None, line[:200]
+    line = line[:10] + group + line[26:]
     end = identity.end()
     rest = (f',"language":"{language}"'.encode() if language else b"") + line[end:]
     ids = [line[:end], *(line[: end - 1] + b'#%d"' % copy for copy in range(2, count + 1))]

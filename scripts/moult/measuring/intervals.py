@@ -119,6 +119,22 @@ def _for_groups(confidence: float, groups: list[str]) -> float:
     return _widened(confidence, count) if count < len(groups) else confidence
 
 
+def compare_rates(base: list[bool], tuned: list[bool], groups: list[str], confidence: float) -> dict:
+    """The rates of base and tuned on the same questions, and their paired difference."""
+    n, paired = len(base), PairedDifference(base, tuned, groups)
+    return {
+        "n": n,
+        "independent": paired.independent,
+        "base": {"value": sum(base) / n, "interval": rate(base, groups, confidence)},
+        "tuned": {"value": sum(tuned) / n, "interval": rate(tuned, groups, confidence)},
+        "difference": {
+            "value": (sum(tuned) - sum(base)) / n,
+            "interval": paired.interval(confidence),
+            "p": p_value(paired.interval),
+        },
+    }
+
+
 def interval_of_counts(counts: list[float], confidence: float) -> list[float]:
     """Of that difference, from how many questions both pass, only the tuned model, only the base, and neither."""
     both, only_tuned, only_base, neither = counts

@@ -16,22 +16,27 @@ from functools import lru_cache
 from statistics import mean, stdev
 from typing import TypedDict
 
+from moult.measuring.verdict import POINTS
+
 
 class Spread(TypedDict):
-    """One measurement over all seeds, in its own unit; the first seed is that of the model that is published."""
+    """One measurement over all seeds; the first seed is that of the model that is published. `unit`: for people; points are
+    hundredths of what stands here."""
 
+    unit: str
     by_seed: list[float]
     mean: float
     standard_deviation: float
     interval: list[float]
 
 
-def spread(by_seed: list[float], interval: list[float], confidence: float) -> Spread:
+def spread(by_seed: list[float], interval: list[float], confidence: float, unit: str) -> Spread:
     """`by_seed`: tuned minus base, for each of at least two seeds. `interval`: of the first of them, over rows."""
     middle, deviation, count = mean(by_seed), stdev(by_seed), len(by_seed)
     error = student(confidence, count - 1) * deviation / math.sqrt(count)
     down, up = (math.hypot(abs(limit - by_seed[0]), error) for limit in interval)
     return {
+        "unit": unit,
         "by_seed": by_seed,
         "mean": middle,
         "standard_deviation": deviation,
@@ -42,13 +47,13 @@ def spread(by_seed: list[float], interval: list[float], confidence: float) -> Sp
 def with_seeds(verdict: dict, measurements: dict[str, Spread]) -> dict:
     """The verdict of the rows, with what the seeds say: what is better must also be larger than the difference between seeds, or
     else this training was lucky. What is worse stays so: it is the model of this training that is published."""
-    lucky = [name for name in verdict["better"] if name in measurements and not is_larger(measurements[name])]
+    lucky = [name for name in verdict["better"] if not is_larger(measurements[name])]
     better = [name for name in verdict["better"] if name not in lucky]
     word = verdict["verdict"]
     if lucky and not better:
         word = "hurt" if verdict["worse"] else "inconclusive"
     reasons = [
-        f"{name}, {in_words(found)}{', which is no larger than the difference between them' if name in lucky else ''}"
+        f"{in_words(name, found)}{', which is no larger than the difference between them' if name in lucky else ''}"
         for name, found in measurements.items()
     ]
     return {
@@ -66,12 +71,12 @@ def is_larger(found: Spread) -> bool:
     return min(sign * limit for limit in found["interval"]) > 0
 
 
-def in_words(found: Spread) -> str:
-    low, high = found["interval"]
-    return (
-        f"{len(found['by_seed'])} seeds: {found['mean']:+.3g} on average, ±{found['standard_deviation']:.2g} between seeds "
-        f"[{low:+.3g}, {high:+.3g}]"
-    )
+def in_words(name: str, found: Spread) -> str:
+    scale = 100 if found["unit"] == POINTS else 1
+    middle, low, high = (f"{scale * value:+.3g}" for value in (found["mean"], *found["interval"]))
+    deviation = f"±{scale * found['standard_deviation']:.2g}"
+    middle += "" if found["unit"] == "on average" else f" {found['unit']}"
+    return f"{name}, {len(found['by_seed'])} seeds: {middle} on average, {deviation} between seeds [{low}, {high}]"
 
 
 @lru_cache

@@ -44,7 +44,8 @@ def comparison(metrics: dict) -> str:
     return tabulate(
         likelihood_rows(metrics["likelihood"])
         + answer_rows(metrics["answers"])
-        + general_rows(metrics["general_text"]),
+        + general_rows(metrics["general_text"])
+        + benchmark_rows(metrics["benchmarks"]),
         headers=("", "base", "tuned", f"difference [{percent} %]"),
         tablefmt="plain",
         disable_numparse=True,
@@ -55,7 +56,7 @@ def comparison(metrics: dict) -> str:
 def between_seeds(seeds: dict | None) -> str:
     """A line for each measurement over all seeds, if there are several."""
     found = seeds["measurements"] if seeds else {}
-    return "".join(f"  {name}, {in_words(spread)}\n" for name, spread in found.items())
+    return "".join(f"  {in_words(name, spread)}\n" for name, spread in found.items())
 
 
 def likelihood_rows(likelihood: dict | None) -> list[tuple[str, str, str, str]]:
@@ -100,6 +101,18 @@ def general_rows(general: dict | None) -> list[tuple[str, str, str, str]]:
         return []
     label = f"general text ({general['texts']}): nats per token"
     return [(label, number(general["base"]), number(general["tuned"]), change(general["difference"]))]
+
+
+def benchmark_rows(benchmarks: dict) -> list[tuple[str, str, str, str]]:
+    """The metric that counts, of each."""
+    rows = []
+    for name, benchmark in benchmarks.items():
+        metric = benchmark["metrics"].get(benchmark["metric"])
+        if metric is None:  # all its questions are in the training rows
+            continue
+        label = f"{name} ({metric['n']}): {benchmark['metric']}"
+        rows.append((label, number(metric["base"]), number(metric["tuned"]), change(metric["difference"])))
+    return rows
 
 
 def number(figure: dict) -> str:

@@ -1,10 +1,11 @@
 """The verdict: what the measurements together allow to say of a tuned model.
 
-Four measurements are looked at, so one of them would be clear by chance more often than the confidence says. Holm's step-down
+Several measurements are looked at, so one of them would be clear by chance more often than the confidence says. Holm's step-down
 test corrects that: with the confidence 95 %, a tuning that changes nothing is called helped or hurt in at most 5 % of all
 cases, whatever is measured (tests/test_verdict.py). The intervals that are shown are each of the configured confidence.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moult.errors import MoultError
@@ -18,6 +19,7 @@ LIKELIHOOD_WEIGHT = 0.25
 # The parts of the answers that count, by their names in the reasons.
 PARTS = {"prompts": "prompts passed", "rows": "rows passed", "instructions": "instructions passed"}
 GENERAL = "general text"
+POINTS = "points"  # of a hundred questions
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Measure:
     """One measurement that can make a tuned model better or worse.
 
     difference: value, interval and p of tuned - base. groups: how many independent things it rests on.
-    sign: 1 if more is better, else -1. weight: its share of the error. rows: what it rests on, for people.
+    sign: 1 if more is better, else -1. weight: its share of the error. rows: what it rests on, for people. unit: for people.
+    shows: the smallest difference that it shows in 80 % of all cases, at a confidence.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Measure:
     sign: int
     weight: float
     rows: str
+    unit: str
+    shows: Callable[[float], float | None]
 
     @property
     def p(self) -> float:
@@ -49,9 +54,10 @@ def verdict(
     likelihood: dict | None,
     answers: dict,
     general: dict | None,
+    benchmarks: dict,
     groups: int,
     settings: dict,
-    caution: str | None = None,
+    cautions: Sequence[str] = (),
 ) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. What is lost of the general
     text beyond the limit makes it hurt, whatever is better. How many answers stop is reported but does not count: a model with
@@ -60,10 +66,10 @@ def verdict(
     Args:
         groups: of the rows whose likelihood was measured.
         settings: confidence, forgetting_limit.
-        caution: the last of the reasons.
+        cautions: the last of the reasons.
     """
     confidence = settings["confidence"]
-    measures = measures_of(likelihood, answers, groups)
+    measures = measures_of(likelihood, answers, benchmarks, groups, confidence)
     if not any(measure.name != PARTS["instructions"] for measure in measures):
         raise MoultError(
             "nothing was measured",
@@ -77,7 +83,7 @@ def verdict(
         found[kind].append(measure.name)
         reason = f"{measure.name} {'inconclusive' if kind == 'unclear' else kind}: {change(measure)}"
         if kind == "unclear":
-            smallest[measure.name] = shown = smallest_shown(measure, likelihood, answers, measures, confidence)
+            smallest[measure.name] = shown = smallest_shown(measure, measures, confidence)
             reason += f"; {why_unclear(measure, shown, confidence, len(measures))}"
         reasons.append(reason)
     if general:
@@ -87,8 +93,7 @@ def verdict(
     if "all" in answers:
         stopped = answers["all"]["stopped"]
         reasons.append(f"answers that stop: {stopped['base']['value']:.0%} -> {stopped['tuned']['value']:.0%}")
-    if caution:
-        reasons.append(caution)
+    reasons += cautions
     word = "inconclusive"
     if GENERAL in found["worse"] or (found["worse"] and not found["better"]):
         word = "hurt"
@@ -97,20 +102,39 @@ def verdict(
     return {"verdict": word, **found, "smallest_effect": smallest, "reasons": reasons}
 
 
-def measures_of(likelihood: dict | None, answers: dict, groups: int) -> list[Measure]:
+def measures_of(
+    likelihood: dict | None, answers: dict, benchmarks: dict, groups: int, confidence: float
+) -> list[Measure]:
     checked = {part: answers[part]["passed"] for part in PARTS if answers.get(part, {}).get("passed")}
-    questions = {part: rates["n"] for part, rates in checked.items()}
-    weights = shares(questions, bool(likelihood))
+    # A benchmark whose questions are all in the training rows has no figures.
+    asked = {f"benchmark {name}": one["metrics"].get(one["metric"]) for name, one in benchmarks.items()}
+    asked = {name: metric for name, metric in asked.items() if metric}
+    weights = shares({name: rates["n"] for name, rates in (checked | asked).items()}, bool(likelihood))
     found = []
     if likelihood:
         shift = likelihood["difference"]["nll_per_token"]
-        rows = f"{groups:,} groups of rows"
-        found.append(Measure("loss", shift, groups, -1, weights["likelihood"], rows))
+        rows, shows = f"{groups:,} groups of rows", by_shift(shift, confidence)
+        found.append(Measure("loss", shift, groups, -1, weights["likelihood"], rows, "nats per token", shows))
     for part, rates in checked.items():
         # Rows of one group may still have answers of their own; what they are worth together is in `independent`.
-        asked = round(rates["independent"])
-        found.append(Measure(PARTS[part], rates["difference"], asked, 1, weights[part], f"{rates['n']:,} {part}"))
+        worth, rows = round(rates["independent"]), f"{rates['n']:,} {part}"
+        shows = by_rate(worth, rates["base"]["value"])
+        found.append(Measure(PARTS[part], rates["difference"], worth, 1, weights[part], rows, POINTS, shows))
+    for name, metric in asked.items():
+        n, sign, shift = metric["n"], 1 if metric["higher_is_better"] else -1, metric["difference"]
+        shows = by_rate(n, metric["base"]["value"]) if metric["is_rate"] else by_shift(shift, confidence)
+        unit = POINTS if metric["is_rate"] else "on average"
+        found.append(Measure(name, shift, n, sign, weights[name], f"{n:,} questions", unit, shows))
     return found
+
+
+def by_rate(n: int, base: float) -> Callable[[float], float | None]:
+    return lambda level: smallest_effect(max(1, n), base, level)
+
+
+def by_shift(difference: dict, confidence: float) -> Callable[[float], float | None]:
+    """Of a mean. `confidence`: of its interval."""
+    return lambda level: smallest_shift(difference["interval"], confidence, level)
 
 
 def shares(questions: dict[str, int], likelihood: bool) -> dict[str, float]:
@@ -132,33 +156,26 @@ def holm(p_values: dict[str, float], weights: dict[str, float], error: float) ->
     return clear
 
 
-def smallest_shown(
-    measure: Measure, likelihood: dict | None, answers: dict, measures: list[Measure], confidence: float
-) -> float | None:
+def smallest_shown(measure: Measure, measures: list[Measure], confidence: float) -> float | None:
     """What this measurement shows in 80 % of all cases beside the others: with its share of the error."""
-    level = 1 - (1 - confidence) * measure.weight / sum(other.weight for other in measures)
-    if measure.sign < 0:
-        return smallest_shift(measure.difference["interval"], confidence, level)
-    part = next(part for part, name in PARTS.items() if name == measure.name)
-    rates = answers[part]["passed"]
-    return smallest_effect(max(1, round(rates["independent"])), rates["base"]["value"], level)
+    return measure.shows(1 - (1 - confidence) * measure.weight / sum(other.weight for other in measures))
 
 
 def change(measure: Measure) -> str:
-    scale, unit = (1, "nats per token") if measure.sign < 0 else (100, "points")
+    scale = 100 if measure.unit == POINTS else 1
     value, low, high = (
         f"{scale * limit:+.3g}" for limit in (measure.difference["value"], *measure.difference["interval"])
     )
-    return f"{value} {unit} [{low}, {high}]"
+    return f"{value} {measure.unit} [{low}, {high}]"
 
 
 def why_unclear(measure: Measure, shown: float | None, confidence: float, measures: int) -> str:
+    text = f"too few to show any difference: {measure.rows}"
     if 2.0 ** (1 - measure.groups) > 1 - confidence:
-        return f"these {measure.rows} are too few to show any difference"
-    text = f"these {measure.rows} are too few to show any difference"
+        return text
     if shown is not None:
-        size = f"{shown:.2g} nats per token" if measure.sign < 0 else f"{100 * shown:.0f} points"
-        text = f"these {measure.rows} show {size} or more"
+        size = f"{100 * shown:.0f}" if measure.unit == POINTS else f"{shown:.2g}"
+        text = f"these {measure.rows} show {size} {measure.unit} or more"
     low, high = measure.difference["interval"]
     if not low <= 0 <= high:
         text += f" (clear by itself, but one of {measures} measurements may be so by chance: Holm)"
@@ -175,7 +192,7 @@ def general_lost(general: dict, settings: dict) -> tuple[bool, str]:
         return False, f"{GENERAL} does not count: the base does not know it ({nats})"
     said = f"{GENERAL} {kind}: {value} nats per token [{low}, {high}]"
     if 2.0 ** (1 - general["texts"]) > 1 - settings["confidence"]:
-        return False, f"{said}; these {general['texts']} texts are too few to count"
+        return False, f"{said}; too few to count: {general['texts']} texts"
     if shift["interval"][0] > limit:
         return True, f"{said}, more than eval.forgetting_limit ({limit:g}) allows"
     return False, said

@@ -2,6 +2,7 @@
 
 import re
 
+from moult.workflow.benchmarks import benchmark_problems
 from moult.workflow.hints import module_problems
 
 
@@ -24,6 +25,7 @@ def run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
                 f"eval.prompts.{prompt['id']}.expect: true and match compare with a row's own answer, "
                 "and a prompt has none; give the text"
             )
+    problems += benchmark_problems(run)
     expect = run["eval"].get("row_expect", {})
     problems += [
         f"eval.row_expect.{key}: 'true' is text here, and no check of all rows; write true in a file, not with --config"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moult.errors import MoultError
+from moult.workflow.benchmarks import benchmarks_of, files_of
 from moult.workflow.config import is_local, local_model, source_entries
 
 # Environment variables for the stages and their libraries. All others stay outside, for example PYTHONPATH, LD_LIBRARY_PATH
@@ -41,8 +42,8 @@ def check_image(container: str) -> None:
     if "://" not in container and not Path(container).is_file():
         raise MoultError(
             f"--use-singularity: the image does not exist: {container}",
-            "`make image` builds the image of the training stages, `make serve-image` the image of the server; `container` and "
-            "`serve.container` in the config name other images",
+            "`make image` builds the image of the training stages, `make serve-image` that of the server, `make benchmark-image` "
+            "that of the benchmarks; `container`, `serve.container` and `eval.lm_eval.container` in the config name other images",
         )
 
 
@@ -99,6 +100,9 @@ def _read(config: dict) -> Iterator[str]:
             yield from _with_links(folder)
         if run["model"]["chat_template"]:
             yield run["model"]["chat_template"]
+        for benchmark in benchmarks_of(run):
+            if benchmark.path:
+                yield from files_of(benchmark.path)
     for dataset in config["datasets"].values():
         for source in filter(None, (dataset["source"], dataset["val_source"], dataset["test_source"])):
             for entry in source_entries(source, dataset):

@@ -5,11 +5,14 @@ take every path from `Places`. CONTRIBUTING.md says how a stage is added.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from moult.data.contamination import question_of
 from moult.errors import MoultError
 from moult.files import canonical
+from moult.workflow.benchmarks import Benchmark, benchmarks_of
 from moult.workflow.config import fetched_dataset, is_local, local_model, slug, source_entries
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -23,12 +26,20 @@ class Places(NamedTuple):
     model: str = "models/{model}"
     dataset: str = "datasets/{dataset}.parquet"
     dataset_metadata: str = "datasets/{dataset}.json"
+    # fetch_benchmark. {benchmark} is a slug (workflow/benchmarks.py).
+    benchmark_data: str = "benchmarks/{benchmark}"
+    benchmark_items: str = "benchmarks/{benchmark}.jsonl"
+    benchmark_metadata: str = "benchmarks/{benchmark}.json"
     # prepare
     prepared: str = "prepared/{ds}"
     train_rows: str = "prepared/{ds}/train.jsonl"
     val_rows: str = "prepared/{ds}/val.jsonl"
     test_rows: str = "prepared/{ds}/test.jsonl"
     ledger: str = "prepared/{ds}/metadata.json"
+    # contamination
+    contamination: str = "prepared/{ds}/contamination.json"
+    contaminated_rows: str = "prepared/{ds}/contaminated_rows.json"
+    dropped_rows: str = "prepared/{ds}/dropped_rows.json"
     # encode; shared by the runs with the same data, model and template (`encoded_as`)
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
@@ -60,6 +71,12 @@ class Places(NamedTuple):
     tuned_general: str = "{run}/tuned/general.jsonl"
     tuned_kept: str = "{run}/tuned/kept"  # no output
     merge_check: str = "{run}/tuned/merge_check.json"
+    # benchmark_base; shared by the runs that ask the base the same (`benchmarked_as`)
+    base_benchmark: str = "{run}/benchmark_base/{benchmark}.jsonl"
+    base_benchmark_summary: str = "{run}/benchmark_base/{benchmark}.json"
+    # benchmark_tuned
+    tuned_benchmark: str = "{run}/benchmark_tuned/{benchmark}.jsonl"
+    tuned_benchmark_summary: str = "{run}/benchmark_tuned/{benchmark}.json"
     # score
     metrics: str = "{run}/metrics.json"
     samples: str = "{run}/samples.jsonl"
@@ -90,7 +107,8 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     """`owners`: {folder of a run: the run that it is in}."""
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
-    known["dataset"] = "{dataset}"  # stays: a run has as many as its dataset has sources
+    # These stay: a run has several of them.
+    known |= {"dataset": "{dataset}", "benchmark": "{benchmark}"}
     filled = [place.format(run=owners.get(place.split("/")[1], name), **known) for place in Places()]
     places = Places(*(f"{config['paths']['results']}/{place}" for place in filled))
     return places._replace(model=local_model(run["model"], config["paths"]) or places.model)
@@ -118,15 +136,40 @@ def measured_as(config: dict) -> dict[str, str]:
     )
 
 
+def benchmarked_as(config: dict) -> dict[str, dict[str, str]]:
+    """{slug of a benchmark: {run: the run whose measurement of the base it uses}}: likewise, of those with the same model and
+    template, whatever their data."""
+    asking: dict[str, dict[str, Benchmark]] = {}
+    for name, run in config["runs"].items():
+        for benchmark in benchmarks_of(run):
+            asking.setdefault(benchmark.slug, {})[name] = benchmark
+
+    def depends_on(of: dict[str, Benchmark], name: str) -> list:
+        run = config["runs"][name]
+        return [*_template_depends_on(run), _benchmark(config, run, {}), of[name].asked()]
+
+    place = Places().base_benchmark
+    return {
+        slug: _owners(config, place.replace("{benchmark}", slug), partial(depends_on, of), of)
+        for slug, of in asking.items()
+    }
+
+
 def _tokens_depend_on(config: dict, name: str) -> list:
     run = config["runs"][name]
+    return [run["dataset"], run["eval"]["contamination"] == "drop", *_template_depends_on(run)]
+
+
+def _template_depends_on(run: dict) -> list:
     keys = ("name", "revision", "chat_template", "chat_template_kwargs", "trust_remote_code")
-    return [run["dataset"], _pick(run["model"], *keys)]
+    return [_pick(run["model"], *keys)]
 
 
-def _owners(config: dict, place: str, depends_on: Callable[[str], list]) -> dict[str, str]:
+def _owners(
+    config: dict, place: str, depends_on: Callable[[str], list], names: Iterable[str] | None = None
+) -> dict[str, str]:
     alike: dict[str, list[str]] = {}
-    for name in config["runs"]:
+    for name in config["runs"] if names is None else names:
         alike.setdefault(canonical(depends_on(name)), []).append(name)
     owners: dict[str, str] = {}
     for names in alike.values():
@@ -166,6 +209,7 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         "unknown_language",
         "broken",
         "sample_size",
+        "near_duplicates",
         "val_size",
         "test_size",
     )
@@ -177,6 +221,21 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
         if not is_local(entry["path"]):
             entry["hub"], entry["path"] = entry["path"], fetched_dataset(config, dataset, entry["path"])
     return {**_pick(dataset, *keys), **sources, "seed": config["seed"]}
+
+
+def _contamination(config: dict, run: dict, dataset: dict) -> dict:
+    """The questions of all runs of the dataset, so that they share what is found."""
+    evaluations = [one for one in config["runs"].values() if one["dataset"] == run["dataset"]]
+    limits: dict[str, list[int | None]] = {}
+    for one in evaluations:
+        for benchmark in benchmarks_of(one):
+            limits.setdefault(benchmark.slug, []).append(benchmark.limit)
+    return {
+        "prompts": sorted({question_of(prompt) for one in evaluations for prompt in one["eval"]["prompts"]}),
+        "benchmarks": {
+            slug: None if None in of else max(limit for limit in of if limit is not None) for slug, of in limits.items()
+        },
+    }
 
 
 def _encode(config: dict, run: dict, dataset: dict) -> dict:
@@ -239,10 +298,18 @@ def evaluation_gpus(run: dict) -> int:
     return run["eval"]["gpu"] or (train["gpu"] // train["nodes"] if train["shard"] else 1)
 
 
+def _benchmark(config: dict, run: dict, dataset: dict) -> dict:
+    # Which benchmark it is, is not here: another one more needs no new answers to the others (rules/benchmark.smk).
+    own = _pick(run["model"], "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
+    return {**own, "batch_size": run["eval"]["lm_eval"]["batch_size"]}
+
+
 def _score(config: dict, run: dict, dataset: dict) -> dict:
     limits = ("merge_kl_limit", "merge_top1_limit", "quantization_kl_limit")
-    keys = ("perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit", "confidence", "resamples", *limits)
-    return {"eval": _pick(run["eval"], *keys), **_pick(run, "seed", "seeds")}
+    what = ("contamination", "perplexity", "prompts", "row_expect", "forgetting", "forgetting_limit")
+    keys = (*what, "confidence", "resamples", *limits)
+    metrics = {benchmark.name: {"metric": benchmark.metric, "slug": benchmark.slug} for benchmark in benchmarks_of(run)}
+    return {"eval": {**_pick(run["eval"], *keys), "benchmarks": metrics}, **_pick(run, "seed", "seeds")}
 
 
 def _merge(config: dict, run: dict, dataset: dict) -> dict:
@@ -275,14 +342,18 @@ def _nothing(config: dict, run: dict, dataset: dict) -> dict:
 STAGES: dict[str, Callable] = {
     "fetch_model": _fetch_model,
     "inspect_model": _fetch_model,
+    "fetch_benchmark": _nothing,  # its settings are a benchmark's (rules/benchmark.smk)
     "fetch_dataset": _nothing,  # its settings are a source's, not a run's (rules/fetch.smk)
     "prepare": _prepare,
+    "contamination": _contamination,
     "encode": _encode,
     "plan": _plan,
     "finetune": _finetune,
     "merge": _merge,
     "evaluate_base": _evaluate,
     "evaluate_tuned": _evaluate_tuned,
+    "benchmark_base": _benchmark,
+    "benchmark_tuned": _benchmark,
     "score": _score,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
