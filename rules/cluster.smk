@@ -10,21 +10,36 @@ import subprocess
 
 from snakemake.logging import logger
 
+from moult.workflow.functions import known
 from moult.workflow.slurm import ENDED, jobs_of, refusals, stop, watch
 
 
 def growing(amount):
     """Resource: `amount`, 1.5 times as much at the second attempt, twice as much from the third on."""
-    return lambda wildcards, attempt: grown(amount, attempt)
+    return known(lambda wildcards, attempt: grown(amount, attempt))
 
 
 def grown(amount, attempt):
     return int(amount * min(1 + (attempt - 1) / 2, 2))
 
 
+def growing_with_input(amount, share):
+    """Resource: `amount` MB and this share of the size of the inputs, growing with each attempt. What a compressed file holds is
+    taken for five times its size."""
+
+    @known
+    def read(wildcards, input, attempt):
+        # While an input is missing, this is an OSError: Snakemake asks again when it is there.
+        sizes = (Path(path).stat().st_size * (5 if path.endswith((".gz", ".parquet")) else 1) for path in input)
+        return grown(amount + share * sum(sizes) / 1e6, attempt)
+
+    return read
+
+
 def planned(resource):
     """Resource of finetune: the estimate in plan.json, growing with each attempt."""
 
+    @known
     def read(wildcards, input, attempt):
         job = json.loads(Path(input.plan).read_text(encoding="utf-8")).get("job")
         if job is None:  # written by an older Moult: the rule plan will write it again
@@ -34,6 +49,7 @@ def planned(resource):
     return read
 
 
+@known
 def sized(wildcards, input, attempt):
     """Resource of evaluate: memory for Python, CUDA and the data, and the weights once, growing with each attempt."""
     # While the manifest or the weights are missing, this is an OSError: Snakemake asks again when they are there.

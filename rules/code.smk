@@ -34,6 +34,7 @@ for path in ("moult/__init__.py", "moult/workflow/__init__.py", "moult/workflow/
 sys.path.insert(0, str(library.parents[2].resolve()))
 
 from moult.workflow.code import closure, code_hash
+from moult.workflow.functions import known
 
 for module in ("config", "console", "container", "failures", "slurm", "stages"):
     closure(f"moult/workflow/{module}.py", read_own)
@@ -50,7 +51,7 @@ def untracked(value):
 
     Snakemake (9.27) compares no param whose function takes `input`: it is taken for a consequence of the input files.
     """
-    return lambda wildcards, input: value(wildcards)
+    return known(lambda wildcards, input: value(wildcards))
 
 
 def script_of(stage):

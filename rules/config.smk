@@ -8,6 +8,7 @@ from moult.errors import MoultError
 from moult.files import canonical
 from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misplaced, resolve
 from moult.workflow.container import identity
+from moult.workflow.functions import known
 from moult.workflow.seeds import asked_for, seed_runs
 from moult.workflow.stages import (
     benchmarked_as,
@@ -61,12 +62,12 @@ encoders, base_measurers, benchmarkers = encoded_as(config), measured_as(config)
 
 def settings(stage):
     """Param: the settings that the stage reads, as canonical JSON."""
-    return lambda wildcards: canonical(stage_settings(config, stage, wildcards.get("run") or wildcards.ds))
+    return known(lambda wildcards: canonical(stage_settings(config, stage, wildcards.get("run") or wildcards.ds)))
 
 
 def of_run(value):
     """Param or resource: `value`, called with the config of the run."""
-    return lambda wildcards: value(config["runs"][wildcards.run])
+    return known(lambda wildcards: value(config["runs"][wildcards.run]))
 
 
 def image_identity():

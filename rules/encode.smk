@@ -29,7 +29,7 @@ rule encode:
         "<benchmarks>/{run}/encode.jsonl"
     threads: 4
     resources:
-        mem_mb=growing(8000),
+        mem_mb=growing(2000),  # it does not grow with the rows: 0.4 GB, and less for each further process
         runtime=growing(120),
     params:
         settings=settings("encode"),

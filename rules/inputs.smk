@@ -2,9 +2,11 @@
 
 from moult.files import glance
 from moult.workflow.config import dataset_slug, is_local, local_model, source_entries
+from moult.workflow.functions import known
 from moult.data.readers import expand as expand_source
 
 
+@known
 def base_model(wildcards):
     """Input: the manifest of the run's base model."""
     return at.manifest.format(model=model_slug(config["runs"][wildcards.run]["model"]))
@@ -12,29 +14,29 @@ def base_model(wildcards):
 
 def of_dataset(place):
     """Input: a file that prepare writes for the run's dataset."""
-    return lambda wildcards: place.format(ds=config["runs"][wildcards.run]["dataset"])
+    return known(lambda wildcards: place.format(ds=config["runs"][wildcards.run]["dataset"]))
 
 
 def of_encoder(place):
     """Input: a file that encode writes, for this run or for another run with the same model and data."""
-    return lambda wildcards: place.format(run=encoders[wildcards.run])
+    return known(lambda wildcards: place.format(run=encoders[wildcards.run]))
 
 
 def of_base_measurer(place):
     """Input: the measurement of the base model. Runs with the same model, data and prompts share it."""
-    return lambda wildcards: place.format(run=base_measurers[wildcards.run])
+    return known(lambda wildcards: place.format(run=base_measurers[wildcards.run]))
 
 
 def of_other_seeds(place):
     """Input: a file of each run with a further seed of this run (moult/workflow/seeds.py)."""
-    return lambda wildcards: [
-        place.format(run=other) for other in seed_runs(wildcards.run, config["runs"][wildcards.run])
-    ]
+    return known(
+        lambda wildcards: [place.format(run=other) for other in seed_runs(wildcards.run, config["runs"][wildcards.run])]
+    )
 
 
 def folder_of(name):
     """Param: the folder of the input `name`. Not tracked, because the input itself is."""
-    return lambda wildcards, input: Path(input[name]).parent
+    return known(lambda wildcards, input: Path(input[name]).parent)
 
 
 def runs_by_model(local):
@@ -60,7 +62,7 @@ def local_model_files(wildcards):
 def glances(files):
     """Param: a quick fingerprint of local input files. Snakemake compares times, and would not notice a file that was replaced
     by one with the same or an older time (cp -p, rsync -a, mv)."""
-    return lambda wildcards: [glance(path) for path in files(wildcards) if not path.startswith("<results>")]
+    return known(lambda wildcards: [glance(path) for path in files(wildcards) if not path.startswith("<results>")])
 
 
 def all_entries(dataset):
@@ -73,6 +75,7 @@ def all_entries(dataset):
     ]
 
 
+@known
 def dataset_files(wildcards):
     """Input: the files of a dataset: local files, or what fetch_dataset downloads."""
     dataset = config["datasets"][wildcards.ds]
@@ -96,6 +99,7 @@ def rows_are_there(dataset):
     return Path(workflow.pathvars.apply(at.ledger.format(ds=dataset))).exists()
 
 
+@known
 def chat_template_file(wildcards):
     """Input: the chat template that the config names, if it is a file."""
     template = config["runs"][wildcards.run]["model"]["chat_template"]
@@ -121,7 +125,7 @@ def model_of(wildcards, runs):
 
 def model_settings(stage, runs):
     """Param: the settings that the stage reads, for a slug."""
-    return lambda wildcards: canonical(stage_settings(config, stage, runs[wildcards.model]))
+    return known(lambda wildcards: canonical(stage_settings(config, stage, runs[wildcards.model])))
 
 
 def hub_names():

@@ -82,6 +82,7 @@ def run(tmp_path):
             templates=str(ROOT / "config" / "chat_templates"),
             out=str(out),
             threads=threads,
+            without=[],
             **paths,
         )
         encode.encode({**SETTINGS, **settings}, args, log)

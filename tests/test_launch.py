@@ -82,6 +82,19 @@ def test_evaluate_asks_for_memory_by_the_size_of_the_weights(folder):
     assert "asked [36000, 54000, 72000]" in output, output
 
 
+def test_prepare_asks_for_memory_by_the_size_of_its_files(folder):
+    sizes = {"a.jsonl": 3_000_000_000, "b.jsonl.gz": 200_000_000, "c.parquet": 100_000_000}
+    for name, size in sizes.items():
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    script = (
+        'include: "rules/cluster.smk"\n'
+        f'print("asked", [growing_with_input(1000, 1)(None, {list(sizes)}, n) for n in (1, 2, 3)])\n'
+    )
+    (folder / "Grown").write_text(script)
+    assert "asked [5500, 8250, 11000]" in snakemake(folder, "-n", "-s", "Grown", code=None)
+
+
 def test_a_model_that_is_yet_to_be_fetched_is_no_error(folder):
     output = snakemake(folder, "-n", "-p", "results/demo/metrics.json", "--config", "model={name: some/model}")
     assert "mem_mb=<TBD>" in block(output, "evaluate_tuned")["resources"]

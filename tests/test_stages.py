@@ -38,7 +38,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("seed: 5", {"prepare", "finetune", "score"}),
         ("runs: {a: {seed: 5}}", {"finetune", "score"}),
         ("runs: {a: {seeds: [0, 5]}}", {"score"}),
-        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "score"}),
+        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "contamination", "score"}),
         ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score", "smoke_test"}),
         ("eval: {row_expect: {exact: true}}", {"score"}),
         ("eval: {confidence: 0.9}", {"score"}),
@@ -56,7 +56,10 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("model: {dtype: float16}", {"plan", "finetune", *ASKING, *BENCHMARKS}),
         ("model: {quantization: nf4}", {"plan", "finetune", "evaluate_tuned"}),
         ("eval: {gpu: 2}", set()),
-        ("eval: {benchmarks: [{task: gsm8k}]}", {"score"}),  # its rules have a param for each benchmark
+        (
+            "eval: {benchmarks: [{task: gsm8k}]}",
+            {"contamination", "score"},
+        ),  # its rules have a param for each benchmark
         ("eval: {lm_eval: {batch_size: 4}}", BENCHMARKS),
         ("eval: {lm_eval: {python: /opt/python, container: other.sif}}", set()),
         ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, *BENCHMARKS, "model_card"}),

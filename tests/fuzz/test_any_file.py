@@ -251,6 +251,7 @@ def test_any_row_is_written_or_counted(tmp_path, rows, columns, languages):
         "unknown_language": "drop",
         "broken": "drop",
         "sample_size": "full",
+        "near_duplicates": "group",
         "val_size": 0.3,
         "test_size": 0.3,
         "seed": 0,

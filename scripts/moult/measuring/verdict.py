@@ -170,7 +170,7 @@ def change(measure: Measure) -> str:
 
 
 def why_unclear(measure: Measure, shown: float | None, confidence: float, measures: int) -> str:
-    text = f"these {measure.rows} are too few to show any difference"
+    text = f"too few to show any difference: {measure.rows}"
     if 2.0 ** (1 - measure.groups) > 1 - confidence:
         return text
     if shown is not None:
@@ -192,7 +192,7 @@ def general_lost(general: dict, settings: dict) -> tuple[bool, str]:
         return False, f"{GENERAL} does not count: the base does not know it ({nats})"
     said = f"{GENERAL} {kind}: {value} nats per token [{low}, {high}]"
     if 2.0 ** (1 - general["texts"]) > 1 - settings["confidence"]:
-        return False, f"{said}; these {general['texts']} texts are too few to count"
+        return False, f"{said}; too few to count: {general['texts']} texts"
     if shift["interval"][0] > limit:
         return True, f"{said}, more than eval.forgetting_limit ({limit:g}) allows"
     return False, said
