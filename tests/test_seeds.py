@@ -179,9 +179,9 @@ def measured(folder, gain: float, right: float) -> str:
     write_jsonl(folder / "general.jsonl", [])
     asked = {"task": "quiz", "doc_hash": "h", "prompt_hash": "p"}
     values = {"acc": 0.5 + gain / 10}
-    write_jsonl(folder / "questions.jsonl", [asked | {"doc_id": row, "values": values} for row in range(40)])
+    write_jsonl(folder / "quiz.jsonl", [asked | {"doc_id": row, "values": values} for row in range(40)])
     told = {"metrics": [{"name": "acc", "higher_is_better": True}], "limit": None, "tasks": {}, "cut": 0}
-    write_json(folder / "questions.json", told | {"versions": {"lm_eval": "0"}})
+    write_json(folder / "quiz.json", told | {"versions": {"lm_eval": "0"}})
     write_json(folder / "merge_check.json", {"mean_kl": 0.0, "top1_agreement": 1.0, "positions": 50})
     return str(folder)
 
@@ -199,7 +199,7 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     sides = {"base": base, "tuned": score.read_side(folders[0])}
     likelihood = score.compare_likelihood(sides, 0.95, 500, 0)
     answers = score.compare_answers(sides, EVAL)[0]
-    asked = [str(folder / side / "questions.jsonl") for side in ("base", *map(str, range(len(gains))))]
+    asked = [str(folder / side / "quiz.jsonl") for side in ("base", *map(str, range(len(gains))))]
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
     arguments.benchmarks, arguments.seed_benchmarks = asked[:2], asked[2:]
     options = {"confidence": 0.95, "resamples": 500, "seed": 0}
