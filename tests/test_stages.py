@@ -60,6 +60,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
             "eval: {benchmarks: [{task: gsm8k}]}",
             {"contamination", "score"},
         ),  # its rules have a param for each benchmark
+        ("eval: {contamination: report}", {"score"}),  # `drop` reaches encode by a param of its rule
         ("eval: {lm_eval: {batch_size: 4}}", BENCHMARKS),
         ("eval: {lm_eval: {python: /opt/python, container: other.sif}}", set()),
         ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, *BENCHMARKS, "model_card"}),
