@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moult.data.contamination import COVERAGE, GRAM, Questions, rows_told
-from moult.data.portions import PORTION_BYTES, portions
+from moult.data.portions import portion_count, portions
 from moult.errors import some
 from moult.files import read_jsonl, write_json
 from moult.parallel import ordered_stream
@@ -82,7 +82,7 @@ def questions_in(path: Path, limit: int | None) -> Iterator[dict]:
 def hits(train: Path, questions: list[str], workers: int) -> Iterator[tuple[str, dict[int, float]]]:
     """(id, {question: share}) of each training row, in their order."""
     size = train.stat().st_size
-    workers = min(workers, -(-size // PORTION_BYTES))
+    workers = min(workers, portion_count(train))
     with progress(max(1, size >> 10), "KB searched") as bar:
         for part, read in ordered_stream(
             search_lines, portions(train), workers, "training rows", set_questions, (questions,)

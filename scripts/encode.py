@@ -20,7 +20,7 @@ from pathlib import Path
 
 from moult.data.contamination import rows_told
 from moult.data.labels import sequences_of_all
-from moult.data.portions import PORTION_BYTES, PORTION_ROWS, portions
+from moult.data.portions import portion_count, portions
 from moult.data.preview import page
 from moult.data.sequence import IGNORE, Sequence
 from moult.data.token_file import TokenFile, every_nth, token_schema
@@ -197,7 +197,7 @@ def encode_rows(
     """Write the sequences of all rows to `target`, and count."""
     with path.open("rb") as file:
         total = sum(1 for _ in file)
-    workers = min(workers, max(-(-total // PORTION_ROWS), -(-path.stat().st_size // PORTION_BYTES)))
+    workers = min(workers, portion_count(path, total))
     counts = Counts()
     work = partial(encode_portion, limit=settings["max_length"], overlength=settings["overlength"])
     with progress(total, f"{part} rows: tokens") as bar, TokenFile(target) as made:

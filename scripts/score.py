@@ -398,18 +398,18 @@ def summarise(samples: list[dict], confidence: float) -> dict:
 
 
 def compare_benchmarks(samples: list[str], asked: dict, contamination: Contamination | None, options: dict) -> dict:
-    """{name: the comparison} of each benchmark. `asked`: {name: its metric and slug}, in the order of the files."""
-    pairs = zip(samples[: len(asked)], samples[len(asked) :], strict=True)
+    """{name: the comparison} of each benchmark. `asked`: {name: its metric and slug}; the slug names its file on both sides."""
+    base, tuned = ({Path(file).stem: file for file in part} for part in (samples[: len(asked)], samples[len(asked) :]))
     return {
         name: compare_benchmark(
             name,
-            read_answers(base),
-            read_answers(tuned),
+            read_answers(base[one["slug"]]),
+            read_answers(tuned[one["slug"]]),
             one["metric"],
             options,
             contamination.questions_left_out(one["slug"]) if contamination else (),
         )
-        for (name, one), (base, tuned) in zip(asked.items(), pairs, strict=True)
+        for name, one in asked.items()
     }
 
 

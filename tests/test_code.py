@@ -14,7 +14,11 @@ from moult.workflow.stages import STAGES
 SCRIPTS = ROOT / "scripts"
 LIBRARY = sorted(path.relative_to(SCRIPTS).as_posix() for path in (SCRIPTS / "moult").rglob("*.py"))
 # Two rules share a script where they do the same to another model.
-SCRIPT_OF = {stage: stage for stage in STAGES} | dict.fromkeys(("evaluate_base", "evaluate_tuned"), "evaluate_model")
+SCRIPT_OF = (
+    {stage: stage for stage in STAGES}
+    | dict.fromkeys(("evaluate_base", "evaluate_tuned"), "evaluate_model")
+    | dict.fromkeys(("benchmark_base", "benchmark_tuned"), "run_benchmark")
+)
 
 
 def read(path: str) -> str:
@@ -144,8 +148,12 @@ def test_every_stage_has_a_script_a_rule_a_log_and_a_benchmark_of_its_name():
                 "fetch_model": "models/{model}",
                 "inspect_model": "models/{model}",
                 "fetch_dataset": "datasets/{dataset}",
+                "fetch_benchmark": "benchmarks/{benchmark}",
+                "benchmark_base": "{run}/benchmark_base_{benchmark}",
+                "benchmark_tuned": "{run}/benchmark_tuned_{benchmark}",
             }
-            place = folder.get(stage, f"{{ds}}/{stage}" if stage == "prepare" else f"{{run}}/{stage}")
+            of_dataset = stage in ("prepare", "contamination")
+            place = folder.get(stage, f"{{ds}}/{stage}" if of_dataset else f"{{run}}/{stage}")
             assert f'"<{kind}>/{place}.' in body, (stage, kind)
     named = set(re.findall(r'(?:script_of|settings|code_of)\("(\w+)"', "".join(rules.values())))
     targets = {"plans", "check_connectivity"}  # for people: no file comes of them

@@ -23,7 +23,7 @@ from tokenizers_for_tests import (
 )
 
 import encode
-from moult.data import token_file
+from moult.data import portions, token_file
 from moult.data.preview import pieces
 from moult.data.sequence import IGNORE
 from moult.errors import MoultError
@@ -82,6 +82,7 @@ def run(tmp_path):
             templates=str(ROOT / "config" / "chat_templates"),
             out=str(out),
             threads=threads,
+            without=[],
             **paths,
         )
         encode.encode({**SETTINGS, **settings}, args, log)
@@ -146,7 +147,7 @@ def test_bytes_do_not_depend_on_how_the_rows_are_handed_out(portion, threads, ru
     settings = {"unrenderable": "drop", "max_length": 100, "overlength": "truncate", "max_token_loss": 1}
 
     def written(portion: int, threads: int) -> dict[str, bytes]:
-        monkeypatch.setattr(encode, "PORTION_ROWS", portion)
+        monkeypatch.setattr(portions, "PORTION_ROWS", portion)
         return {
             path.name: path.read_bytes() for path in run(rows(*contents), threads=threads, **settings).out.iterdir()
         }
@@ -169,7 +170,7 @@ def test_progress_is_told_while_rows_are_encoded(run, monkeypatch):
     """After each portion, which is small where rows are long."""
     told = []
     monkeypatch.setattr(encode.progress, "update", lambda bar, count: told.append((bar.what, bar.total, count)))
-    monkeypatch.setattr(encode, "PORTION_BYTES", 1000)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 1000)
     run(rows(*[SHORT] * 40, LONG, LONG))
     train = [count for what, total, count in told if (what, total) == ("train rows: tokens", 42)]
     assert sum(train) == 42 and len(train) > 5

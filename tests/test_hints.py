@@ -92,7 +92,10 @@ def test_keys_of_other_tools(text, hints):
         ("lora: {learning_rate: 1}", "lora.learning_rate: unknown key here; it belongs in train"),
         ("lora_alpha: 8", "lora_alpha: unknown key here; it belongs in lora"),
         # What nobody would look for below eval or serve is not proposed there.
-        ("eval: {template: x}", "eval.template: unknown key; known here: answer_rows, confidence, gpu, max_new_tokens"),
+        (
+            "eval: {template: x}",
+            "eval.template: unknown key; known here: answer_rows, benchmarks, confidence, contamination",
+        ),
         ("eval: {max_tokens: 5}", "eval.max_tokens: unknown key; did you mean max_new_tokens?"),
         ("eval: {prompts: [{id: p, prompt: q, target: x}]}", "eval.prompts.0.target: unknown key; known here: expect"),
     ],

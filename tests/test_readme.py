@@ -111,7 +111,7 @@ CHECKS = {
     "make": check_make,
     "python": check_python,
     "docker": check_docker,
-    **dict.fromkeys(("source", "export", "python3", "/opt/vllm/bin/pip"), check_nothing),
+    **dict.fromkeys(("source", "export", "git", "python3", "/opt/vllm/bin/pip"), check_nothing),
 }
 
 

@@ -203,7 +203,7 @@ def test_a_merged_model_that_is_not_what_was_trained_is_said_and_stops_nothing(t
         assert any("above eval.quantization_kl_limit 0.05" in line for line in log.lines) == said
 
 
-def add_benchmark(folder, tuned: float) -> list[str]:
+def add_benchmark(folder, tuned: float, name: str = "bench") -> list[str]:
     """A benchmark of 200 questions, of which the base answers half, and the tuned model this share."""
     paths = []
     for side, right in (("base", 0.5), ("tuned", tuned)):
@@ -216,9 +216,9 @@ def add_benchmark(folder, tuned: float) -> list[str]:
             "cut": 0,
             "versions": {"lm_eval": "0"},
         }
-        paths.append(str(folder / side / "bench.jsonl"))
+        paths.append(str(folder / side / f"{name}.jsonl"))
         write_jsonl(paths[-1], rows)
-        write_json(folder / side / "bench.json", summary)
+        write_json(folder / side / f"{name}.json", summary)
     return paths
 
 
@@ -234,6 +234,17 @@ def test_a_benchmark_counts_in_the_verdict(tmp_path):
     reason = next(reason for reason in metrics["verdict"]["reasons"] if "bench" in reason)
     assert reason.startswith("benchmark bench inconclusive: +0 points [")
     assert "these 200 questions show" in reason
+
+
+def test_each_benchmark_is_compared_with_itself(tmp_path):
+    """The settings come as JSON with sorted keys, the files in the order of the config."""
+    make_sides(tmp_path)
+    files = [add_benchmark(tmp_path, tuned, name) for name, tuned in (("z", 0.7), ("a", 0.3))]
+    in_order = [paths[side] for side in (0, 1) for paths in files]
+    asked = {name: {"metric": None, "slug": name} for name in ("a", "z")}
+    metrics = run(tmp_path, benchmarks=asked, benchmark_files=in_order)["benchmarks"]
+    values = {name: one["metrics"]["acc,none"]["tuned"]["value"] for name, one in metrics.items()}
+    assert values == {"a": 0.3, "z": 0.7}
 
 
 def test_questions_in_the_training_rows_do_not_count(tmp_path):

@@ -179,9 +179,9 @@ def measured(folder, gain: float, right: float) -> str:
     write_jsonl(folder / "general.jsonl", [])
     asked = {"task": "quiz", "doc_hash": "h", "prompt_hash": "p"}
     values = {"acc": 0.5 + gain / 10}
-    write_jsonl(folder / "questions.jsonl", [asked | {"doc_id": row, "values": values} for row in range(40)])
+    write_jsonl(folder / "quiz.jsonl", [asked | {"doc_id": row, "values": values} for row in range(40)])
     told = {"metrics": [{"name": "acc", "higher_is_better": True}], "limit": None, "tasks": {}, "cut": 0}
-    write_json(folder / "questions.json", told | {"versions": {"lm_eval": "0"}})
+    write_json(folder / "quiz.json", told | {"versions": {"lm_eval": "0"}})
     write_json(folder / "merge_check.json", {"mean_kl": 0.0, "top1_agreement": 1.0, "positions": 50})
     return str(folder)
 
@@ -199,7 +199,7 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     sides = {"base": base, "tuned": score.read_side(folders[0])}
     likelihood = score.compare_likelihood(sides, 0.95, 500, 0)
     answers = score.compare_answers(sides, EVAL)[0]
-    asked = [str(folder / side / "questions.jsonl") for side in ("base", *map(str, range(len(gains))))]
+    asked = [str(folder / side / "quiz.jsonl") for side in ("base", *map(str, range(len(gains))))]
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
     arguments.benchmarks, arguments.seed_benchmarks = asked[:2], asked[2:]
     options = {"confidence": 0.95, "resamples": 500, "seed": 0}
@@ -314,23 +314,24 @@ def test_snakemake_makes_what_is_shared_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_with_three_seeds(tmp_path):
-    """Few steps. Then a seed more, for which nothing that is there runs again."""
+def test_the_demo_with_two_seeds(tmp_path):
+    """Few steps and few questions. Then a seed more, for which nothing that is there runs again."""
     folder = checkout(tmp_path)
-    use_seeds(folder, [0, 1, 2])
+    use_seeds(folder, [0, 1])
     set_key("runs", "demo", "train", "max_steps", value=10)(folder)
-    set_key("runs", "demo", "eval", "answer_rows", value=4)(folder)
+    for key, value in (("answer_rows", 4), ("prompts", []), ("forgetting", False)):
+        set_key("runs", "demo", "eval", key, value=value)(folder)
     snakemake(folder, "results/demo/metrics.json")
     metrics = read_json(folder / "results" / "demo" / "metrics.json")
-    assert [trained["seed"] for trained in metrics["seeds"]["trained"]] == [0, 1, 2]
-    assert len({trained["adapter_sha256"] for trained in metrics["seeds"]["trained"]}) == 3
-    assert metrics["seeds"]["trained"][0]["adapter_sha256"] == metrics["provenance"]["adapter_sha256"]
+    first, second = metrics["seeds"]["trained"]
+    assert (first["seed"], second["seed"]) == (0, 1) and first["adapter_sha256"] != second["adapter_sha256"]
+    assert first["adapter_sha256"] == metrics["provenance"]["adapter_sha256"]
     found = metrics["seeds"]["measurements"]["loss"]
-    assert found["standard_deviation"] > 0 and found["interval"][1] < 0
+    assert found["standard_deviation"] > 0
     assert found["by_seed"][0] == metrics["likelihood"]["difference"]["nll_per_token"]["value"]
     one = run_of_one_seed(folder, 1)
     assert one["likelihood"]["difference"]["nll_per_token"]["value"] == pytest.approx(found["by_seed"][1], rel=1e-12)
-    use_seeds(folder, [0, 1, 2, 3])
+    use_seeds(folder, [0, 1, 2])
     assert planned(folder, "results/demo/metrics.json") == {"plan", "finetune", "merge", "evaluate_tuned", "score"}
     output = snakemake(folder, "-n", "results/demo/metrics.json")
     assert re.search(r"^finetune +1$", output, re.MULTILINE)

@@ -57,7 +57,12 @@ def run(tmp_path):
         said: list[str] = []
         say = lambda text, *words: said.append(text % words)  # noqa: E731
         arguments = Namespace(
-            model=str(tmp_path / "model.json"), templates=SHIPPED, out=str(tmp_path / "tokens"), threads=1, **paths
+            model=str(tmp_path / "model.json"),
+            templates=SHIPPED,
+            out=str(tmp_path / "tokens"),
+            threads=1,
+            without=[],
+            **paths,
         )
         encode.encode(settings, arguments, Namespace(info=say, warning=say))
         return Namespace(report=read_json(tmp_path / "tokens/report.json"), said="\n".join(said))

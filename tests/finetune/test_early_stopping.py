@@ -96,6 +96,7 @@ def test_a_stopped_run_trains_no_step_more(stopped):
     assert (stopped.adapter(), stopped.losses()) == before and end_of(stopped) < 30
 
 
+@pytest.mark.slow
 def test_enough_patience_trains_to_the_last_step(run):
     patient = run(settings(**{**EARLY, "early_stopping_patience": 99, "num_train_epochs": 3}))
     patient.go()
@@ -119,6 +120,7 @@ def test_a_run_that_was_interrupted_between_validations_stops_at_the_same_step(b
     assert end_of(killed) == end_of(stopped)
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_lost_stops_there_again(run, stopped):
     again = run(settings(**EARLY))
     copy_state(stopped, again)
@@ -128,6 +130,7 @@ def test_a_run_whose_last_checkpoint_is_lost_stops_there_again(run, stopped):
     assert again.adapter() == stopped.adapter() and again.losses() == stopped.losses()
 
 
+@pytest.mark.slow
 def test_another_patience_starts_anew_as_any_other_setting_does(run, stopped):
     changed = run(settings(**{**EARLY, "early_stopping_patience": 3}))
     copy_state(stopped, changed)

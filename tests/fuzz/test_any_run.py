@@ -18,7 +18,7 @@ from workflow import ROOT
 import encode
 import plan
 import prepare
-from moult.data import readers
+from moult.data import portions, readers
 from moult.errors import MoultError
 from moult.files import sha256_folder
 from moult.parallel import ordered_map
@@ -80,7 +80,7 @@ class Tags(HTMLParser):
 def test_any_rows_through_the_stages(checkout, monkeypatch, rows, **dataset):
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(ordered_map, "__defaults__", (int, (), 2))  # two rows at a time, so that all processes get some
-    monkeypatch.setattr(encode, "PORTION_ROWS", 2)
+    monkeypatch.setattr(portions, "PORTION_ROWS", 2)
     monkeypatch.setattr(readers, "SIZE", 100)
     (checkout / "rows.jsonl").write_text("".join(dumped(row) + "\n" for row in [*GOOD, *rows]))
     dataset |= {

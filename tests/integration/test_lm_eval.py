@@ -89,14 +89,15 @@ def stage(folder: Path, script: str, settings: dict, **options) -> subprocess.Co
 def test_the_whole_dag_offline(folder):
     written, chosen = {"path": "written.yaml", "limit": 5}, {"path": "chosen.yaml"}
     arguments = configure(folder, [written])
-    rules = {"fetch_benchmark", "benchmark_base", "benchmark_tuned", "score"}
+    rules = {"fetch_benchmark", "contamination", "benchmark_base", "benchmark_tuned", "score"}
     assert planned(folder, METRICS, *arguments) == rules
     snakemake(folder, METRICS, *arguments)
     metrics = read_json(folder / METRICS)
     found = metrics["benchmarks"]["written"]
     match = found["metrics"]["exact_match,none"]
     assert (found["questions"], found["cut"], match["base"]["value"], match["tuned"]["value"]) == (5, 0, 0.0, 1.0)
-    assert "written" in metrics["verdict"]["better"]
+    assert any(reason.startswith("benchmark written ") for reason in metrics["verdict"]["reasons"])
+    assert metrics["contamination"]["benchmarks"] == {"written": 0}
     answers = [
         row["answer"] for path in folder.glob("results/demo/benchmark_tuned/*.jsonl") for row in read_jsonl(path)
     ]

@@ -9,6 +9,11 @@ PORTION_ROWS = 256
 PORTION_BYTES = 2**18
 
 
+def portion_count(path: Path, rows: int = 0) -> int:
+    """In about how many portions the file comes; no more processes than that have work. `rows`: how many it has, if known."""
+    return max(-(-rows // PORTION_ROWS), -(-path.stat().st_size // PORTION_BYTES))
+
+
 def portions(path: Path, without: Collection[str] = ()) -> Iterator[list[bytes]]:
     """The lines of a file, some at a time, but for the rows with the ids `without`."""
     lines: list[bytes] = []

@@ -12,8 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from moult.errors import MoultError
 from moult.files import sha256_text
 
@@ -122,6 +120,8 @@ def read_task(path: str) -> dict:
 
 @functools.lru_cache
 def _read_task(path: str, modified: int | None) -> dict:
+    import yaml
+
     if modified is None:
         raise MoultError(f"{path} does not exist", "give the path of a task's YAML file, or a task that lm-eval knows")
     try:
