@@ -1,4 +1,4 @@
-"""The same function over many items, in several processes, with one progress bar and the results in order."""
+"""The same function over many items, in several processes, with the results in order."""
 
 import multiprocessing
 import os
@@ -6,37 +6,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 
 from moult.errors import MoultError
-from moult.run.console import progress
-
-
-def ordered_map(
-    function: Callable,
-    items: Sequence,
-    workers: int,
-    what: str,
-    setup: Callable = int,
-    setup_args: tuple = (),
-    chunk: int = 256,
-) -> list:
-    """`[function(item) for item in items]`. `setup(*setup_args)` runs first, once in each process.
-
-    `function` and `setup` must be importable by name; what `setup` makes goes into a global of their module. The result
-    does not depend on `workers`.
-    """
-    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
-    results: list = []
-    with progress(len(items), what) as bar:
-        workers = min(workers, len(chunks))
-        for part in ordered_stream(partial(_apply, function), chunks, workers, what, setup, setup_args):
-            results += part
-            bar.update(len(part))
-    return results
 
 
 def ordered_stream(
@@ -44,7 +18,8 @@ def ordered_stream(
 ) -> Iterator:
     """`function(item)` of each item, in order. Only a few items and results are in memory at a time.
 
-    Otherwise as `ordered_map`, but without a progress bar. Each item goes to a process by itself: make them large.
+    `function` and `setup` must be importable by name. `setup(*setup_args)` runs first, once in each process; what it makes goes
+    into a global of its module. The results do not depend on `workers`. Each item goes to a process by itself: make them large.
     """
     if workers <= 1:
         setup(*setup_args)
@@ -79,7 +54,3 @@ def _start_worker(parent: int, setup: Callable, setup_args: tuple) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     setup(*setup_args)
-
-
-def _apply(function: Callable, part: Sequence) -> list:
-    return [function(item) for item in part]

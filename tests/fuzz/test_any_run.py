@@ -21,7 +21,6 @@ import prepare
 from moult.data import portions, readers
 from moult.errors import MoultError
 from moult.files import sha256_folder
-from moult.parallel import ordered_map
 from moult.workflow.config import load_schema, resolve
 from moult.workflow.stages import stage_settings
 
@@ -49,7 +48,8 @@ def stages(config: dict, threads: int) -> None:
     given_rows = {name: files[name] for name in ("train", "val", "test")}
     templates = str(ROOT / "config" / "chat_templates")
     tokens = f"{folder}/tokens"
-    arguments = SimpleNamespace(**given_rows, model="base", templates=templates, out=tokens, threads=threads)
+    options = {"model": "base", "templates": templates, "without": [], "out": tokens, "threads": threads}
+    arguments = SimpleNamespace(**given_rows, **options)
     encode.encode(stage_settings(config, "encode", "odd"), arguments, LOG)
     plan.plan(
         stage_settings(config, "plan", "odd"),
@@ -79,8 +79,7 @@ class Tags(HTMLParser):
 )
 def test_any_rows_through_the_stages(checkout, monkeypatch, rows, **dataset):
     monkeypatch.chdir(checkout)
-    monkeypatch.setattr(ordered_map, "__defaults__", (int, (), 2))  # two rows at a time, so that all processes get some
-    monkeypatch.setattr(portions, "PORTION_ROWS", 2)
+    monkeypatch.setattr(portions, "PORTION_ROWS", 2)  # so that all processes get some
     monkeypatch.setattr(readers, "SIZE", 100)
     (checkout / "rows.jsonl").write_text("".join(dumped(row) + "\n" for row in [*GOOD, *rows]))
     dataset |= {
