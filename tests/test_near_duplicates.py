@@ -8,7 +8,7 @@ import pytest
 from preparing import pairs, prompts, run, write
 
 from moult.data import near_duplicates
-from moult.data.near_duplicates import SHINGLE, SIMILAR, VALUES, first_alike, signatures_of
+from moult.data.near_duplicates import SHINGLE, SIMILAR, VALUES, Signer, first_alike
 
 WORDS = ["".join(random.Random(n).choices("abcdefghijklmnop", k=6)) for n in range(3000)]
 
@@ -23,6 +23,13 @@ def changed(said: str, words: int, seed: int = 0) -> str:
     for place in range(words):
         parts[(seed + place * (len(parts) // words)) % len(parts)] = f"changed{seed}x{place}"
     return " ".join(parts)
+
+
+def signatures_of(texts: list[str]) -> bytes:
+    signer = Signer()
+    for text in texts:
+        signer.add(text)
+    return signer.end()
 
 
 def values_of(*texts: str) -> np.ndarray:

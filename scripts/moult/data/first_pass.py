@@ -11,7 +11,7 @@ from moult.data.conversation import find_format, normalise
 from moult.data.fields import BadRow, value_of
 from moult.data.language import spoken_texts
 from moult.data.ledger import Ledger
-from moult.data.near_duplicates import signatures_of
+from moult.data.near_duplicates import Signer
 from moult.data.readers import Chunk
 from moult.files import canonical
 
@@ -60,7 +60,8 @@ def _first_pass(index: int, chunk: Chunk) -> Part:
     source = sources[number_of_source]
     is_sample, fraction = settings["sample_size"] != "full", source["weight"] % 1
     part = Part(index, chunk.content.end)
-    lines, records, said = [], [], []
+    lines, records = [], []
+    signer = Signer() if settings["near_duplicates"] != "ignore" else None
     for number, raw in chunk.rows(name):
         part.ledger.read += 1
         part.ledger.columns |= raw.keys()
@@ -74,11 +75,12 @@ def _first_pass(index: int, chunk: Chunk) -> Part:
         draws = draw(seed, "sample", key) if is_sample else 0.0, draw(seed, "split", group)
         again = fraction > 0 and draw(seed, "weight", key) < fraction
         lines.append(line)
-        said.append(row.said)
+        if signer:
+            signer.add(row.said)
         records.append(record(row.key, row.group, *draws, again, number_of_source, len(line)))
     part.lines, part.records = b"".join(lines), b"".join(records)
-    if settings["near_duplicates"] != "ignore":
-        part.signatures = signatures_of(said)
+    if signer:
+        part.signatures = signer.end()
     return part
 
 

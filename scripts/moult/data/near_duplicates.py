@@ -38,15 +38,30 @@ _SEPARATOR, _PART_OF_WORD, _WORD = 0, 1, 2
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 
-def signatures_of(texts: list[str]) -> bytes:
-    """The signatures of rows, SIZE bytes each. texts: what is said in each row."""
-    made, start, size = [], 0, 0
-    for end, text in enumerate(texts, 1):
-        size += len(text)
-        if size > _PIECE or end == len(texts):
-            made.append(_signatures_of(texts[start:end]))
-            start, size = end, 0
-    return b"".join(made)
+class Signer:
+    """Makes the signatures of rows as they come: of some at a time, so that few texts are in memory."""
+
+    def __init__(self):
+        self._made: list[bytes] = []
+        self._texts: list[str] = []
+        self._size = 0
+
+    def add(self, text: str) -> None:
+        """The next row. text: what is said in it."""
+        self._texts.append(text)
+        self._size += len(text)
+        if self._size > _PIECE:
+            self._sign()
+
+    def end(self) -> bytes:
+        """The signatures of all rows, SIZE bytes each."""
+        if self._texts:
+            self._sign()
+        return b"".join(self._made)
+
+    def _sign(self) -> None:
+        self._made.append(_signatures_of(self._texts))
+        self._texts, self._size = [], 0
 
 
 def _signatures_of(texts: list[str]) -> bytes:
