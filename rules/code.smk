@@ -29,7 +29,12 @@ def read_own(path):
 
 
 # The library has to be there before it can be imported, and this module of it says which files that takes.
-for path in ("moult/__init__.py", "moult/workflow/__init__.py", "moult/workflow/code.py", "moult/workflow/functions.py"):
+for path in (
+    "moult/__init__.py",
+    "moult/workflow/__init__.py",
+    "moult/workflow/code.py",
+    "moult/workflow/functions.py",
+):
     library = Path(own_file(f"scripts/{path}"))
 sys.path.insert(0, str(library.parents[2].resolve()))
 

@@ -3,10 +3,8 @@
 Reads:  training rows, eval.prompts and the benchmarks' questions of all runs of the dataset
 Writes: results/prepared/<dataset>/contamination.json (each question that was found), contaminated_rows.json (ids of the rows)
 
-With eval.contamination: drop, encode leaves these rows out. A new question must not train again if it is found nowhere. So there
-is a checkpoint between the two: once it is done, Snakemake looks again at what is to be run, and encode, which has the ids as a
-param and not as an input, runs only if they are other ones. (As an `ancient` input they would hide changes to the params of all
-that follows: Snakemake 9.27, dag.py.) A dry run before that shows all that might run.
+With eval.contamination: drop, encode leaves these rows out, so they are its input. A new question then runs all that follows again,
+but it trains only if it was found in other rows: otherwise finetune sees the same tokens and has nothing to train.
 """
 
 
@@ -24,17 +22,9 @@ def contamination_of(wildcards):
 
 
 def dropped_rows(wildcards):
-    """Param: the file with the ids of the rows that encode leaves out."""
+    """Input of encode: the ids of the rows that it leaves out."""
     run = config["runs"][wildcards.run]
-    drops = run["eval"]["contamination"] == "drop"
-    return [workflow.pathvars.apply(at.dropped_rows.format(ds=run["dataset"]))] if drops else []
-
-
-def after_drop(wildcards):
-    """Input of encode: nothing, once the rows to drop are known (`checkpoints` waits for that)."""
-    if dropped_rows(wildcards):
-        checkpoints.drop.get(ds=config["runs"][wildcards.run]["dataset"])
-    return []
+    return [at.contaminated_rows.format(ds=run["dataset"])] if run["eval"]["contamination"] == "drop" else []
 
 
 rule contamination:
@@ -62,16 +52,3 @@ rule contamination:
         python {params.script:q} --settings {params.settings:q} --train {input.train:q} --questions {input.questions:q} \
             --report {output.report:q} --rows {output.rows:q} --threads {threads} --log-file {log:q}
         """
-
-
-checkpoint drop:
-    """With eval.contamination: drop. A checkpoint of its own, so that without it there is none."""
-    input:
-        at.contaminated_rows,
-    output:
-        at.dropped_rows,
-    log:
-        "<logs>/{ds}/drop.log",
-    localrule: True
-    shell:
-        "cp {input:q} {output:q} 2>{log:q}"

@@ -15,7 +15,7 @@ rule encode:
         test=of_dataset(at.test_rows),
         model=base_model,
         template=chat_template_file,
-        dropped=after_drop,
+        without=dropped_rows,
     output:
         train=at.train_tokens,
         val=at.val_tokens,
@@ -35,13 +35,11 @@ rule encode:
         settings=settings("encode"),
         script=script_of("encode"),
         code=code_of("encode", shipped_template),
-        without=untracked(dropped_rows),
-        dropped=lambda wildcards: list(map(glance, dropped_rows(wildcards))),
         templates=untracked(lambda wildcards: Path(own_file(shipped_template)).parent),
         folder=lambda wildcards, output: Path(output.report).parent,
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.model:q} --templates {params.templates:q} \
-            --train {input.train:q} --val {input.val:q} --test {input.test:q} --without {params.without:q} --out {params.folder:q} \
+            --train {input.train:q} --val {input.val:q} --test {input.test:q} --without {input.without:q} --out {params.folder:q} \
             --threads {threads} --log-file {log:q}
         """

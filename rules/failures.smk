@@ -46,4 +46,4 @@ def runs_of(failure):
 
 def dataset_slugs(run):
     dataset = config["datasets"][config["runs"][run]["dataset"]]
-    return [dataset_slug(dataset, entry["path"]) for entry in all_entries(dataset)]
+    return [dataset_slug(dataset, entry["path"]) for _, entry in all_entries(dataset)]

@@ -66,12 +66,12 @@ def glances(files):
 
 
 def all_entries(dataset):
-    """All sources of a dataset, including those of the validation and test rows."""
+    """(key, entry) of all sources of a dataset, including those of the validation and test rows."""
     return [
-        entry
-        for source in (dataset["source"], dataset["val_source"], dataset["test_source"])
-        if source
-        for entry in source_entries(source, dataset)
+        (key, entry)
+        for key in ("source", "val_source", "test_source")
+        if dataset[key]
+        for entry in source_entries(dataset[key], dataset)
     ]
 
 
@@ -80,7 +80,7 @@ def dataset_files(wildcards):
     """Input: the files of a dataset: local files, or what fetch_dataset downloads."""
     dataset = config["datasets"][wildcards.ds]
     files = []
-    for entry in all_entries(dataset):
+    for key, entry in all_entries(dataset):
         if is_local(entry["path"]):
             try:
                 files += map(str, expand_source(entry["path"], dataset["split"]))
@@ -88,7 +88,7 @@ def dataset_files(wildcards):
                 if not workflow.dryrun and not rows_are_there(wildcards.ds):
                     return []  # prepare will report it, together with the errors of other runs
                 # Snakemake would treat any other exception as a rule that does not apply, and would use the old rows.
-                raise SystemExit(f"datasets.{wildcards.ds}.source: {error}") from None
+                raise SystemExit(f"datasets.{wildcards.ds}.{key}: {error}") from None
         else:
             files.append(at.dataset.format(dataset=dataset_slug(dataset, entry["path"])))
     return files
@@ -113,7 +113,7 @@ hub_datasets = {
         **{key: dataset[key] for key in ("subset", "split", "revision")},
     }
     for dataset in config["datasets"].values()
-    for entry in all_entries(dataset)
+    for _, entry in all_entries(dataset)
     if not is_local(entry["path"])
 }
 

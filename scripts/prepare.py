@@ -298,8 +298,9 @@ def tell_alike(alike: dict, rows: int, log) -> None:
         )
     if alike["left_apart"]:
         log.warning(
-            "%s of %s rows are near copies of each other, as are rows made from a template. They are not kept in one part: "
-            "give them a group (datasets.<name>.columns.group), or none (near_duplicates: ignore)",
+            "%s of %s rows are near copies of each other, as are rows made from a template. They are too many, so they are "
+            "neither kept in one part nor dropped: give them a group (datasets.<name>.columns.group), or set near_duplicates: "
+            "ignore",
             f"{alike['left_apart']:,}",
             f"{rows:,}",
         )
@@ -398,11 +399,18 @@ def check_not_empty(parts: dict[str, "Rows"], ledgers: dict[str, Ledger]) -> Non
             counts = ledgers[name]
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.most_common())
             shown = [examples[0] for examples in counts.examples.values() if ": " in examples[0]]
+            hint = (
+                "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, test_size, broken"
+            )
+            if given := [part for part in PARTS if counts.dropped[f"in_{part}"]]:
+                hint = (
+                    f"give datasets.<name>.{' and '.join(f'{part}_source' for part in given)} other rows than the rest"
+                )
             raise MoultError(
                 "\n    ".join(
                     [f"no {LONG[name]} row is left of {counts.read:,} (dropped: {reasons or 'none'})", *shown]
                 ),
-                "loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, test_size, broken",
+                hint,
             )
 
 

@@ -239,7 +239,7 @@ def contaminated(files: list[str], settings: dict, report: dict) -> Contaminatio
         raise MoultError(
             f"eval.contamination is drop, and encode has left out other rows than those of {files[0]} "
             f"({report['contaminated_rows']['count']:,}, not {found['contaminated_rows']['count']:,})",
-            "run the same command again: it trains without them",
+            "encode the rows again: snakemake --forcerun encode",
         )
     return Contamination.of(found, settings)
 

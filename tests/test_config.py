@@ -32,11 +32,20 @@ def problems(text: str) -> list[str]:
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
+NOTHING_MEASURED = (
+    "eval: nothing would be measured; set perplexity: true, or add checks (expect of prompts, row_expect) or benchmarks"
+)
 REFUSED = [
     # unknown keys: the probable one, or the section that has it
     ("train: {learning_rat: 1}", "train.learning_rat: unknown key; did you mean learning_rate?"),
     ("train: {lr: 1}", "train.lr: unknown key; did you mean learning_rate?"),
     ("train: {patience: 3}", "train.patience: unknown key; did you mean early_stopping_patience?"),
+    (
+        "datasets: {a: {val_size: 0.5, test_size: 0.5}}",
+        "datasets.a: val_size 0.5 and test_size 0.5 leave no training rows; lower them",
+    ),
+    ("eval: {perplexity: false}", NOTHING_MEASURED),
+    ("eval: {perplexity: false, answer_rows: 0, row_expect: {exact: true}}", NOTHING_MEASURED),
     ("modle: {}", "modle: unknown key; did you mean model?"),
     ("datasets: {a: {columns: {promt: q}}}", "datasets.a.columns.promt: unknown key; did you mean prompt?"),
     ("runs: {a: {datset: a}}", "runs.a.datset: unknown key; did you mean dataset?"),

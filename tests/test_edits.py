@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import FOLDERS, edit_config, planned, set_key, snakemake
-
-from moult.workflow.stages import STAGES
+from workflow import FOLDERS, MEASURED, edit_config, planned, set_key, snakemake
 
 TARGET = "results/demo/metrics.json"
 # What it takes to get there with a local model and local rows.
-MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
 
 
 def reorder(folder: Path) -> None:
@@ -43,6 +40,7 @@ def checkout_back_and_forth(folder: Path) -> None:
 
 
 PROMPT = {"id": "more", "prompt": "What is the capital of Italy?", "expect": {"contains": "Rome"}}
+OF_ROWS = {"prepare", "contamination"}
 AFTER_FINETUNE = {"finetune", "merge", "evaluate_tuned", "score"}
 
 
@@ -71,14 +69,18 @@ EDITS = {
     "the rank": (set_key("runs", "demo", "lora", "r", value=16), {"plan", *AFTER_FINETUNE}),
     "an eval prompt": (
         set_key("runs", "demo", "eval", "prompts", value=[PROMPT]),
-        {"evaluate_base", "evaluate_tuned", "score"},
+        {"contamination", "evaluate_base", "evaluate_tuned", "score"},
+    ),
+    "what becomes of rows with questions": (
+        set_key("runs", "demo", "eval", "contamination", value="drop"),
+        {"encode", "plan", "evaluate_base", *AFTER_FINETUNE},
     ),
     "the rank and an eval prompt": (
         lambda folder: (
             set_key("runs", "demo", "lora", "r", value=16)(folder),
             set_key("runs", "demo", "eval", "prompts", value=[PROMPT])(folder),
         ),
-        {"plan", "evaluate_base", *AFTER_FINETUNE},
+        {"contamination", "plan", "evaluate_base", *AFTER_FINETUNE},
     ),
     "the dtype": (
         set_key("runs", "demo", "model", "dtype", value="float16"),
@@ -89,14 +91,14 @@ EDITS = {
     "the languages": (set_key("datasets", "demo", "languages", value=["en", "fr"]), MEASURED - {"inspect_model"}),
     "the longest sequence": (
         set_key("datasets", "demo", "max_length", value=200),
-        MEASURED - {"inspect_model", "prepare"},
+        MEASURED - {"inspect_model", *OF_ROWS},
     ),
     "a row of the data": (
         append("config/demo/data/house_format.jsonl", '{"question": "What?", "answer": "That."}\n'),
         MEASURED - {"inspect_model"},
     ),
-    "a file of the base": (append("config/demo/base/generation_config.json", "\n"), MEASURED - {"prepare"}),
-    "other weights, older ones": (put_older("config/demo/base/model.safetensors"), MEASURED - {"prepare"}),
+    "a file of the base": (append("config/demo/base/generation_config.json", "\n"), MEASURED - OF_ROWS),
+    "other weights, older ones": (put_older("config/demo/base/model.safetensors"), MEASURED - OF_ROWS),
     "other rows, older ones": (
         put_older("config/demo/data/house_format.jsonl"),
         MEASURED - {"inspect_model"},
@@ -104,17 +106,17 @@ EDITS = {
     "the base's card": (append("config/demo/base/README.md"), set()),
     "the script of a stage": (append("scripts/merge.py"), {"merge", "evaluate_tuned", "score"}),
     "the last script": (append("scripts/score.py"), {"score"}),
-    "a module that one stage imports": (append("scripts/moult/measuring/checks.py"), {"score"}),
+    "a module that one stage imports": (append("scripts/moult/measuring/seeds.py"), {"score"}),
     "a module that others import": (append("scripts/moult/model/lora.py"), {"plan", *AFTER_FINETUNE}),
     "a command for people": (append("scripts/tools/print_runtime.py"), set()),
     "training code": (append("scripts/moult/training/trainer.py"), AFTER_FINETUNE),
     "checkpoint code": (append("scripts/moult/training/checkpoints.py"), AFTER_FINETUNE),
     "console code": (append("scripts/moult/run/stage.py"), set()),
     "the code that reads the config": (append("scripts/moult/workflow/config.py"), set()),
-    "label code": (append("scripts/moult/data/labels.py"), MEASURED - {"inspect_model", "prepare"}),
-    "chat code": (append("scripts/moult/model/chat.py"), MEASURED - {"inspect_model", "prepare"}),
-    "the shipped template": (append("config/chat_templates/chatml.jinja"), MEASURED - {"inspect_model", "prepare"}),
-    "the base's template": (append("config/demo/base/chat_template.jinja"), MEASURED - {"prepare"}),
+    "label code": (append("scripts/moult/data/labels.py"), MEASURED - {"inspect_model", *OF_ROWS}),
+    "chat code": (append("scripts/moult/model/chat.py"), MEASURED - {"inspect_model", *OF_ROWS}),
+    "the shipped template": (append("config/chat_templates/chatml.jinja"), MEASURED - {"inspect_model", *OF_ROWS}),
+    "the base's template": (append("config/demo/base/chat_template.jinja"), MEASURED - OF_ROWS),
     "a new image": (set_key("container", value="containers/moult-train-9.9.9.sif"), MEASURED),
     "the same image elsewhere": (set_key("container", value="/images/moult-train-0.1.0.sif"), set()),
 }

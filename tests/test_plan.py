@@ -305,7 +305,7 @@ def test_a_base_that_transformers_cannot_split_is_refused(tmp_path):
         ({"answer_rows": 32}, None),
         (
             {"answer_rows": 4, "row_expect": {"exact": True}},
-            "4 rows are too few to show any change; to see 10 points, ask 160 questions "
+            "4 rows show no change of 50 points or less; to see 10 points, ask 160 questions "
             "(eval.answer_rows, datasets.<name>.test_size)",
         ),
         (

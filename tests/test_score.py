@@ -12,6 +12,7 @@ from moult.data.contamination import rows_told
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.checks import check
+from moult.measuring.table import table
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ def test_rows_that_have_chosen_the_checkpoint_are_told(tmp_path):
     write_json(tmp_path / "metadata.json", read_json(tmp_path / "metadata.json") | WITHOUT_TEST)
     metrics = run(tmp_path)
     assert metrics["verdict"]["reasons"][-1] == caution
+    assert metrics["verdict"]["verdict"] == "helped" and f"\n  - {caution}\n" in table(metrics, tmp_path)
     assert {key: metrics["data"][key] for key in WITHOUT_TEST} == WITHOUT_TEST
     # Nothing was chosen.
     write_json(tmp_path / "adapter.json", read_json(tmp_path / "adapter.json") | {"chosen": "last step"})

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import ROOT, checkout, hear_sigint, measured, snakemake, write_rows
-
-from moult.workflow.stages import STAGES
+from workflow import MEASURED, ROOT, checkout, hear_sigint, measured, snakemake, write_rows
 
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
-MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
 
 
 TARGET = "results/demo/metrics.json"

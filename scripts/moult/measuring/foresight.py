@@ -53,7 +53,8 @@ def tell_power(
     asked = {part: n for part, n in counts.items() if part != "instructions"}
     effects = {part: smallest_effect(n, (rates or {}).get(part, RATE), level[part]) for part, n in asked.items()}
     for part, effect in effects.items():
-        shows = f"show {100 * effect:.0f} points" if effect else "are too few to show any change"
+        none = "are too few to show any change" if rates else f"show no change of {100 * (1 - RATE):.0f} points or less"
+        shows = f"show {100 * effect:.0f} points" if effect else none
         told.append(f"{asked[part]:,} {part} {shows}")
     if not told:
         return

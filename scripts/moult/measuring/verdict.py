@@ -45,6 +45,10 @@ class Measure:
         """A few groups may all change in the same direction by chance (sign test): the intervals are no evidence below that."""
         return max(self.difference["p"], 2.0 ** (1 - self.groups))
 
+    def too_few(self, confidence: float) -> bool:
+        """Whether it rests on so few groups that even all of them together are no evidence."""
+        return 2.0 ** (1 - self.groups) > 1 - confidence
+
     @property
     def better(self) -> bool:
         return self.sign * self.difference["value"] > 0
@@ -72,7 +76,7 @@ def verdict(
     measures = measures_of(likelihood, answers, benchmarks, groups, confidence)
     if not any(measure.name != PARTS["instructions"] for measure in measures):
         raise MoultError(
-            "nothing was measured",
+            "; ".join(["nothing was measured", *cautions]),
             "set eval.perplexity: true, or add checks to eval.prompts (expect) or eval.row_expect",
         )
     clear = holm({m.name: m.p for m in measures}, {m.name: m.weight for m in measures}, 1 - confidence)
@@ -83,7 +87,8 @@ def verdict(
         found[kind].append(measure.name)
         reason = f"{measure.name} {'inconclusive' if kind == 'unclear' else kind}: {change(measure)}"
         if kind == "unclear":
-            smallest[measure.name] = shown = smallest_shown(measure, measures, confidence)
+            shown = smallest_shown(measure, measures, confidence)
+            smallest[measure.name] = shown
             reason += f"; {why_unclear(measure, shown, confidence, len(measures))}"
         reasons.append(reason)
     if general:
@@ -99,7 +104,7 @@ def verdict(
         word = "hurt"
     elif found["better"] and not found["worse"]:
         word = "helped"
-    return {"verdict": word, **found, "smallest_effect": smallest, "reasons": reasons}
+    return {"verdict": word, **found, "smallest_effect": smallest, "reasons": reasons, "cautions": list(cautions)}
 
 
 def measures_of(
@@ -157,7 +162,9 @@ def holm(p_values: dict[str, float], weights: dict[str, float], error: float) ->
 
 
 def smallest_shown(measure: Measure, measures: list[Measure], confidence: float) -> float | None:
-    """What this measurement shows in 80 % of all cases beside the others: with its share of the error."""
+    """What this measurement shows in 80 % of all cases beside the others: with its share of the error. None: nothing."""
+    if measure.too_few(confidence):
+        return None
     return measure.shows(1 - (1 - confidence) * measure.weight / sum(other.weight for other in measures))
 
 
@@ -171,7 +178,7 @@ def change(measure: Measure) -> str:
 
 def why_unclear(measure: Measure, shown: float | None, confidence: float, measures: int) -> str:
     text = f"too few to show any difference: {measure.rows}"
-    if 2.0 ** (1 - measure.groups) > 1 - confidence:
+    if measure.too_few(confidence):
         return text
     if shown is not None:
         size = f"{100 * shown:.0f}" if measure.unit == POINTS else f"{shown:.2g}"

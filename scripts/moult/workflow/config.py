@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
-from moult.workflow.conflicts import run_problems
+from moult.workflow.conflicts import dataset_problems, run_problems
 from moult.workflow.hints import unknown_key
 from moult.workflow.seeds import with_seeds
 
@@ -89,6 +89,8 @@ def resolve(config: dict, schema: dict) -> dict:
     over_datasets = config["override"].get("dataset", {})
     config["datasets"] = {name: merged(dataset, over_datasets) for name, dataset in config["datasets"].items()}
     runs, problems = _resolve_runs(config, schema, removed)
+    for name, dataset in config["datasets"].items():
+        problems += dataset_problems(name, dataset)
     for name, run in runs.items():
         problems += run_problems(name, run, config["datasets"].get(run["dataset"]))
         problems += _shortened(run["serve"]["vllm"], schema["$defs"]["serve"]["properties"]["vllm"]["properties"])

@@ -35,6 +35,10 @@ def run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
     pattern = expect.get("match")
     if pattern is not None and not re.compile(pattern).groups:
         problems.append("eval.row_expect.match: has no group; put the part that is compared in ( )")
+    if not _measures(run["eval"]):
+        problems.append(
+            "eval: nothing would be measured; set perplexity: true, or add checks (expect of prompts, row_expect) or benchmarks"
+        )
     train = run["train"]
     problems += [
         f"train.{key}: 'no' leaves no best by validation loss; set load_best_model_at_end: false"
@@ -62,6 +66,23 @@ def run_problems(name: str, run: dict, dataset: dict | None) -> list[str]:
         problems.append("train.padding_free: packing has it already; leave it out")
     problems += _quantization_problems(run["lora"]) if run["model"]["quantization"] else []
     return problems + (_sharding_problems(run) if train["shard"] else [])
+
+
+def dataset_problems(name: str, dataset: dict) -> list[str]:
+    """What is wrong with the settings of a dataset, which are whole."""
+    sizes = {part: dataset[f"{part}_size"] for part in ("val", "test") if not dataset[f"{part}_source"]}
+    if all(size is not None and size < 1 for size in sizes.values()) and sum(sizes.values()) >= 1:
+        shown = " and ".join(f"{part}_size {size:g}" for part, size in sizes.items())
+        return [f"datasets.{name}: {shown} leave no training rows; lower them"]
+    return []
+
+
+def _measures(eval: dict) -> bool:
+    """Whether a verdict will have something to rest on."""
+    checked = any(prompt.get("expect") for prompt in eval["prompts"]) or (
+        eval["answer_rows"] and eval.get("row_expect")
+    )
+    return bool(eval["perplexity"] or checked or eval["benchmarks"])
 
 
 def _quantization_problems(lora: dict) -> list[str]:

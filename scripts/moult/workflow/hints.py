@@ -20,8 +20,9 @@ ALIASES = {
     "datasets.<name>.source": "path file files data data_files data_path dataset_path dataset_name train_file file_name",
     "datasets.<name>.val_source": "eval_dataset validation_file val_file eval_file",
     "datasets.<name>.test_source": "test_dataset test_file",
-    "datasets.<name>.val_size": "val_set_size eval_size validation_size validation_split val_split eval_split",
-    "datasets.<name>.test_size": "test_set_size test_split",
+    "datasets.<name>.val_size": "val_set_size eval_size validation_size validation_split val_split eval_split"
+    " val_share val_fraction val_ratio",
+    "datasets.<name>.test_size": "test_set_size test_split test_share test_fraction test_ratio",
     "datasets.<name>.sample_size": "max_samples num_samples max_train_samples",
     "datasets.<name>.subset": "config_name dataset_config dataset_config_name",
     "datasets.<name>.max_length": "cutoff_len cutoff_length sequence_len sequence_length seq_len seq_length max_seq_len max_len"
@@ -52,8 +53,10 @@ ALIASES = {
     "train.nodes": "num_nodes nnodes num_machines",
     "train.shard": "fully_shard sharded sharding zero_stage",
     "train.early_stopping_patience": "patience early_stopping early_stop early_stopping_steps",
+    "train.early_stopping_threshold": "early_stopping_min_delta min_delta early_stopping_delta",
     "train.report_to": "logger log_with",
     "eval.max_new_tokens": "max_tokens max_gen_length",
+    "eval.benchmarks": "tasks benchmark lm_eval_tasks",
     "serve.max_model_len": "max_context_len",
     "seed": "random_seed random_state",
     "paths.results": "output_dir output_path results_dir",

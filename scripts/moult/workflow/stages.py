@@ -39,7 +39,6 @@ class Places(NamedTuple):
     # contamination
     contamination: str = "prepared/{ds}/contamination.json"
     contaminated_rows: str = "prepared/{ds}/contaminated_rows.json"
-    dropped_rows: str = "prepared/{ds}/dropped_rows.json"
     # encode; shared by the runs with the same data, model and template (`encoded_as`)
     tokens: str = "{run}/tokens"
     train_tokens: str = "{run}/tokens/train.parquet"
