@@ -274,8 +274,7 @@ CASES = [
         "validation rows that are the training rows",
         (
             "prepare failed: no training row is left of 40 (dropped: 40 in_val)\n"
-            "what to do: loosen the filter that took them: datasets.<name>.languages, sample_size, val_size, "
-            "test_size, broken"
+            "what to do: give datasets.<name>.val_source other rows than the rest"
         ),
         data(val_source="rows.jsonl"),
     ),
