@@ -1,5 +1,6 @@
 """An edit reruns the stages that it can change, and no others."""
 
+import json
 import os
 import shutil
 import time
@@ -175,3 +176,31 @@ def test_an_edit_of_the_training_code_reaches_the_adapter(again):
     with (again / "scripts/moult/run/stage.py").open("a") as file:
         file.write("\n# an edit that changes no result\n")
     assert "Nothing to be done" in snakemake(again, "results/demo/adapter.json", "--configfile", "short.yaml")
+
+
+@pytest.mark.slow
+def test_rows_with_a_question_of_the_evaluation_leave_a_training_that_is_finished(again):
+    """With eval.contamination: drop. Another question that is in no row then trains nothing again."""
+    (again / "short.yaml").write_text(SHORT)
+
+    def run(policy: str, *prompts: str) -> tuple[dict, int, bytes]:
+        """(what metrics.json says of it, how many sequences train, the adapter)."""
+        asked = [{"id": f"p{n}", "prompt": prompt, "expect": {"json": True}} for n, prompt in enumerate(prompts)]
+        set_key("runs", "demo", "eval", "prompts", value=asked)(again)
+        set_key("runs", "demo", "eval", "contamination", value=policy)(again)
+        snakemake(again, TARGET, "--configfile", "short.yaml")
+        report = json.loads((again / "results/demo/tokens/report.json").read_text())
+        found = json.loads((again / TARGET).read_text())["contamination"]
+        adapter = (again / "results/demo/adapter/adapter_model.safetensors").read_bytes()
+        return found, report["train"]["sequences"], adapter
+
+    row = json.loads((again / "results/prepared/demo/train.jsonl").read_text().splitlines()[0])
+    planted = row["messages"][0]["content"]
+    found, whole, _ = run("exclude", planted, "Is it late?")
+    assert (found["prompts"], found["training_rows"]) == (["p0"], 1)
+    found, left, adapter = run("drop", planted, "Is it late?")
+    assert (found["policy"], left) == ("drop", whole - 1)
+    log = again / "logs/demo/finetune.log"
+    assert "nothing to train" not in log.read_text()
+    assert run("drop", planted, "Is it early?")[1:] == (left, adapter)
+    assert "nothing to train" in log.read_text()
