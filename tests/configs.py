@@ -1,4 +1,4 @@
-"""Configs laid over a small one, resolved."""
+"""Configs laid over a small one, resolved; and the stages of the demo's."""
 
 from functools import reduce
 
@@ -6,6 +6,11 @@ import yaml
 from workflow import ROOT
 
 from moult.workflow.config import load_schema, merged, resolve
+from moult.workflow.stages import STAGES
+
+# What the metrics of the demo need.
+MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
+MEASURED -= {"fetch_benchmark", "benchmark_base", "benchmark_tuned"}
 
 SCHEMA = load_schema(str(ROOT / "config"))
 BASE = """

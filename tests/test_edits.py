@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import FOLDERS, MEASURED, edit_config, planned, set_key, snakemake
+from configs import MEASURED
+from workflow import FOLDERS, edit_config, planned, set_key, snakemake
 
 TARGET = "results/demo/metrics.json"
 # What it takes to get there with a local model and local rows.

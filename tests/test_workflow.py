@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow import MEASURED, ROOT, checkout, hear_sigint, measured, snakemake, write_rows
+from configs import MEASURED
+from workflow import ROOT, checkout, hear_sigint, measured, snakemake, write_rows
 
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pyarrow", "tqdm", "jsonschema", "yaml"}
 

@@ -12,12 +12,7 @@ from pathlib import Path
 import forked
 import yaml
 
-from moult.workflow.stages import STAGES
-
 ROOT = Path(__file__).resolve().parent.parent
-# The stages that the metrics of the demo need.
-MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
-MEASURED -= {"fetch_benchmark", "benchmark_base", "benchmark_tuned"}
 FOLDERS = ("config", "profiles", "rules", "scripts")
 # In the environment of the demo; nothing that looks like a real one.
 SECRETS = {
