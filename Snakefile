@@ -19,6 +19,7 @@ include: "rules/failures.smk"
 include: "rules/console.smk"
 include: "rules/containers.smk"
 include: "rules/cluster.smk"
+include: "rules/questions.smk"
 
 
 container: image

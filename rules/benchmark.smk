@@ -8,65 +8,6 @@ They run in the Python, or the image, that has lm-eval (eval.lm_eval). Each benc
 another limit, does not ask the others again.
 """
 
-from moult.workflow.benchmarks import benchmarks_of, check_python, files_of
-
-# {slug: {run: its entry in eval.benchmarks}}
-benchmarks = {}
-for name, run in config["runs"].items():
-    for benchmark in benchmarks_of(run):
-        benchmarks.setdefault(benchmark.slug, {})[name] = benchmark
-
-
-def benchmark_run(wildcards):
-    """The config of the run that the job is for; for fetch_benchmark, of the first that has the benchmark."""
-    return config["runs"][wildcards.get("run") or next(iter(benchmarks[wildcards.benchmark]))]
-
-
-def lm_eval_python(wildcards):
-    """Param: the Python that has lm-eval."""
-    return "python" if in_containers else benchmark_run(wildcards)["eval"]["lm_eval"]["python"] or "python"
-
-
-def lm_eval_image(wildcards):
-    """Container of the benchmarks. Without containers, this checks the Python before a job runs."""
-    if workflow.executor_plugin is not None and not (workflow.dryrun or workflow.touch or in_containers):
-        try:
-            check_python(lm_eval_python(wildcards))
-        except MoultError as error:
-            raise SystemExit(str(error)) from None
-    return shown(benchmark_run(wildcards)["eval"]["lm_eval"]["container"])
-
-
-def task_files(wildcards):
-    """Input: the file of a task of the user's own, and its data."""
-    path = next(iter(benchmarks[wildcards.benchmark].values())).path
-    return files_of(path) if path else []
-
-
-def asked(wildcards):
-    """Param: which benchmark, and how many of its questions."""
-    return canonical(benchmarks[wildcards.benchmark][wildcards.run].asked())
-
-
-def of_benchmarks(base, tuned):
-    """Input: files of all benchmarks of a run, those of the base where they are measured."""
-
-    def files(wildcards):
-        slugs = [benchmark.slug for benchmark in benchmarks_of(config["runs"][wildcards.run])]
-        of_base = [base.format(run=benchmarkers[slug][wildcards.run], benchmark=slug) for slug in slugs]
-        return of_base + [tuned.format(run=wildcards.run, benchmark=slug) for slug in slugs]
-
-    return files
-
-
-def of_seed_benchmarks(tuned):
-    """Input: a file of all benchmarks, of each run with a further seed of this run."""
-    return lambda wildcards: [
-        tuned.format(run=other, benchmark=benchmark.slug)
-        for other in seed_runs(wildcards.run, config["runs"][wildcards.run])
-        for benchmark in benchmarks_of(config["runs"][other])
-    ]
-
 
 rule fetch_benchmark:
     """A task of lm-eval -> its questions, and what was downloaded for them. A download is kept."""

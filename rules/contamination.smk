@@ -8,25 +8,6 @@ but it trains only if it was found in other rows: otherwise finetune sees the sa
 """
 
 
-def questions_of_dataset(wildcards):
-    """Input: the questions of the benchmarks of all runs of the dataset."""
-    settings = stage_settings(config, "contamination", wildcards.ds)
-    return [at.benchmark_items.format(benchmark=slug) for slug in settings["benchmarks"]]
-
-
-def contamination_of(wildcards):
-    """Input: what was found, if the run asks anything that can be looked for."""
-    run = config["runs"][wildcards.run]
-    asks = run["eval"]["prompts"] or run["eval"]["benchmarks"]
-    return [at.contamination.format(ds=run["dataset"])] if asks else []
-
-
-def dropped_rows(wildcards):
-    """Input of encode: the ids of the rows that it leaves out."""
-    run = config["runs"][wildcards.run]
-    return [at.contaminated_rows.format(ds=run["dataset"])] if run["eval"]["contamination"] == "drop" else []
-
-
 rule contamination:
     """Which questions of the evaluation are in which training rows."""
     input:
