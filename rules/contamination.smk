@@ -22,7 +22,7 @@ rule contamination:
         "<benchmarks>/{ds}/contamination.jsonl"
     threads: 4
     resources:
-        mem_mb=growing(8000),
+        mem_mb=growing(2000),  # that of the questions, whatever the rows
         runtime=growing(60),
     params:
         settings=settings("contamination"),

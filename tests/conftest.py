@@ -18,6 +18,7 @@ import pytest
 from filelock import FileLock
 from workflow import ROOT, SECRETS, checkout, snakemake
 
+GIVEN = set(os.environ)
 # Fixtures that take long to make. A test that needs several goes with the first.
 DEAR = ("sif", "demo", "whole", "undisturbed")
 
@@ -42,7 +43,11 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """Libraries set variables that would reach the stages of a later test (torch's compiler: TORCHINDUCTOR_CACHE_DIR)."""
+    """Libraries set variables that would reach the stages that a later test starts. torch's compiler does when it is imported,
+    which may be before the first test."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        if name not in GIVEN:
+            os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -90,8 +90,18 @@ def inside_version(folder: Path) -> str:
 
 def test_each_stage_ran_inside_and_nothing_of_the_host_got_in(contained_demo, poisoned, tmp_path):
     folder, said = contained_demo
-    stages = {"fetch_model", "prepare", "encode", "plan", "finetune", "merge", "evaluate_model", "score"}
-    assert said.count("Activating singularity image") == 9
+    stages = {
+        "fetch_model",
+        "prepare",
+        "contamination",
+        "encode",
+        "plan",
+        "finetune",
+        "merge",
+        "evaluate_model",
+        "score",
+    }
+    assert said.count("Activating singularity image") == 10
     started = (folder / "poisoned.txt").read_text()
     assert "snakemake" in started and not any(f"scripts/{stage}.py" in started for stage in stages)
     # The same run outside: the poison does work.

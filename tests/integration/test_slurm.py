@@ -97,9 +97,9 @@ def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     assert adapter(folder) == adapter(demo)
     here, there = measured(demo), measured(folder)
     assert {**here, "provenance": None} == {**there, "provenance": None}
-    # Nine stages: one here, three jobs of the small ones and of the measurement, two of their own.
+    # Ten stages: one here, three jobs of the small ones and of the measurement, two of their own.
     submitted = re.findall(r"submitted with SLURM jobid (\d+)", output)
-    assert len(submitted) == 4
+    assert len(submitted) == 5
     asked = {}
     for job in submitted:
         facts = call("scontrol", "show", "job", "--oneliner", job)
@@ -110,7 +110,7 @@ def test_the_demo_on_the_cluster_is_the_demo_here(demo, tmp_path):
     plan = json.loads((folder / "results/demo/plan.json").read_text())["job"]
     assert plan == {"mem_mb": 6002, "runtime": 31}
     assert asked["finetune"] == (1, "00:31:00", "6002M")
-    assert asked["data"][0] == 0 and asked["evaluate"][0] == 1 and asked["measure"][0] == 1
+    assert asked["data"][0] == asked["tokens"][0] == 0 and asked["evaluate"][0] == 1 and asked["measure"][0] == 1
     assert "Nothing to be done" in snakemake(folder, *QUICK, TARGET, cores=None)
     assert "Nothing to be done" in snakemake(folder, TARGET)
 
