@@ -34,7 +34,7 @@ def test_qlora_teaches_the_demo_and_says_what_it_has_cost(again):
     assert cost["kind"] == "nf4"
     assert metrics["merged_vs_adapter"]["mean_kl"] < cost["trained_vs_merged"]["mean_kl"] < 0.01
     assert cost["trained_vs_merged"]["mean_kl"] < cost["base_vs_quantized"]["mean_kl"] < 0.1
-    assert cost["nll_per_token"]["merged"] == pytest.approx(cost["nll_per_token"]["trained"], abs=0.002)
+    assert cost["nll_per_token"] is None  # finetune has measured val, and score test
     assert metrics["provenance"]["training"]["quantization"] == "nf4"
     # The tokens and the base's measurement are those of the run that is not quantized.
     assert not (again / RUN / "base").exists()
