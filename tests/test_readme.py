@@ -184,6 +184,17 @@ def reachable(name: str, edges: set) -> set[str]:
     return found
 
 
+def test_a_partition_of_their_own_is_given_to_all_stages_of_a_job():
+    """Snakemake refuses a job whose stages want different ones."""
+    profile = (ROOT / "profiles" / "slurm" / "profile.yaml").read_text()
+    groups = yaml.safe_load(profile)["groups"]
+    example = re.search(r"has separate partitions.*\| `(set-resources: .*?)`,", PAGES["profiles/README.md"])[1]
+    commented = re.findall(r"^#   (\w+): \{slurm_partition", profile, re.MULTILINE)
+    for stages in (yaml.safe_load(example)["set-resources"], commented):
+        shared = {groups[stage] for stage in stages}
+        assert set(stages) == {stage for stage, group in groups.items() if group in shared}
+
+
 def test_the_demo_prints_such_a_table(demo):
     """The same rows; the figures depend on the machine's arithmetic."""
     command = [sys.executable, ROOT / "scripts" / "tools" / "show_metrics.py", "results/demo/metrics.json"]
