@@ -1,12 +1,8 @@
 """Input functions and params of the benchmarks, and of the search for questions in the training rows."""
 
-from moult.workflow.benchmarks import benchmarks_of, check_python, files_of
+from moult.workflow.benchmarks import benchmarks_by_slug, benchmarks_of, check_python, files_of
 
-# {slug: {run: its entry in eval.benchmarks}}
-benchmarks = {}
-for name, run in config["runs"].items():
-    for benchmark in benchmarks_of(run):
-        benchmarks.setdefault(benchmark.slug, {})[name] = benchmark
+benchmarks = benchmarks_by_slug(config["runs"])
 
 
 def benchmark_run(wildcards):

@@ -63,6 +63,15 @@ def benchmarks_of(run: dict) -> list[Benchmark]:
     ]
 
 
+def benchmarks_by_slug(runs: dict[str, dict]) -> dict[str, dict[str, Benchmark]]:
+    """{slug: {run: its entry}} of all runs that ask something."""
+    found: dict[str, dict[str, Benchmark]] = {}
+    for name, run in runs.items():
+        for benchmark in benchmarks_of(run):
+            found.setdefault(benchmark.slug, {})[name] = benchmark
+    return found
+
+
 def _slug(path: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(path).stem)}-{sha256_text(path)[:6]}"
 

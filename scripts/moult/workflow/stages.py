@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moult.data.contamination import question_of
 from moult.errors import MoultError
 from moult.files import canonical
-from moult.workflow.benchmarks import Benchmark, benchmarks_of
+from moult.workflow.benchmarks import Benchmark, benchmarks_by_slug, benchmarks_of
 from moult.workflow.config import fetched_dataset, is_local, local_model, slug, source_entries
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -138,10 +138,6 @@ def measured_as(config: dict) -> dict[str, str]:
 def benchmarked_as(config: dict) -> dict[str, dict[str, str]]:
     """{slug of a benchmark: {run: the run whose measurement of the base it uses}}: likewise, of those with the same model and
     template, whatever their data."""
-    asking: dict[str, dict[str, Benchmark]] = {}
-    for name, run in config["runs"].items():
-        for benchmark in benchmarks_of(run):
-            asking.setdefault(benchmark.slug, {})[name] = benchmark
 
     def depends_on(of: dict[str, Benchmark], name: str) -> list:
         run = config["runs"][name]
@@ -150,7 +146,7 @@ def benchmarked_as(config: dict) -> dict[str, dict[str, str]]:
     place = Places().base_benchmark
     return {
         slug: _owners(config, place.replace("{benchmark}", slug), partial(depends_on, of), of)
-        for slug, of in asking.items()
+        for slug, of in benchmarks_by_slug(config["runs"]).items()
     }
 
 
@@ -224,13 +220,10 @@ def _prepare(config: dict, run: dict, dataset: dict) -> dict:
 
 def _contamination(config: dict, run: dict, dataset: dict) -> dict:
     """The questions of all runs of the dataset, so that they share what is found."""
-    evaluations = [one for one in config["runs"].values() if one["dataset"] == run["dataset"]]
-    limits: dict[str, list[int | None]] = {}
-    for one in evaluations:
-        for benchmark in benchmarks_of(one):
-            limits.setdefault(benchmark.slug, []).append(benchmark.limit)
+    runs = {name: one for name, one in config["runs"].items() if one["dataset"] == run["dataset"]}
+    limits = {slug: [benchmark.limit for benchmark in of.values()] for slug, of in benchmarks_by_slug(runs).items()}
     return {
-        "prompts": sorted({question_of(prompt) for one in evaluations for prompt in one["eval"]["prompts"]}),
+        "prompts": sorted({question_of(prompt) for one in runs.values() for prompt in one["eval"]["prompts"]}),
         "benchmarks": {
             slug: None if None in of else max(limit for limit in of if limit is not None) for slug, of in limits.items()
         },
