@@ -87,7 +87,7 @@ def score(settings: dict, args, log) -> None:
     seeds = compare_seeds(settings, sides["base"], measures, groups, contamination, args)
     told = contamination.reason() if contamination else None
     cautions = [reason for reason in (told, chosen_on(prepared, adapter)) if reason]
-    found = verdict(likelihood, answers, general, benchmarks, groups, settings["eval"], cautions)
+    found = verdict(measures, answers, general, settings["eval"], cautions)
     metrics = {
         "schema_version": 1,
         "run": args.run,

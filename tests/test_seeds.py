@@ -207,7 +207,7 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
     own = score.measures_of(likelihood, answers, benchmarks, 40, 0.95)
     settings = {"eval": EVAL, "seed": 0, "seeds": list(range(len(gains)))}
     found = score.compare_seeds(settings, base, own, 40, None, arguments)
-    return found, score.verdict(likelihood, answers, None, benchmarks, 40, EVAL)
+    return found, score.verdict(own, answers, None, EVAL)
 
 
 def test_metrics_have_each_seed_their_mean_and_what_is_between_them(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moult.measuring.power import AGAINST, POWER, power, smallest_effect
-from moult.measuring.verdict import holm, shares, verdict
+from moult.measuring.verdict import holm, measures_of, shares, verdict
 from score import compare_rates, compare_ratios
 
 SETTINGS = {"confidence": 0.95, "forgetting_limit": 0.1}
@@ -64,7 +64,8 @@ def simulated(seed: int, groups: np.ndarray, effect: float = 0.0, shift: float =
     )
     general |= {"texts": TEXTS, "guess": 11.9}
     answers = {part: {"passed": rates} for part, rates in asked.items()}
-    return verdict(loss, answers, general, {}, groups.max() + 1, SETTINGS)
+    measures = measures_of(loss, answers, {}, groups.max() + 1, SETTINGS["confidence"])
+    return verdict(measures, answers, general, SETTINGS)
 
 
 def false_verdicts(n: int, trials: int) -> float:

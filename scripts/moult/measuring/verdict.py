@@ -55,25 +55,20 @@ class Measure:
 
 
 def verdict(
-    likelihood: dict | None,
-    answers: dict,
-    general: dict | None,
-    benchmarks: dict,
-    groups: int,
-    settings: dict,
-    cautions: Sequence[str] = (),
+    measures: list[Measure], answers: dict, general: dict | None, settings: dict, cautions: Sequence[str] = ()
 ) -> dict:
     """helped: something is better and nothing is worse; hurt: the reverse; otherwise inconclusive. What is lost of the general
     text beyond the limit makes it hurt, whatever is better. How many answers stop is reported but does not count: a model with
     longer answers stops less often within max_new_tokens.
 
     Args:
-        groups: of the rows whose likelihood was measured.
+        measures: what counts (measures_of).
+        answers: the rates of all parts; of these, how many answers stop.
+        general: the comparison of the general text, if it was measured.
         settings: confidence, forgetting_limit.
         cautions: the last of the reasons.
     """
     confidence = settings["confidence"]
-    measures = measures_of(likelihood, answers, benchmarks, groups, confidence)
     if not any(measure.name != PARTS["instructions"] for measure in measures):
         raise MoultError(
             "; ".join(["nothing was measured", *cautions]),
@@ -110,6 +105,7 @@ def verdict(
 def measures_of(
     likelihood: dict | None, answers: dict, benchmarks: dict, groups: int, confidence: float
 ) -> list[Measure]:
+    """What counts in the verdict. `groups`: of the rows whose likelihood was measured."""
     checked = {part: answers[part]["passed"] for part in PARTS if answers.get(part, {}).get("passed")}
     # A benchmark whose questions are all in the training rows has no figures.
     asked = {f"benchmark {name}": one["metrics"].get(one["metric"]) for name, one in benchmarks.items()}
