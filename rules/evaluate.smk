@@ -85,5 +85,6 @@ rule evaluate_tuned:
         """
         python {params.script:q} --settings {params.settings:q} --model {input.merged:q} --tokens {params.tokens:q} \
             --likelihood {output.likelihood:q} --answers {output.answers:q} --general {output.general:q} \
-            --base {input.model:q} --adapter {input.adapter:q} --merge-check {output.merge_check:q} --kept {params.kept:q} --gpus {params.gpus} --threads {threads} --log-file {log:q}
+            --kept {params.kept:q} --base {input.model:q} --adapter {input.adapter:q} --merge-check {output.merge_check:q} \
+            --gpus {params.gpus} --threads {threads} --log-file {log:q}
         """

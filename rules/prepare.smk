@@ -20,7 +20,8 @@ rule prepare:
         "<benchmarks>/{ds}/prepare.jsonl"
     threads: 4
     resources:
-        # 264 bytes a row (BENCHMARKS.md), whatever its length: enough at once for rows of 264 bytes, and at the third attempt of 132.
+        # A row takes 264 bytes of memory, whatever its length (BENCHMARKS.md). So this is enough for rows of 264 bytes and more, and
+        # at the third attempt for rows of 132.
         mem_mb=growing_with_input(1000, 1),
         runtime=growing(120),
     params:

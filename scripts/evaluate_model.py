@@ -73,7 +73,7 @@ def evaluate(settings: dict, args, log) -> None:
     path, manifest = open_model(args.model)
     folder = str(path)
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
-    rows = read_rows(tokens / "test.parquet")
+    rows = rows_of(tokens / "test.parquet")
     log.info("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
@@ -128,11 +128,6 @@ def depends_on(settings: dict, manifest: dict, report: dict, device: str) -> dic
         "versions": {name: value for name, value in versions().items() if name not in ("moult", "python")},
         "code": hash_of_script(Path(__file__)),
     }
-
-
-def read_rows(path: Path) -> list:
-    """The sequences, dicts whose values are read when they are asked for."""
-    return rows_of(path)
 
 
 def chosen(rows: list[dict], count: int | None) -> list[dict]:

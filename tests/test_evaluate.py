@@ -12,6 +12,7 @@ from planning import LORA
 from tiny import copy, make_adapter, make_model, make_tokens
 
 import evaluate_model
+from moult.data.token_file import rows_of
 from moult.errors import HOPELESS, MoultError
 from moult.measuring import answers
 from moult.measuring import likelihood as module
@@ -266,7 +267,7 @@ def test_the_same_rows_are_chosen_each_time(rows):
 
 
 def merge_check(tmp_path, base, merged, adapter, quantization=None) -> dict:
-    rows = evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet")
+    rows = rows_of(tmp_path / "tokens" / "test.parquet")
     settings = {
         "eval": {"merge_check_rows": 6},
         "quantization": quantization,
@@ -301,7 +302,7 @@ def test_a_quantized_base_is_compared_with_the_merged_model_and_with_the_base(tm
         found = merge_check(tmp_path, base, merged, adapter, kind)
         cost = found.pop("quantization")
         assert found == plain and cost["kind"] == kind
-        row = evaluate_model.chosen(evaluate_model.read_rows(tmp_path / "tokens" / "test.parquet"), 6)
+        row = evaluate_model.chosen(rows_of(tmp_path / "tokens" / "test.parquet"), 6)
         settings = {"dtype": "float32", "attn_implementation": None, "trust_remote_code": False}
         trained = PeftModel.from_pretrained(load_model(str(base), "cpu", settings, kind), adapter).eval()
         with torch.no_grad():
