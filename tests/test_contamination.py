@@ -3,11 +3,14 @@
 import json
 from argparse import Namespace
 
+import pyarrow.parquet
 import pytest
 from configs import config
 from planning import Log
+from tokenizers_for_tests import DEMO
 
 import contamination
+import encode
 import score
 from moult.data.contamination import Questions, question_of, rows_told, words_of
 from moult.data.portions import portions
@@ -98,6 +101,36 @@ def searched(folder, rows: list[dict], threads: int = 1) -> tuple[dict, list[str
     log = Log()
     contamination.search(settings, arguments, log)
     return read_json(paths["report"]), read_json(paths["rows"]), log.lines
+
+
+def encoded(folder, rows: list[dict], left_out: list[str]) -> dict:
+    """The report of encode, which has left these rows out of train."""
+    for part, of_part in (("train", rows), ("val", rows[:2]), ("test", rows[:2])):
+        write_jsonl(folder / f"{part}.jsonl", ({"group": one["id"], "source": 0, **one} for one in of_part))
+    write_json(folder / "left_out.json", left_out)
+    write_json(folder / "model.json", {"folder": str(DEMO)})
+    settings = {"max_length": 64, "overlength": "error", "max_token_loss": 0.1, "unrenderable": "error"}
+    settings |= {"chat_template": None, "chat_template_kwargs": {}, "trust_remote_code": False}
+    paths = {part: str(folder / f"{part}.jsonl") for part in ("train", "val", "test")}
+    paths |= {"model": str(folder / "model.json"), "out": str(folder / "tokens"), "templates": ""}
+    encode.encode(settings, Namespace(**paths, threads=1, without=[str(folder / "left_out.json")]), Log())
+    return read_json(folder / "tokens" / "report.json")
+
+
+def test_rows_that_are_left_out_do_not_train_and_are_counted(tmp_path):
+    rows = [row("How many?", str(number), id=f"d:{number}") for number in range(5)]
+    report = encoded(tmp_path, rows, ["d:1", "d:3"])
+    assert [report[part]["rows"] for part in ("train", "val", "test")] == [3, 2, 2], "only train leaves them out"
+    trained = pyarrow.parquet.read_table(tmp_path / "tokens" / "train.parquet")["id"].to_pylist()
+    assert trained == ["d:0", "d:2", "d:4"]
+    assert report["contaminated_rows"] == rows_told(["d:3", "d:1"])
+
+
+def test_if_every_row_is_left_out_it_says_why(tmp_path):
+    rows = [row("How many?", "2", id=f"d:{number}") for number in range(2)]
+    with pytest.raises(MoultError, match="every train row has a question of the evaluation") as error:
+        encoded(tmp_path, rows, ["d:0", "d:1"])
+    assert "eval.contamination: exclude" in error.value.fix and not (tmp_path / "tokens" / "train.parquet").exists()
 
 
 def test_what_is_planted_is_found_named_and_told(tmp_path):
