@@ -182,7 +182,7 @@ def read(sources: list[dict], settings: dict, spool: Spool, workers: int, ledger
     if ledger.read == 0:
         raise MoultError(
             f"{some([file['path'] for file in files])}: no rows",
-            "the files are empty; check datasets.<name>.source",
+            "the files are empty; check datasets.<name>.source, val_source or test_source",
         )
     rows = Rows.of(records, spool.lines, start, spool.rows)
     spool.rows += len(rows)

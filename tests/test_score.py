@@ -273,6 +273,14 @@ def test_nothing_measured_is_no_verdict(tmp_path):
     make_sides(tmp_path)
     with pytest.raises(MoultError, match="nothing was measured"):
         run(tmp_path, perplexity=False, prompts=[{"id": "a", "prompt": "?"}, {"id": "b", "prompt": "?"}], row_expect={})
+    # There was something to measure, and it does not count.
+    found = {"found": [{"kind": "prompt", "question": "?"}], "contaminated_rows": rows_told(["a row"])}
+    write_json(tmp_path / "contamination.json", found)
+    files = [str(tmp_path / "contamination.json")]
+    with pytest.raises(
+        MoultError, match="nothing was measured; in the training rows: 2 of 2 prompts; they do not count"
+    ):
+        run(tmp_path, perplexity=False, row_expect={}, contamination_files=files)
 
 
 def test_the_schema_refuses_what_it_does_not_know(tmp_path):

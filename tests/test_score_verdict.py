@@ -36,6 +36,7 @@ def test_few_groups_are_no_evidence(rows, word, tmp_path):
     if word == "inconclusive":
         reason = f"; too few to show any difference: {rows // 2} groups of rows"
         assert metrics["verdict"]["reasons"][0].endswith(reason)
+        assert metrics["verdict"]["smallest_effect"] == {"loss": None}
 
 
 def test_a_verdict_names_its_evidence(tmp_path):

@@ -25,9 +25,17 @@ CASES = [
         "no such file",
         (
             "datasets.d.source: nowhere.jsonl: no such file or folder\n"
-            "  -> check datasets.<name>.source; it is relative to the working directory"
+            "  -> check datasets.<name>.source, val_source or test_source: a path is relative to the working directory"
         ),
         data(source="nowhere.jsonl"),
+    ),
+    Case(
+        "no such file of test rows",
+        (
+            "datasets.d.test_source: nowhere.jsonl: no such file or folder\n"
+            "  -> check datasets.<name>.source, val_source or test_source: a path is relative to the working directory"
+        ),
+        data(test_source="nowhere.jsonl"),
     ),
     Case(
         "a pattern that matches nothing",
@@ -55,7 +63,9 @@ CASES = [
     ),
     Case(
         "an empty file",
-        ("prepare failed: rows.jsonl: no rows\nwhat to do: the files are empty; check datasets.<name>.source"),
+        (
+            "prepare failed: rows.jsonl: no rows\nwhat to do: the files are empty; check datasets.<name>.source, val_source or test_source"
+        ),
         rows="",
     ),
     Case(

@@ -52,7 +52,7 @@ def _expand(path: str, split: str) -> list[Path]:
         raise MoultError(f"{path}: no file matches", "check the pattern; it is relative to the working directory")
     raise MoultError(
         f"{path}: no such file or folder",
-        "check datasets.<name>.source; it is relative to the working directory",
+        "check datasets.<name>.source, val_source or test_source: a path is relative to the working directory",
     )
 
 
