@@ -3,8 +3,8 @@
 Reads:  training rows, eval.prompts and the benchmarks' questions of all runs of the dataset
 Writes: results/prepared/<dataset>/contamination.json (each question that was found), contaminated_rows.json (ids of the rows)
 
-With eval.contamination: drop, encode leaves these rows out, so they are its input. A new question then runs all that follows again,
-but it trains only if it was found in other rows: otherwise finetune sees the same tokens and has nothing to train.
+With eval.contamination: drop, encode leaves these rows out, so they are its input. A new question then runs all that follows
+again. It trains only if it was found in other rows: otherwise finetune sees the same tokens, and has nothing to train.
 """
 
 

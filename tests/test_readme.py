@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from workflow import ROOT, checkout, snakemake, write_rows
 
 from moult import __version__
 from moult.data.conversation import FORMATS, find_format, normalise
-from moult.workflow.config import load_schema, resolve
+from moult.workflow.config import load_schema, merged, resolve
 
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
@@ -245,6 +246,21 @@ def test_every_format_is_shown():
     for name, row in shown.items():
         assert find_format(row, {}, "auto") == name
         normalise(row, {}, name)
+
+
+@pytest.mark.parametrize("page", ["README.md", "config/README.md"])
+def test_settings_in_a_text_are_valid(page, tmp_path, monkeypatch):
+    """`eval.benchmarks: [...]` in a sentence, and the blocks of YAML, beside the config that the README begins with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").write_text("")
+    task = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}}}
+    (tmp_path / "my_task.yaml").write_text(yaml.safe_dump(task))
+    found = [yaml.safe_load(text) for kind, text in FENCE.findall(PAGES[page]) if kind == "yaml"]
+    for keys, value in re.findall(r"`((?:eval|runs|train|model|serve|lora)(?:\.\w+)*): ([^`]+)`", PAGES[page]):
+        found.append(reduce(lambda inner, key: {key: inner}, reversed(keys.split(".")), yaml.safe_load(value)))
+    assert found
+    for settings in found:
+        resolve(merged(yaml.safe_load(block("README.md", "mine.yaml")), settings), SCHEMA)
 
 
 def test_all_recipes_are_valid_and_go_together(users_folder):

@@ -64,7 +64,8 @@ CASES = [
     Case(
         "an empty file",
         (
-            "prepare failed: rows.jsonl: no rows\nwhat to do: the files are empty; check datasets.<name>.source, val_source or test_source"
+            "prepare failed: rows.jsonl: no rows\n"
+            "what to do: the files are empty; check datasets.<name>.source, val_source or test_source"
         ),
         rows="",
     ),
