@@ -294,6 +294,7 @@ GOOD_ROWS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @examples(150)
 @given(
     good=st.lists(GOOD_ROWS, min_size=3, max_size=30),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 
+import pytest
 from examples import examples
 from fuzz.anything import TEXTS, nested
 from hypothesis import given
@@ -51,6 +52,7 @@ def contents(folder) -> dict:
     return files
 
 
+@pytest.mark.slow
 @examples(150)
 @given(
     best=st.sampled_from([None, 2, 4, 6]),
@@ -106,6 +108,7 @@ def alter(path, change) -> None:
         path.write_bytes(change)
 
 
+@pytest.mark.slow
 @examples(100)
 @given(content=BYTES)
 def test_any_fingerprint(tmp_path, content):

@@ -224,6 +224,7 @@ def test_any_cut_table(tmp_path, rows, at, kind):
 GOOD = [{"prompt": f"How many is {n} and {n}, please tell me?", "completion": f"It is {n}."} for n in range(6)]
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     rows=st.lists(ANY_ROW, min_size=1, max_size=6),
