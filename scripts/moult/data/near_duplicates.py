@@ -2,7 +2,7 @@
 
 Such a row in train tells the answer to its twin in val or test, so the two must be in one part. What counts is what user and
 assistant say: words in lower case, five in a row at a time ("shingles"). Two rows are near copies if they share 70 % of their
-shingles. That is one changed word in 28; shorter rows are near copies only if all their words are the same.
+shingles. That is one changed word in 28; shorter rows usually are near copies only if all their words are the same.
 
 MinHash estimates the share (Broder, "On the resemblance and containment of documents", 1997): each row has a signature
 of 64 numbers, and two rows have as many of them in common as shingles, give or take 6 points. Rows that agree in one of

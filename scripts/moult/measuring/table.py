@@ -33,7 +33,7 @@ merged against adapter: mean KL {merged["mean_kl"]:.1e}{trained}
 
 
 def reasons(verdict: dict) -> str:
-    """Why it is not `helped`, a line each; what helped is seen in the table. What to read it with care for is always told."""
+    """Why it is not `helped`, a line each; what helped is seen in the table. Cautions are always shown."""
     found = verdict["cautions"] if verdict["verdict"] == "helped" else verdict["reasons"]
     return "".join(f"  - {reason}\n" for reason in found)
 
