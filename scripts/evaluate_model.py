@@ -74,7 +74,7 @@ def evaluate(settings: dict, args, log) -> None:
     folder = str(path)
     chat = Chat(folder, template, settings["chat_template_kwargs"], settings["trust_remote_code"])
     rows = rows_of(tokens / "test.parquet")
-    log.info("measuring %s on %s", args.model, device)
+    log.debug("measuring %s on %s", args.model, device)
     model = load_model(folder, device, settings, gpus=args.gpus).eval()
 
     measured = chosen(rows, settings["eval"]["max_rows"]) if settings["eval"]["perplexity"] else []
@@ -102,7 +102,7 @@ def evaluate(settings: dict, args, log) -> None:
         )
         answers = answer(model, questions, chat, report, room, kept)
     write_jsonl(args.answers, answers)
-    found = f"{len(measured):,} sequences measured, {len(answers):,} questions answered"
+    found = f"{len(measured):,} sequences measured, {len(answers):,} questions answered on {device}"
     if args.merge_check:
         with enough_memory(
             "comparing the merged model with base plus adapter", f"lower datasets.<name>.max_length, or {MORE_GPU}"

@@ -23,9 +23,9 @@ def shown(watched_demo) -> str:
 
 @pytest.mark.slow
 def test_the_demo_fits_a_screen(shown):
-    """60 lines with the command that `make demo` prints. Those that say how far it is come by time: up to five."""
+    """60 lines with those that say how far it is, which come by time: up to four."""
     told_in_time = re.findall(r"^.*\b\d+ of \d+(?:, .*| steps .*)?$|^Slurm does not answer.*$", shown, re.MULTILINE)
-    assert len(shown.splitlines()) - len(told_in_time) < 55, shown
+    assert len(shown.splitlines()) - len(told_in_time) <= 56, shown
 
 
 @pytest.mark.slow
@@ -43,8 +43,8 @@ def test_each_stage_says_in_one_line_what_it_found(shown):
         r"plan           demo: 200 steps of 8 sequences; .*",
         r"finetune       demo: adapter of step \d+ of 200, validation loss 0\.\d+",
         r"merge          demo: .*28 tensors changed .*",
-        r"evaluate_base  demo: 60 sequences measured, 69 questions answered",
-        r"evaluate_tuned demo: 60 sequences measured, 69 questions answered; merged model against base plus adapter: mean KL .*",
+        r"evaluate_base  demo: 60 sequences measured, 105 questions answered on cpu",
+        r"evaluate_tuned demo: 60 sequences measured, 105 questions answered on cpu; merged model against base plus adapter: mean KL .*",
         r"score          demo: helped\. .*",
     ):
         assert len(re.findall(rf"^\d\d:\d\d:\d\d {line}$", shown, re.MULTILINE)) == 1, line

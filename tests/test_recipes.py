@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import yaml
 from config_only import make_config_only
-from planning import Log
+from planning import EVAL, Log
 from tiny import make_tokens
 from workflow import ROOT, checkout, snakemake
 
@@ -39,7 +39,7 @@ def test_a_recipe_is_planned(path, tmp_path):
     assert all(file.stat().st_blocks < 10_000 for file in files)  # holes
     tokens = make_tokens(tmp_path / "tokens", length=length, vocabulary=shape["vocab_size"])
     log, out = Log(), tmp_path / "plan.json"
-    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), eval={"prompts": ()}, out=str(out)), log)
+    plan.plan(settings, Namespace(model=str(base), tokens=str(tokens), eval=EVAL, out=str(out)), log)
     result = read_json(out)
     memory = result["memory"]
     assert memory["how"] == "simulated" and memory["attention"] == "flash"

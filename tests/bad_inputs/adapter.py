@@ -136,7 +136,8 @@ CASES = [
     Case(
         "answers to other questions",
         (
-            "score failed: base and tuned model were measured on different questions (rows.jsonl:13, rows.jsonl:27)\n"
+            "score failed: base and tuned model were measured on different questions (rows.jsonl:36, rows.jsonl:37, one-word, "
+            "yes-or-no, only-the-number and 33 more)\n"
             "what to do: delete results/<run>/base and run again"
         ),
         spoil=other_questions,
