@@ -20,6 +20,7 @@ include: "rules/console.smk"
 include: "rules/containers.smk"
 include: "rules/cluster.smk"
 include: "rules/questions.smk"
+include: "rules/pages.smk"
 
 
 container: image

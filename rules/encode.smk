@@ -1,7 +1,8 @@
 """Turn rows into token ids and labels.
 
 Reads:  prepared rows, the base model's tokenizer, the chat template
-Writes: results/<run>/tokens/: train.parquet, val.parquet, test.parquet, chat_template.jinja, report.json, preview.html
+Writes: results/<run>/tokens/: train.parquet, val.parquet, test.parquet, chat_template.jinja, report.json,
+        preview.html, preview.json
 """
 
 shipped_template = "config/chat_templates/chatml.jinja"
@@ -23,6 +24,7 @@ rule encode:
         template=at.template,
         report=at.report,
         preview=at.preview,
+        preview_rows=at.preview_rows,
     log:
         "<logs>/{run}/encode.log",
     benchmark:

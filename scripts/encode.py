@@ -6,7 +6,7 @@
 
 After prepare, before plan. Writes into --out: `train.parquet`, `val.parquet` and `test.parquet` (one sequence per row: id, group,
 source, length, input_ids, labels, answer_start, trained_bytes), `chat_template.jinja` (empty if there is no template),
-`report.json` (what happened to every row and token), and `preview.html` (ten rows, with the trained tokens marked).
+`report.json` (what happened to every row and token), and `preview.html` and `.json` (ten rows, with the trained tokens marked).
 moult/data/labels.py makes and checks the labels. This script counts them and handles sequences that are too long.
 
 Rows are read, encoded and written as they come, so memory does not grow with their number. Only counts are kept.
@@ -21,7 +21,7 @@ from pathlib import Path
 from moult.data.contamination import rows_told
 from moult.data.labels import sequences_of_all
 from moult.data.portions import portion_count, portions
-from moult.data.preview import page
+from moult.data.preview import examples
 from moult.data.sequence import IGNORE, Sequence
 from moult.data.token_file import TokenFile, every_nth, token_schema
 from moult.errors import MoultError
@@ -29,6 +29,7 @@ from moult.files import atomic_files, read_json, read_jsonl, write_json, write_t
 from moult.model.chat import FROZEN_DATE, Chat, Unrenderable, choose_template, prints_date, template_sha256
 from moult.model.manifest import open_model
 from moult.model.tokenizer import without_torch
+from moult.pages.page import write_page
 from moult.parallel import ordered_stream
 from moult.run.cli import stage_parser
 from moult.run.console import progress
@@ -93,9 +94,10 @@ def encode(settings: dict, args, log) -> None:
             "vocabulary": vocabulary,
             "max_length": settings["max_length"],
         }
-        shown = page(every_nth(files["train.parquet"], PREVIEWED), chat, origin)
+        preview = examples(every_nth(files["train.parquet"], PREVIEWED), chat)
     write_text(out / "chat_template.jinja", chat.template or "")
-    write_text(out / "preview.html", shown)
+    write_json(out / "preview.json", preview)
+    write_page(out / "preview.html", "preview.html", examples=preview, origin=origin)
     write_json(out / "report.json", report)
     counted = (
         f"{part}: {report[part]['sequences']:,} sequences, {report[part]['tokens']:,} tokens, "

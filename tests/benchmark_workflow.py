@@ -27,7 +27,15 @@ RULES = {
     "prepare": (["data.jsonl"], ["D/train.jsonl", "D/val.jsonl", "D/test.jsonl", "D/metadata.json"]),
     "encode": (
         ["D/train.jsonl", "D/val.jsonl", "D/test.jsonl", "model.json"],
-        ["R/tokens/train", "R/tokens/val", "R/tokens/test", "R/tokens/template", "R/tokens/report", "R/tokens/preview"],
+        [
+            "R/tokens/train",
+            "R/tokens/val",
+            "R/tokens/test",
+            "R/tokens/template",
+            "R/tokens/report",
+            "R/tokens/preview",
+            "R/tokens/rows",
+        ],
     ),
     "plan": (["model.json", "R/tokens/train", "R/tokens/report"], ["R/plan.json"]),
     "finetune": (

@@ -8,5 +8,6 @@ MAY_IMPORT = {
     "model": set(),
     "training": {"data", "measuring", "model"},
     "measuring": {"data", "model"},
+    "pages": {"measuring"},
     "serving": {"data", "measuring", "model", "workflow"},
 }

@@ -122,7 +122,7 @@ def test_same_input_same_bytes(tmp_path, run_script):
         assert done.returncode == 0, done.stderr
         written.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert sorted(written[0]) == [
-        *("chat_template.jinja", "preview.html", "report.json"),
+        *("chat_template.jinja", "preview.html", "preview.json", "report.json"),
         *("test.parquet", "train.parquet", "val.parquet"),
     ]
     assert written[0] == written[1]
@@ -473,7 +473,7 @@ def test_preview_shows_what_is_trained(tokenizer, run, request):
     done = run(data, model=model)
     text = (done.out / "preview.html").read_text(encoding="utf-8")
     page, chat = Page(text), Chat(str(model), CHATML)
-    for shown in re.findall("<pre>(.*?)</pre>", text, re.DOTALL):
+    for shown in re.findall('<pre dir="auto">(.*?)</pre>', text, re.DOTALL):
         assert "<" not in re.sub(r'<span class="(trained|context)" title="\d+">|</span>', "", shown)
     assert len(page.sequences) == encode.PREVIEWED and page.tags.count("/pre") == encode.PREVIEWED
     assert page.titles[0].startswith("<b>row</b>:0: ")

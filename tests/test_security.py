@@ -23,6 +23,7 @@ from moult.model.chat import Chat, Unrenderable
 from moult.model.manifest import describe
 from moult.model.safetensors import weight_files
 from moult.model.tokenizer import load_tokenizer
+from moult.pages.page import render
 from moult.run.redact import redact
 from moult.workflow.config import ConfigError, load_schema, resolve, slug
 
@@ -169,10 +170,11 @@ def test_any_secret_is_masked(monkeypatch, secret):
 class Tags(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.seen, self.text = set(), ""
+        self.seen, self.text, self.scripts = set(), "", 0
 
     def handle_starttag(self, tag, attributes):
         self.seen.add(tag)
+        self.scripts += tag == "script"
 
     def handle_data(self, data):
         self.text += data
@@ -183,8 +185,10 @@ def test_preview_shows_markup_as_text():
     attack = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>{origin}&lt;"
     row = {"id": f"{attack}.jsonl:1", "group": "0", "source": 0, "messages": [user(attack), assistant(attack)]}
     page = Tags()
-    page.feed(preview.page(encode.encode_batch([row])[0]["sequences"], encode._chat, f"file: {attack}"))
-    assert page.seen == {"html", "head", "meta", "title", "style", "body", "h1", "p", "h2", "pre", "span"}
+    examples = preview.examples(encode.encode_batch([row])[0]["sequences"], encode._chat)
+    page.feed(render("preview.html", examples=examples, origin=f"file: {attack}"))
+    page.feed(render("preview.html", examples=[], origin=""))  # the script that is seen is ours
+    assert "img" not in page.seen and page.scripts == 2
     assert page.text.count(attack) == 4  # the template's name, the row's, and both turns
 
 

@@ -51,6 +51,7 @@ def test_everything_that_the_design_promises_is_there(demo):
         *(
             "demo/tokens/report.json",
             "demo/tokens/preview.html",
+            "demo/tokens/preview.json",
             "demo/plan.json",
             "demo/adapter/adapter_model.safetensors",
         ),

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-# How a stage runs (its log, console, progress, redaction) cannot change what it writes. The `__init__` of a room is a docstring.
-UNTRACKED = ("moult/run/", "__init__.py")
+# How a stage runs (its log, console, progress, redaction) and how a page looks cannot change what others read. The rules of
+# pages track the look themselves (rules/pages.smk). The `__init__` of a room is a docstring.
+UNTRACKED = ("moult/run/", "moult/pages/")
 
 _IMPORT = re.compile(r"^\s*from (moult(?:\.\w+)+) import", re.MULTILINE)
 
@@ -42,7 +43,7 @@ def code_hash(texts: dict[str, str], *more: str) -> str:
 
 
 def _untracked(path: str) -> bool:
-    return path.startswith(UNTRACKED[0]) or path.endswith(UNTRACKED[1])
+    return path.startswith(UNTRACKED) or path.endswith("__init__.py")
 
 
 def hash_of_script(script: Path) -> str:

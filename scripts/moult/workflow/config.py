@@ -21,7 +21,7 @@ from moult.workflow.hints import unknown_key
 from moult.workflow.seeds import with_seeds
 
 # Folders below results/ that are not runs.
-RESERVED = ("prepared", "models", "datasets", "benchmarks", "summary")
+RESERVED = ("prepared", "models", "datasets", "benchmarks", "summary", "compare", "sweeps")
 
 # More values than any config of thousands of runs has.
 MOST_VALUES = 500_000

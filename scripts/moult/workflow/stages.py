@@ -47,6 +47,7 @@ class Places(NamedTuple):
     template: str = "{run}/tokens/chat_template.jinja"
     report: str = "{run}/tokens/report.json"
     preview: str = "{run}/tokens/preview.html"
+    preview_rows: str = "{run}/tokens/preview.json"  # the same rows, for the report
     # plan
     plan: str = "{run}/plan.json"
     # finetune
@@ -85,6 +86,13 @@ class Places(NamedTuple):
     cards: str = "{run}/cards"
     adapter_card: str = "{run}/cards/adapter.md"
     merged_card: str = "{run}/cards/merged.md"
+    # report, summary, compare, sweep: pages for people
+    run_report: str = "{run}/report.html"
+    summary: str = "summary.html"
+    summary_table: str = "summary.tsv"
+    comparison: str = "compare/{a}..{b}.html"
+    sweep: str = "sweeps/{sweep}.html"
+    sweep_ranking: str = "sweeps/{sweep}.json"
 
 
 def places_below(results: str) -> Places:
@@ -107,7 +115,7 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
     # These stay: a run has several of them.
-    known |= {"dataset": "{dataset}", "benchmark": "{benchmark}"}
+    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep")}
     filled = [place.format(run=owners.get(place.split("/")[1], name), **known) for place in Places()]
     places = Places(*(f"{config['paths']['results']}/{place}" for place in filled))
     return places._replace(model=local_model(run["model"], config["paths"]) or places.model)

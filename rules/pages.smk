@@ -1,0 +1,22 @@
+"""What the pages share: their code and look, which no other stage depends on."""
+
+PAGES = [
+    f"scripts/moult/pages/{name}"
+    for name in (
+        "page.py",
+        "charts.py",
+        "look/layout.html",
+        "look/style.css",
+        "look/page.js",
+        "look/preview.html",
+    )
+]
+
+
+def page_code(stage):
+    """Param: a hash of the script of a page, of what it imports, and of the look. Snakemake's copy has the look, too."""
+    return code_of(stage, *PAGES)
+
+
+for path in PAGES:
+    own_file(path)

@@ -1,0 +1,85 @@
+"""Charts: drawn by Vega-Lite (Altair) into SVG that stands in the page, in the colours of the page's theme.
+
+vl-convert draws without a browser and without a network. Its SVG has no script and no style attribute, so the page's content
+security policy holds, and it names its marks and axes for screen readers. (Plotly's script alone is larger than a page may be;
+Matplotlib's SVG needs inline styles, and its text is shapes.)
+"""
+
+import re
+from collections.abc import Callable
+
+from markupsafe import Markup, escape
+
+# A chart is drawn twice: for a wide page and for a phone.
+WIDE, NARROW = 640, 300
+
+# The variables of look/style.css, as colours that Vega takes. The page's theme decides what they look like.
+NAMES = (
+    "page",
+    "line",
+    "text",
+    "soft",
+    "base",
+    "tuned",
+    "better",
+    "worse",
+    "unclear",
+    *(f"c{number}" for number in range(8)),
+)
+COLOUR = {name: f"#0d0e{number:02x}" for number, name in enumerate(NAMES)}
+SERIES = [COLOUR[f"c{number}"] for number in range(8)]
+CHANGES = {name: COLOUR[name] for name in ("better", "worse", "unclear")}
+
+_VARIABLE = {colour: f"var(--{name})" for name, colour in COLOUR.items()}
+_DRAWN = re.compile(r'(fill|stroke)="(#0d0e[0-9a-f]{2})"')
+
+CONFIG = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": COLOUR["soft"],
+        "titleColor": COLOUR["soft"],
+        "gridColor": COLOUR["line"],
+        "domainColor": COLOUR["line"],
+        "tickColor": COLOUR["line"],
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "labelLimit": 260,
+    },
+    "legend": {
+        "labelColor": COLOUR["text"],
+        "titleColor": COLOUR["soft"],
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "orient": "top",
+        "titleFontWeight": "normal",
+    },
+    "title": {"color": COLOUR["text"], "fontSize": 13, "anchor": "start"},
+    "header": {"labelColor": COLOUR["text"], "titleColor": COLOUR["soft"]},
+    "text": {"color": COLOUR["text"]},
+    "range": {"category": SERIES},
+}
+
+
+def figure(caption: str, chart: Callable[[int], object]) -> Markup:
+    """A chart with its caption. `chart` makes an Altair chart for a width in pixels, axes and labels included in it.
+
+    The chart should name what it shows by more than its colour: a symbol, a line, a word.
+    """
+    drawn = Markup("").join(
+        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(chart(width), caption)))
+        for name, width in (("wide", WIDE), ("narrow", NARROW))
+    )
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
+
+
+def _svg(chart, caption: str) -> str:
+    import vl_convert
+
+    spec = chart.to_dict()
+    spec["config"] = {**spec.get("config", {}), **CONFIG, "autosize": {"type": "fit", "contains": "padding"}}
+    svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    svg = _DRAWN.sub(lambda hit: f'{hit[1]}="{_VARIABLE[hit[2]]}"', svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
