@@ -43,6 +43,7 @@ include: "rules/merge.smk"
 include: "rules/evaluate.smk"
 include: "rules/benchmark.smk"
 include: "rules/score.smk"
+include: "rules/report.smk"
 include: "rules/smoke_test.smk"
 include: "rules/model_card.smk"
 
