@@ -49,10 +49,11 @@ include: "rules/model_card.smk"
 
 
 rule all:
-    """The metrics of every run in the config, and the cards of its models."""
+    """The metrics of every run in the config, its page, and the cards of its models."""
     default_target: True
     input:
         expand(at.metrics, run=asked_for(config["runs"])),
+        expand(at.run_report, run=asked_for(config["runs"])),
         expand(at.merged_card, run=asked_for(config["runs"])),
 
 

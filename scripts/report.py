@@ -3,8 +3,8 @@
     python scripts/report.py --run demo --results results/demo --settings '{...}' --ledger results/prepared/demo/metadata.json \\
         --tokens results/demo/tokens --out results/demo/report.html
 
-It reads the JSON files that the stages wrote, and nothing else. What does not fit on a page (samples beyond the first, the rest of long
-texts) is counted, and the file that holds it is named.
+It reads the JSON files that the stages wrote, and nothing else. What does not fit on a page (samples beyond the first, the rest
+of long texts) is counted, and the file that holds it is named.
 """
 
 import difflib
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def write_report(args, log) -> None:
-    from moult.pages import run_charts as charts
+    from moult.pages.run_charts import curves, flow, forests, lengths
 
     folder, tokens = Path(args.results), Path(args.tokens)
     metrics, plan = read_json(folder / "metrics.json"), read_json(folder / "plan.json")
@@ -72,7 +72,7 @@ def write_report(args, log) -> None:
         verdict=metrics["verdict"],
         rows=ROWS[metrics["data"]["measured_on"]],
         confidence=confidence,
-        forests=charts.forests(measures, confidence),
+        forests=forests(measures, confidence),
         comparison=comparison(metrics),
         seeds=between_seeds(metrics["seeds"]).split("\n"),
         samples=samples,
@@ -80,11 +80,11 @@ def write_report(args, log) -> None:
         outcomes=OUTCOMES,
         checks=sorted({name for sample in samples for name in sample["failed"]}),
         kinds=sorted({sample["kind"] for sample in samples}),
-        curves=charts.curves(steps, adapter),
+        curves=curves(steps, adapter),
         adapter=adapter,
-        flow=charts.flow(fates),
+        flow=flow(fates),
         fates=fates,
-        lengths=charts.lengths(token_report),
+        lengths=lengths(token_report),
         tokens=token_report,
         examples=[example_of(example) for example in read_json(tokens / "preview.json")],
         sources=sources_of(metrics, ledger),
@@ -208,7 +208,7 @@ def marked(base: str, tuned: str) -> tuple[list[tuple[bool, str]], list[tuple[bo
 
 
 def fates_of(ledger: dict, tokens: dict) -> list[dict]:
-    """From the rows that were read to the sequences that are trained: [{"what", "count", "kind"}], the kinds `have`, `lost`, `used`."""
+    """From the rows that were read to the sequences that are trained: [{"what", "count", "kind"}]. kind: have, used or lost."""
     first = ledger["ledger"]
     fates = [{"what": "rows read", "count": first["read"], "kind": "have"}]
     fates += [

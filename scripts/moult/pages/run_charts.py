@@ -60,6 +60,8 @@ def curves(steps: list[dict], adapter: dict) -> Markup:
         f"Loss, learning rate and gradient norm over the steps. The dashed line is step {adapter['step']:,}, whose adapter is "
         f"published ({adapter['chosen']})."
     )
+    if resumed := [f"{entry['resumed_from']:,}" for entry in steps if "resumed_from" in entry]:
+        caption += f" Dotted lines: the training was interrupted, and resumed from step {', '.join(resumed)}."
     return figure(caption, lambda width: curve_panels(steps, adapter, width))
 
 
@@ -76,6 +78,10 @@ def curve_panels(steps: list[dict], adapter: dict, width: int):
         .mark_rule(strokeDash=[5, 4], color=COLOUR["soft"])
         .encode(x=x)
     )
+    resumed = [{"step": entry["resumed_from"]} for entry in steps if "resumed_from" in entry]
+    if resumed:
+        dots = alt.Chart(alt.Data(values=resumed)).mark_rule(strokeDash=[1, 3], strokeWidth=2, color=COLOUR["unclear"])
+        best = alt.layer(best, dots.encode(x=x))
     losses = [
         {"step": entry["step"], "value": entry[key], "of": name}
         for key, name in (("loss", "train"), ("eval_loss", "validation"))
@@ -138,11 +144,12 @@ def waterfall(fates: list[dict], width: int):
     data = alt.Chart(alt.Data(values=rows))
     y = alt.Y("what:N", sort=None, title=None, axis=alt.Axis(labelLimit=LABELS[width], domain=False, ticks=False))
     kinds = {"have": "rows there", "used": "other part", "lost": "left out"}
+    named = " : ".join(f"datum.label == '{kind}' ? '{told}'" for kind, told in kinds.items())
     colour = alt.Color(
         "kind:N",
         scale=alt.Scale(domain=list(kinds), range=[COLOUR["tuned"], COLOUR["base"], COLOUR["worse"]]),
-        legend=alt.Legend(title=None, labelExpr=" : ".join([f"datum.label == '{k}' ? '{v}'" for k, v in kinds.items()]) + " : ''"),
-    )  # fmt: skip
+        legend=alt.Legend(title=None, labelExpr=f"{named} : ''"),
+    )
     x = alt.X("start:Q", title="rows", axis=alt.Axis(tickCount=5, format="~s"))
     bars = data.mark_bar(height=14).encode(x=x, x2="end:Q", y=y, color=colour)
     words = data.mark_text(align="left", dx=5, fontSize=12, color=COLOUR["text"]).encode(x="end:Q", y=y, text="told:N")
