@@ -11,6 +11,8 @@ PAGES = [
         "look/page.js",
         "look/preview.html",
         "look/report.html",
+        "look/summary.html",
+        "look/compare.html",
     )
 ]
 

@@ -7,6 +7,7 @@ several pairs corrects for that with `clear_pairs`: Holm's step-down test, as in
 """
 
 import math
+from collections.abc import Iterable
 from itertools import combinations
 from typing import TypedDict
 
@@ -160,26 +161,42 @@ def compare_answers(a_samples: list[dict], b_samples: list[dict], confidence: fl
 
     Raises MoultError if there are none.
     """
-    places = shared_questions(a_samples, b_samples)
-    of_a = [passes(a_samples[place]) for place, _ in places]
-    of_b = [passes(b_samples[place]) for _, place in places]
-    rates = compare_rates(of_a, of_b, [a_samples[place]["group"] for place, _ in places], confidence)
-    only: dict[bool, list[list[int]]] = {True: [], False: []}
-    for both, a, b in zip(places, of_a, of_b, strict=True):
-        if a != b:
-            only[a].append(list(both))
-    exact = mcnemar(len(only[True]), len(only[False]))
-    return {
-        "n": rates["n"],
-        "independent": rates["independent"],
-        "a": rates["base"],
-        "b": rates["tuned"],
-        "difference": rates["difference"],
-        "only_a": only[True],
-        "only_b": only[False],
-        "mcnemar": exact,
-        "p": max(exact, rates["difference"]["p"]),
-    }
+    return compare_all_answers({"a": a_samples, "b": b_samples}, confidence)["a", "b"]
+
+
+def compare_all_answers(samples: dict[str, list[dict]], confidence: float) -> dict[Pair, PairedAnswers]:
+    """Each two of several models, on the questions that all of them were asked. {(a, b): ...}, the names in their order."""
+    places = shared_questions(samples)
+    passed = {name: [passes(own[place]) for place in places[name]] for name, own in samples.items()}
+    first = next(iter(samples))
+    groups = [samples[first][place]["group"] for place in places[first]]
+    found: dict[Pair, PairedAnswers] = {}
+    for a, b in combinations(samples, 2):
+        rates = compare_rates(passed[a], passed[b], groups, confidence)
+        only: dict[bool, list[list[int]]] = {True: [], False: []}
+        for place_a, place_b, of_a, of_b in zip(places[a], places[b], passed[a], passed[b], strict=True):
+            if of_a != of_b:
+                only[of_a].append([place_a, place_b])
+        exact = mcnemar(len(only[True]), len(only[False]))
+        found[a, b] = {
+            "n": rates["n"],
+            "independent": rates["independent"],
+            "a": rates["base"],
+            "b": rates["tuned"],
+            "difference": rates["difference"],
+            "only_a": only[True],
+            "only_b": only[False],
+            "mcnemar": exact,
+            "p": max(exact, rates["difference"]["p"]),
+        }
+    return found
+
+
+def counted(samples: Iterable[dict], metrics: dict) -> list[dict]:
+    """The samples without the prompts that score has left out, because they are in the training rows (metrics.json)."""
+    found = metrics["contamination"]
+    left_out = set(found["prompts"]) if found and found["policy"] == "exclude" else set()
+    return [sample for sample in samples if sample["kind"] != "prompt" or sample["id"] not in left_out]
 
 
 def passes(sample: dict) -> bool:
@@ -187,33 +204,30 @@ def passes(sample: dict) -> bool:
     return all(sample["tuned"]["checks"].values())
 
 
-def shared_questions(a_samples: list[dict], b_samples: list[dict]) -> list[tuple[int, int]]:
-    """(place in a, place in b) of the same questions with the same checks, in the order of a.
+def shared_questions(samples: dict[str, list[dict]]) -> dict[str, list[int]]:
+    """Of each model the places of the questions that all were asked and that have the same checks, in the order of the first.
 
     The prompt of a row is in the words of its chat template, so rows are the same if their references are; all others if their
     prompts are.
     """
-
-    def keyed(samples: list[dict]) -> dict[tuple, int]:
+    keyed = {}
+    for name, own in samples.items():
         seen: dict = {}
-        return {
-            _nth((s["kind"], s["id"], s["reference"] if s["kind"] == "row" else s["prompt"]), seen): place
-            for place, s in enumerate(samples)
+        keyed[name] = {
+            _nth(
+                (s["kind"], s["id"], s["reference" if s["kind"] == "row" else "prompt"], *s["tuned"]["checks"]), seen
+            ): place
+            for place, s in enumerate(own)
             if s["tuned"]["checks"]
         }
-
-    a, b = keyed(a_samples), keyed(b_samples)
-    places = [
-        (place, b[key])
-        for key, place in a.items()
-        if key in b and a_samples[place]["tuned"]["checks"].keys() == b_samples[b[key]]["tuned"]["checks"].keys()
-    ]
-    if not places:
+    first, *others = keyed.values()
+    keys = [key for key in first if all(key in own for own in others)]
+    if not keys:
         raise MoultError(
-            "the two runs have no checked question in common",
-            "give both runs the same eval.prompts with expect, or the same eval.row_expect",
+            f"{some(list(samples))} have no checked question in common",
+            "give the runs the same eval.prompts with expect, or the same eval.row_expect",
         )
-    return places
+    return {name: [own[key] for key in keys] for name, own in keyed.items()}
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
