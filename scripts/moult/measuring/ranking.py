@@ -53,7 +53,7 @@ class _Compared(NamedTuple):
 def rank(
     likelihoods: dict[str, list[dict]], samples: dict[str, list[dict]], confidence: float, resamples: int, seed: int
 ) -> Rankings:
-    """Of several models: {name: likelihood.jsonl}, {name: samples.jsonl}. A model of which nothing was measured does not count."""
+    """Of several models: {name: likelihood.jsonl}, {name: samples.jsonl}. What was not measured of a model does not count."""
     compared: dict[str, dict[Pair, _Compared]] = {}
     without: dict[str, str] = {}
     for measure, compare in (
