@@ -150,24 +150,18 @@ def in_words(measure: str, ranking: Ranking, comparisons: int, confidence: float
     (best, value), (second, _), *_ = ranking["values"].items()
     behind = ranking["behind"][second]
     points = ranking["unit"] == POINTS
-    level = f"{100 * value:.1f} %" if points else f"{value:.4g} {ranking['unit']}"
+    reached = f"{100 * value:.1f} %" if points else f"{value:.4g} {ranking['unit']}"
     what = "questions" if points else "rows"
-    equal = [name for name, other in ranking["behind"].items() if not other["clear"]]
-    correction = (
-        f"Holm's correction over the {comparisons} comparisons of this dataset"
-        if comparisons > 1
-        else "one comparison needs no correction"
-    )
-    chance = (
-        f"more than chance (p = {behind['p']:.2g}, confidence {confidence:.0%}, {correction})"
-        if behind["clear"]
-        else f"no more than chance may explain (p = {behind['p']:.2g}, confidence {confidence:.0%}, {correction})"
-    )
+    equal = [name for name, other in ranking["behind"].items() if not other["is_clear"]]
+    level = f"p = {behind['p']:.2g}; {confidence:.0%} confidence"
+    if comparisons > 1:
+        level += f", after Holm's correction over {comparisons} comparisons"
     text = (
-        f"By {measure}, {best} is the best: {level} on the {ranking['n']:,} {what} that all have. The second, {second}, differs "
-        f"by {shift(behind['difference'], ranking['unit'])}: that is {chance}."
+        f"By {measure}, {best} is the best: {reached} on the {ranking['n']:,} {what} that all have. "
+        f"The second, {second}, has {shift(behind['difference'], ranking['unit'])}. "
+        f"This {'is more than' if behind['is_clear'] else 'may be'} chance ({level})."
     )
-    if len(equal) > 1 or (equal and behind["clear"]):
+    if len(equal) > 1 or (equal and behind["is_clear"]):
         text += f" Not clearly behind the best: {', '.join(equal)}."
     return text
 

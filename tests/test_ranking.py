@@ -18,9 +18,9 @@ def test_the_best_comes_first_and_the_others_by_how_far_they_are_behind():
     found = rank(models, answers, **OPTIONS)
     loss, passed = found["by"][LOSS], found["by"][ANSWERS]
     assert (list(loss["values"]), loss["unit"], loss["n"]) == (["a", "c", "b"], NATS, 60)
-    assert (loss["behind"]["b"]["clear"], loss["behind"]["c"]["clear"]) == (True, False)
+    assert (loss["behind"]["b"]["is_clear"], loss["behind"]["c"]["is_clear"]) == (True, False)
     assert (list(passed["values"].items()), passed["unit"]) == ([("a", 1.0), ("c", 1 / 40), ("b", 0.0)], POINTS)
-    assert passed["behind"]["b"]["clear"] and passed["behind"]["b"]["difference"]["value"] == -1
+    assert passed["behind"]["b"]["is_clear"] and passed["behind"]["b"]["difference"]["value"] == -1
     assert found["comparisons"] == 6 and found["without"] == {}
 
 
@@ -51,5 +51,5 @@ def test_equal_models_have_no_winner(count):
         models = {str(name): rows(noisy(1000 * turn + name), 40) for name in range(count)}
         answers = {name: samples([generator.random() < 0.5 for _ in range(40)]) for name in models}
         found = rank(models, answers, confidence=0.95, resamples=400, seed=turn)
-        called += any(behind["clear"] for by in found["by"].values() for behind in by["behind"].values())
+        called += any(behind["is_clear"] for by in found["by"].values() for behind in by["behind"].values())
     assert called <= 11

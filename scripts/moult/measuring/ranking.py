@@ -14,11 +14,11 @@ LOSS, ANSWERS = "loss", "answers passed"
 
 
 class Behind(TypedDict):
-    """How a model differs from the best one (it minus the best). clear: after the correction, it is more than chance."""
+    """How a model differs from the best one (it minus the best). is_clear: after the correction, it is more than chance."""
 
     difference: Shift
     p: float
-    clear: bool
+    is_clear: bool
 
 
 class Ranking(TypedDict):
@@ -104,7 +104,7 @@ def _ranking(pairs: dict[Pair, _Compared], clear: set[Pair], sign: int) -> Ranki
         pair = (best, name) if (best, name) in pairs else (name, best)
         one = pairs[pair]
         difference = one.difference if pair[0] == best else _turned(one.difference)
-        behind[name] = {"difference": difference, "p": one.p, "clear": pair in clear}
+        behind[name] = {"difference": difference, "p": one.p, "is_clear": pair in clear}
     first = next(iter(pairs.values()))
     return {
         "unit": first.unit,
