@@ -119,7 +119,7 @@ def compare_all_likelihoods(
 
 def shared_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """Of each model the rows that all of them have, in the order of the first. Of one row there may be several sequences: the
-    first of one is compared with the first of the other."""
+    first of one is compared with the first of the other. Of two datasets, rows with one name may be two: their groups tell."""
     keyed = {name: _keyed(own) for name, own in rows.items()}
     first, *others = keyed.values()
     # Where one has cut off more of a row than the other, it is another text.
@@ -136,7 +136,7 @@ def shared_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 def _keyed(rows: list[dict]) -> dict[tuple, dict]:
     seen: dict = {}
-    return {_nth(row["id"], seen): row for row in rows}
+    return {_nth((row["id"], row["group"]), seen): row for row in rows}
 
 
 def _nth(key, seen: dict) -> tuple:
