@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from markupsafe import Markup, escape
 
+from moult.pages.page import visible
+
 # A chart is drawn twice: for a wide page and for a phone.
 WIDE, NARROW = 640, 300
 
@@ -46,7 +48,6 @@ CONFIG = {
         "labelFontSize": 12,
         "titleFontSize": 12,
         "titleFontWeight": "normal",
-        "labelLimit": 260,
     },
     "legend": {
         "labelColor": COLOUR["text"],
@@ -55,10 +56,16 @@ CONFIG = {
         "titleFontSize": 12,
         "orient": "top",
         "titleFontWeight": "normal",
+        "symbolBaseStrokeColor": COLOUR["soft"],
+        "symbolFillColor": COLOUR["soft"],
+        "layout": {"top": {"direction": "vertical"}},
     },
     "title": {"color": COLOUR["text"], "fontSize": 13, "anchor": "start"},
     "header": {"labelColor": COLOUR["text"], "titleColor": COLOUR["soft"]},
+    # What a chart does not colour itself: Vega's own colours are of no theme.
+    "mark": {"color": COLOUR["tuned"]},
     "text": {"color": COLOUR["text"]},
+    "rule": {"color": COLOUR["soft"]},
     "range": {"category": SERIES},
 }
 
@@ -69,17 +76,30 @@ def figure(caption: str, chart: Callable[[int], object]) -> Markup:
     The chart should name what it shows by more than its colour: a symbol, a line, a word.
     """
     drawn = Markup("").join(
-        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(chart(width), caption)))
+        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(chart(width), caption, width)))
         for name, width in (("wide", WIDE), ("narrow", NARROW))
     )
     return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
 
 
-def _svg(chart, caption: str) -> str:
+def _visible(spec):
+    """All texts of a chart. A control character would end this process: vl-convert's SVG is XML."""
+    if isinstance(spec, dict):
+        return {_visible(key): _visible(value) for key, value in spec.items()}
+    if isinstance(spec, list):
+        return [_visible(value) for value in spec]
+    return visible(spec) if isinstance(spec, str) else spec
+
+
+def _svg(chart, caption: str, width: int) -> str:
     import vl_convert
 
-    spec = chart.to_dict()
-    spec["config"] = {**spec.get("config", {}), **CONFIG, "autosize": {"type": "fit", "contains": "padding"}}
+    spec = _visible(chart.to_dict())
+    # Names leave room for the drawing, and a legend fits on a phone.
+    longest = {"labelLimit": int(0.4 * width)}
+    legend = {**CONFIG["legend"], **longest, **({"columns": 2} if width == NARROW else {})}
+    config = {**spec.get("config", {}), **CONFIG, "axis": {**CONFIG["axis"], **longest}, "legend": legend}
+    spec["config"] = {**config, "autosize": {"type": "fit", "contains": "padding"}}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     svg = _DRAWN.sub(lambda hit: f'{hit[1]}="{_VARIABLE[hit[2]]}"', svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
