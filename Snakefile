@@ -43,15 +43,17 @@ include: "rules/merge.smk"
 include: "rules/evaluate.smk"
 include: "rules/benchmark.smk"
 include: "rules/score.smk"
+include: "rules/report.smk"
 include: "rules/smoke_test.smk"
 include: "rules/model_card.smk"
 
 
 rule all:
-    """The metrics of every run in the config, and the cards of its models."""
+    """The metrics of every run in the config, its page, and the cards of its models."""
     default_target: True
     input:
         expand(at.metrics, run=asked_for(config["runs"])),
+        expand(at.run_report, run=asked_for(config["runs"])),
         expand(at.merged_card, run=asked_for(config["runs"])),
 
 

@@ -110,7 +110,11 @@ def theme_problems(page) -> list[str]:
     }
     if light == dark:
         return [f"the theme button changes nothing: {light}"]
-    return [f"the background is {seen[case]} for {case}, not {expected[case]}" for case in seen if seen[case] != expected[case]]
+    return [
+        f"the background is {seen[case]} for {case}, not {expected[case]}"
+        for case in seen
+        if seen[case] != expected[case]
+    ]
 
 
 # --- the keyboard -----------------------------------------------------------------------------------------------------
@@ -138,7 +142,9 @@ def paper_problems(page) -> list[str]:
     switch_to(page, "dark")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": PAPER, "height": 1123})
-    found = [f"{problem}, on white paper" for problem in page.evaluate("least => look.contrasts(least)", LEAST_CONTRAST)]
+    found = [
+        f"{problem}, on white paper" for problem in page.evaluate("least => look.contrasts(least)", LEAST_CONTRAST)
+    ]
     if page.evaluate("look.darkness()"):
         found.append("what is printed in the dark theme has a dark background")
     found += [f"{problem}, on paper" for problem in page.evaluate("look.layout()")]

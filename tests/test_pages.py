@@ -47,7 +47,10 @@ def preview(texts: dict[str, str]) -> str:
         ("\u202eabc\u2069", "⟨U+202E⟩abc⟨U+2069⟩"),
         ("a\u200bb\ufeff\U000e0041", "a⟨U+200B⟩b⟨U+FEFF⟩⟨U+E0041⟩"),
         ("\ud800", "?"),
-        ("👩\u200d💻 \u0645\u06cc\u200c\u062e", "👩\u200d💻 \u0645\u06cc\u200c\u062e"),  # the joiners are part of the writing
+        (
+            "👩\u200d💻 \u0645\u06cc\u200c\u062e",
+            "👩\u200d💻 \u0645\u06cc\u200c\u062e",
+        ),  # the joiners are part of the writing
         ("x" * LONGEST_TEXT, "x" * LONGEST_TEXT),
         ("x" * (LONGEST_TEXT + 1234), "x" * LONGEST_TEXT + " … (1,234 more characters)"),
         (None, "None"),
@@ -110,15 +113,16 @@ def drawing(text: str = "a", caption: str = "a caption") -> str:
     rows = [{"x": x, "y": x * x, "name": f"{text} {x % 3}", "change": list(CHANGES)[x % 3]} for x in range(9)]
 
     def chart(width):
+        legend = altair.Legend(columns=2)
         data = altair.Chart(altair.Data(values=rows)).encode(x=altair.X("x:Q", title=text), y="y:Q")
-        names = altair.Color("name:N", scale=altair.Scale(range=SERIES))
-        changes = altair.Scale(domain=list(CHANGES), range=list(CHANGES.values()))
+        names = altair.Color("name:N", scale=altair.Scale(range=SERIES), legend=legend)
+        changes = altair.Color("change:N", scale=altair.Scale(domain=list(CHANGES), range=list(CHANGES.values())))
         layers = (
-            data.mark_line(clip=True).encode(color=names, strokeDash="name:N")
-            + data.mark_point(filled=True).encode(color=altair.Color("change:N", scale=changes), shape="change:N")
+            data.mark_line(clip=True).encode(color=names)
+            + data.mark_point(filled=True).encode(color=changes.legend(columns=2))
             + data.mark_rule()
         )
-        return layers.resolve_scale(color="independent", shape="independent").properties(width=width, height=200)
+        return layers.resolve_scale(color="independent").properties(width=width - 60, height=200)
 
     return str(figure(caption, chart))
 

@@ -13,7 +13,11 @@ from markupsafe import Markup, escape
 from moult.pages.page import visible
 
 # A chart is drawn twice: for a wide page and for a phone.
-WIDE, NARROW = 640, 300
+WIDE, NARROW = 760, 310
+
+# The labels of rows are beside the plot, and no longer than this. Words at the right of the plot take the other.
+LABELS = {WIDE: 230, NARROW: 120}
+WORDS = {WIDE: 110, NARROW: 0}
 
 # The variables of look/style.css, as colours that Vega takes. The page's theme decides what they look like.
 NAMES = (
@@ -37,6 +41,7 @@ _DRAWN = re.compile(r'(fill|stroke)="(#0d0e[0-9a-f]{2})"')
 
 CONFIG = {
     "background": None,
+    "padding": 6,
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -48,6 +53,7 @@ CONFIG = {
         "labelFontSize": 12,
         "titleFontSize": 12,
         "titleFontWeight": "normal",
+        "labelLimit": 260,
     },
     "legend": {
         "labelColor": COLOUR["text"],
@@ -71,12 +77,12 @@ CONFIG = {
 
 
 def figure(caption: str, chart: Callable[[int], object]) -> Markup:
-    """A chart with its caption. `chart` makes an Altair chart for a width in pixels, axes and labels included in it.
+    """A chart with its caption. `chart` makes an Altair chart for a width in pixels, WIDE or NARROW, in which all of it has room.
 
     The chart should name what it shows by more than its colour: a symbol, a line, a word.
     """
     drawn = Markup("").join(
-        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(chart(width), caption, width)))
+        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(chart(width), caption)))
         for name, width in (("wide", WIDE), ("narrow", NARROW))
     )
     return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
@@ -91,15 +97,11 @@ def _visible(spec):
     return visible(spec) if isinstance(spec, str) else spec
 
 
-def _svg(chart, caption: str, width: int) -> str:
+def _svg(chart, caption: str) -> str:
     import vl_convert
 
     spec = _visible(chart.to_dict())
-    # Names leave room for the drawing, and a legend fits on a phone.
-    longest = {"labelLimit": int(0.4 * width)}
-    legend = {**CONFIG["legend"], **longest, **({"columns": 2} if width == NARROW else {})}
-    config = {**spec.get("config", {}), **CONFIG, "axis": {**CONFIG["axis"], **longest}, "legend": legend}
-    spec["config"] = {**config, "autosize": {"type": "fit", "contains": "padding"}}
+    spec["config"] = {**spec.get("config", {}), **CONFIG}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     svg = _DRAWN.sub(lambda hit: f'{hit[1]}="{_VARIABLE[hit[2]]}"', svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
