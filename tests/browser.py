@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 PHONE, DESK, PAPER = 360, 1440, 794  # pixels; paper is A4 at 96 to the inch
 LEAST_CONTRAST = 4.5  # of a text to what is behind it (WCAG 2.2, AA)
 SCRIPT = Path(__file__).with_suffix(".js")
+
+
+def needs_chromium(test):
+    """A page takes seconds, and few machines have the browser: only in `make test-all`."""
+    return pytest.mark.slow(pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")(test))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ MARKUP = "</pre><script>alert(1)</script><style>*{display:none}</style><img src=
 # What a row, its name, or an answer may be.
 NASTY = {
     "markup": MARKUP,
-    "right to left": "start \u202eesrever\u202c \u2067\u05e9\u05dc\u05d5\u05dd\u2069 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 end",
+    "right to left": "start \u202eesrever\u202c \u2067\u05e9\u05dc\u05d5\u05dd\u2069 \u0627\u0644\u0639 end",
     "control characters": "".join(map(chr, range(32))) + "\x7f\x9b\u200b\ufeff\ud800\U000e0041",
     "100 kB without a space": "x" * 100_000,
     "100 kB of words": "a word " * 15_000,
@@ -178,7 +178,8 @@ def test_tables_filters_and_charts(tmp_path):
           <label>Search <input type="search" placeholder="a word"></label><output></output></div>
         <div class="scroll" tabindex="0" role="region" aria-label="values">
           <table class="sortable" id="rows">{head}<tbody>{cells}</tbody></table></div>
-        <div class="scroll" tabindex="0" role="region" aria-label="wide"><table><tr>{"<td>a column</td>" * 40}</tr></table></div>
+        <div class="scroll" tabindex="0" role="region" aria-label="wide">
+          <table><tr>{"<td>a-long-name-of-a-column</td>" * 12}</tr></table></div>
         <p><span class="verdict helped">helped</span> <span class="verdict hurt">hurt</span>
           <span class="verdict inconclusive">inconclusive</span> <ins>added</ins> <del>removed</del> <a href="#rows">rows</a></p>
         {drawing()}"""
@@ -224,7 +225,7 @@ FAULTS = {
         "numbers that do not sort as numbers: 1 %"
     ),
     '<div class="filters" data-filters="#none"><select aria-label="k" name="k"><option>z</option></select></div>': (
-        "k = z shows nothing"
+        "the filter k never shows anything"
     ),
 }
 
