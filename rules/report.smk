@@ -14,6 +14,9 @@ rule report:
         adapter=at.adapter_summary,
         training=at.training_log,
         ledger=of_dataset(at.ledger),
+        rows=of_dataset(at.test_rows),
+        base=of_base_measurer(at.base_likelihood),
+        tuned=at.tuned_likelihood,
         tokens=of_encoder(at.report),
         preview=of_encoder(at.preview_rows),
     output:
@@ -32,5 +35,6 @@ rule report:
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --results {params.results:q} \
-            --ledger {input.ledger:q} --tokens {params.tokens:q} --out {output:q} --log-file {log:q}
+            --ledger {input.ledger:q} --tokens {params.tokens:q} --rows {input.rows:q} --base-likelihood {input.base:q} \
+            --tuned-likelihood {input.tuned:q} --out {output:q} --log-file {log:q}
         """

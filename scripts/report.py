@@ -1,7 +1,9 @@
 """Write the page of a run: the verdict, the answers, the training, what became of each row, and what made it.
 
     python scripts/report.py --run demo --results results/demo --settings '{...}' --ledger results/prepared/demo/metadata.json \\
-        --tokens results/demo/tokens --out results/demo/report.html
+        --tokens results/demo/tokens --rows results/prepared/demo/test.jsonl \\
+        --base-likelihood results/demo/base/likelihood.jsonl --tuned-likelihood results/demo/tuned/likelihood.jsonl \\
+        --out results/demo/report.html
 
 It reads the JSON files that the stages wrote, and nothing else. What does not fit on a page (samples beyond the first, the rest
 of long texts) is counted, and the file that holds it is named.
@@ -10,6 +12,7 @@ of long texts) is counted, and the file that holds it is named.
 import difflib
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from moult.files import read_json, read_jsonl
@@ -45,6 +48,9 @@ def main() -> None:
     parser.add_argument("--results", required=True, help="folder of the run")
     parser.add_argument("--ledger", required=True, help="metadata.json of prepare")
     parser.add_argument("--tokens", required=True, help="folder with report.json and preview.json")
+    parser.add_argument("--rows", required=True, help="test.jsonl: the languages of the measured rows")
+    parser.add_argument("--base-likelihood", required=True, help="likelihood.jsonl of evaluate_base")
+    parser.add_argument("--tuned-likelihood", required=True, help="likelihood.jsonl of evaluate_tuned")
     parser.add_argument("--out", required=True, help="the page to write")
     args = parser.parse_args()
 
@@ -88,7 +94,7 @@ def write_report(args, log) -> None:
         tokens=token_report,
         examples=[example_of(example) for example in read_json(tokens / "preview.json")],
         sources=sources_of(metrics, ledger),
-        languages=languages_of(ledger),
+        languages=languages_of(ledger, args.rows, args.base_likelihood, args.tuned_likelihood),
         predicted=predicted(plan, adapter),
         config=config_of(args.run, args.settings),
         target=folder / "metrics.json",
@@ -272,12 +278,22 @@ def sources_of(metrics: dict, ledger: dict) -> list[dict]:
     ]
 
 
-def languages_of(ledger: dict) -> list[dict]:
+def languages_of(ledger: dict, rows: str, base: str, tuned: str) -> list[dict]:
+    """Per language: the rows of each part, and nats per token of base and tuned on its measured rows."""
     parts = {part: ledger[part]["by_language"] for part in ("train", "val", "test")}
-    names = sorted(
-        {name for counts in parts.values() for name in counts}, key=lambda name: -parts["train"].get(name, 0)
-    )
-    return [{"name": name, **{part: counts.get(name, 0) for part, counts in parts.items()}} for name in names]
+    language = {row["id"]: row["language"] for row in read_jsonl(rows)}
+    sums: dict = defaultdict(lambda: {"base": 0.0, "tuned": 0.0, "tokens": 0})
+    for before, after in zip(read_jsonl(base), read_jsonl(tuned), strict=True):
+        total = sums[language.get(before["id"])]
+        total["base"] += before["nll"]
+        total["tuned"] += after["nll"]
+        total["tokens"] += before["tokens"]
+    found = []
+    for name in sorted({*parts["train"], *parts["val"], *parts["test"]}, key=lambda name: -parts["train"].get(name, 0)):
+        total = sums.get(name)
+        measured = {which: total[which] / total["tokens"] for which in ("base", "tuned")} if total else None
+        found.append({"name": name, "measured": measured} | {part: parts[part].get(name, 0) for part in parts})
+    return found
 
 
 # --- the machine, and what made it ------------------------------------------------------------------------------------

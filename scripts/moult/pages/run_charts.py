@@ -1,6 +1,7 @@
 """The charts of a run's page. What they show is prepared by scripts/report.py; here is only how it looks."""
 
 import math
+from functools import partial
 
 from markupsafe import Markup
 
@@ -17,7 +18,7 @@ def forests(measures: list[dict], confidence: str) -> list[Markup]:
             f"Difference between tuned and base, in {unit}, with its {confidence} interval. "
             + ("More is better." if unit == "points" else "Less is better.")
             + " An interval that contains 0 may be chance.",
-            lambda width, unit=unit: forest([one for one in measures if one["unit"] == unit], unit, width),
+            partial(forest, [one for one in measures if one["unit"] == unit], unit),
         )
         for unit in units
     ]
