@@ -2,7 +2,7 @@
 "use strict";
 
 window.look = (() => {
-  const seen = (element) => element.checkVisibility({ visibilityProperty: true });
+  const seen = (element) => element.checkVisibility({ visibilityProperty: true, opacityProperty: true });
   const name = (element) => {
     const text = (element.getAttribute("aria-label") || element.textContent || "").trim().replace(/\s+/g, " ");
     const id = element.id ? `#${element.id}` : "";
@@ -80,7 +80,10 @@ window.look = (() => {
   function drawing(image) {
     if (!seen(image)) return [];
     const found = [];
-    const frame = image.getBoundingClientRect();
+    const own = image.getBoundingClientRect();
+    // Drawn with the letters of another machine, a text may be a little longer. It may then use the margin of the page.
+    const clipped = getComputedStyle(image).overflow !== "visible";
+    const frame = { top: own.top, bottom: own.bottom, left: clipped ? own.left : 0, right: clipped ? own.right : document.documentElement.clientWidth };
     const texts = [...image.querySelectorAll("text")].filter((text) => text.textContent.trim() && seen(text));
     const boxes = texts.map((text) => text.getBoundingClientRect());
     boxes.forEach((box, place) => {

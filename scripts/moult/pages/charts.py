@@ -54,6 +54,7 @@ CONFIG = {
         "titleFontSize": 12,
         "titleFontWeight": "normal",
         "labelLimit": 260,
+        "labelSeparation": 10,  # the reader's letters may be wider than those that the labels were measured with
     },
     "legend": {
         "labelColor": COLOUR["text"],
