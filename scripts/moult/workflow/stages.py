@@ -116,7 +116,10 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
     # These stay: a run has several of them.
     known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep")}
-    filled = [place.format(run=owners.get(place.split("/")[1], name), **known) for place in Places()]
+    folders = [place.removeprefix("{run}/").split("/")[0] for place in Places()]
+    filled = [
+        place.format(run=owners.get(folder, name), **known) for place, folder in zip(Places(), folders, strict=True)
+    ]
     places = Places(*(f"{config['paths']['results']}/{place}" for place in filled))
     return places._replace(model=local_model(run["model"], config["paths"]) or places.model)
 
