@@ -9,6 +9,7 @@ PAGES = [
         "look/style.css",
         "look/page.js",
         "look/preview.html",
+        "look/sweep.html",
     )
 ]
 
