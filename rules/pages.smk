@@ -5,10 +5,12 @@ PAGES = [
     for name in (
         "page.py",
         "charts.py",
+        "run_charts.py",
         "look/layout.html",
         "look/style.css",
         "look/page.js",
         "look/preview.html",
+        "look/report.html",
         "look/sweep.html",
     )
 ]

@@ -382,7 +382,7 @@ def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_pat
     settings = {"eval": asked, "chat_template_kwargs": {}, "trust_remote_code": False, "quantization": None}
     files = {name: str(tmp_path / name) for name in ("likelihood", "answers", "general", "kept", "merge_check")}
     arguments = Namespace(model="base", tokens=str(make_tokens(tmp_path / "tokens")), threads=1, gpus=1, **files)
-    log = Namespace(info=lambda *_: None)
+    log = Namespace(info=lambda *_: None, debug=lambda *_: None)
     with pytest.raises(MoultError) as raised:
         evaluate_model.evaluate(settings, arguments, log)
     what, fix = PLACES[place]

@@ -140,6 +140,10 @@ def check_resumed(stopped: Run, number: int, step: int, whole) -> None:
     fault = ("moult.training.watch:Watch.on_step_end", number, step)
     attempt(stopped, fault, code=75 if number == TERM else -number)
     assert "continuing from" in attempt(stopped)
+    (resumed,) = [
+        row["resumed_from"] for row in read_jsonl(stopped.folder / "training_log.jsonl") if "resumed_from" in row
+    ]
+    assert 0 < resumed <= step
     check_same(stopped, whole(stopped.config))
 
 

@@ -1,15 +1,15 @@
 """The ranking of tuned models, each trained with one or several seeds, by their loss on the same rows; and what is sure of it.
 
-Two things make a difference that is none. The rows: other test rows would have given others. All models are measured on the same
-rows, so they are resampled together (a bootstrap over groups, as in intervals.py). And the luck of the training: another seed would
-have given another model. It is what the seeds of a run differ by. A difference is taken for real only if it is larger than what the
-rows explain, than what the seeds explain (Welch's t test, Biometrika 34:28, 1947), and than what both explain together: variances
-add up, with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2:110, 1946).
+Two things can make a difference that is none. Other test rows would have given other losses: all models are measured on the same
+rows, and resampled together (a bootstrap over groups, intervals.py). And another seed would have given another model, as the seeds
+of a run do. A difference is real if it is larger than what the rows explain, than what the seeds explain (Welch's t test, Biometrika
+34:28, 1947), and than what both explain together: their variances add up, with the degrees of freedom of Satterthwaite
+(Biometrics Bulletin 2:110, 1946).
 
-The best of many is the best by luck in part, and to test it against the others is to test the largest differences there are. So
-each difference counts as one of all pairs of runs (Holm's correction). A winner is called if the best is better than each other run.
-All of these tests must hold at once: for that the largest of their p-values needs no correction (intersection-union test, Berger,
-Technometrics 24:295, 1982), because of runs that tie for the best at least one would have to be called worse by chance.
+The best of many is the best by luck in part, and to test it against the others is to test the largest differences that there are.
+So each difference counts as one of all pairs of runs (Holm's correction). A winner is called if the best is better than each other
+run. All of these tests must hold at once, and for that the largest of their p-values needs no correction (intersection-union test,
+Berger, Technometrics 24:295, 1982): of runs that tie for the best, each would have to be better than the others by chance.
 tests/test_ranking.py simulates sweeps.
 """
 
@@ -17,11 +17,9 @@ import math
 from itertools import combinations
 from typing import TypedDict
 
-from moult.errors import MoultError, some
 from moult.measuring.intervals import resample
+from moult.measuring.paired import summed
 from moult.measuring.seeds import student, student_p
-
-NATS, BITS = "nats per token", "bits per byte"
 
 # A source of noise: the square of its standard error, and the degrees of freedom from which that was estimated.
 Source = tuple[float, int]
@@ -37,7 +35,7 @@ class Loss(TypedDict):
 
 
 class Behind(TypedDict):
-    """By how much a run's loss is larger than that of the best. The interval is of the configured confidence, for this pair alone.
+    """By how much a run's loss is larger than that of the best. The interval is for this difference alone.
 
     corrected_p: by Holm, for all pairs of runs; or the largest p of all that are behind, if that is smaller.
     worse: corrected_p is at most 1 - confidence.
@@ -59,10 +57,9 @@ class Place(TypedDict):
 
 
 class Ranking(TypedDict):
-    """places: the best first. level: the runs that cannot be told from the best, itself included; winner: it, if it is the only one.
-
-    unit: NATS, or BITS where not all models cut the rows into the same tokens. between_seeds: the standard deviation between seeds,
-    pooled over the runs; None if there is one seed. pairs: how many were compared.
+    """places: the best first. level: the runs that cannot be told from the best, itself included. winner: the best, if it is the only
+    one of these. pairs: how many were compared. between_seeds: the standard deviation between the seeds of a run, pooled over the
+    runs; None if there is one seed. unit: nats per token, or bits per byte for models with other tokens (paired.py).
     """
 
     unit: str
@@ -79,10 +76,12 @@ class Ranking(TypedDict):
 def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, seed: int) -> Ranking:
     """Rank `runs`: {name: of each of its seeds the rows of likelihood.jsonl}, two runs or more, each with as many seeds.
 
-    Raises MoultError if they were not measured on the same rows.
+    On the rows that all have. Raises MoultError if there are none.
     """
-    unit, losses, weights = summed(runs)
-    groups, count, seeds = losses.shape
+    trained = {f"{name}, seed {seed}": rows for name, of in runs.items() for seed, rows in enumerate(of)}
+    found = summed(trained)
+    groups, count, seeds = len(found.weights), len(runs), len(trained) // len(runs)
+    losses, weights = found.losses.reshape(groups, count, seeds), found.weights
     by_seed = losses.sum(axis=0) / weights.sum()
     means = by_seed.mean(axis=1)
     # Of the mean over the seeds: which rows are in a resample is the same for all.
@@ -130,8 +129,8 @@ def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, s
         places.append({"run": names[index], "loss": loss, "behind": behind})
     level = [place["run"] for place in places if not (place["behind"] and place["behind"]["worse"])]
     return {
-        "unit": unit,
-        "sequences": len(next(iter(runs.values()))[0]),
+        "unit": found.unit,
+        "sequences": found.n,
         "groups": groups,
         "confidence": confidence,
         "pairs": len(tests),
@@ -140,30 +139,6 @@ def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, s
         "level": level,
         "places": places,
     }
-
-
-def summed(runs: dict[str, list[list[dict]]]) -> tuple:
-    """(unit, losses, weights): the loss summed over each group of rows, (groups, runs, seeds), and what it is divided by, (groups,)."""
-    import numpy as np
-
-    first = next(iter(runs.values()))[0]
-    for run, seeds in runs.items():
-        if any([row["id"] for row in rows] != [row["id"] for row in first] for rows in seeds):
-            raise MoultError(
-                f"{run} and {some(runs, 1)} were measured on different rows",
-                "delete results/<run>/tuned of both and run again",
-            )
-    same = all([row["tokens"] for row in rows] == [row["tokens"] for row in first] for own in runs.values() for rows in own)
-    places = {group: place for place, group in enumerate(dict.fromkeys(row["group"] for row in first))}
-    where = [places[row["group"]] for row in first]
-
-    def over_groups(values: list[float]):
-        return np.bincount(where, weights=values, minlength=len(places))
-
-    scale = 1.0 if same else 1 / math.log(2)
-    losses = [[over_groups([scale * row["nll"] for row in rows]) for rows in own] for own in runs.values()]
-    weights = over_groups([row["tokens" if same else "bytes"] for row in first])
-    return NATS if same else BITS, np.moveaxis(np.array(losses), 2, 0), np.maximum(weights, 1e-9)
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------

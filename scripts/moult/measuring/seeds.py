@@ -92,6 +92,11 @@ def student(confidence: float, df: int) -> float:
     return math.sqrt(df) * math.tan(low)
 
 
+def student_p(t: float, df: int) -> float:
+    """How often Student's distribution is as far from 0 as `t`, or farther, in both directions."""
+    return max(0.0, 1 - _within(math.atan(abs(t) / math.sqrt(df)), df))
+
+
 def _within(theta: float, df: int) -> float:
     odd = df % 2
     # 1, 2/3, 2·4/(3·5) … with odd powers of the cosine; 1, 1/2, 1·3/(2·4) … with even ones.

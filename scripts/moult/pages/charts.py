@@ -11,7 +11,11 @@ from collections.abc import Callable
 from markupsafe import Markup, escape
 
 # A chart is drawn twice: for a wide page and for a phone.
-WIDE, NARROW = 640, 300
+WIDE, NARROW = 760, 310
+
+# The labels of rows are beside the plot, and no longer than this. Words at the right of the plot take the other.
+LABELS = {WIDE: 230, NARROW: 120}
+WORDS = {WIDE: 110, NARROW: 0}
 
 # The variables of look/style.css, as colours that Vega takes. The page's theme decides what they look like.
 NAMES = (
@@ -35,6 +39,7 @@ _DRAWN = re.compile(r'(fill|stroke)="(#0d0e[0-9a-f]{2})"')
 
 CONFIG = {
     "background": None,
+    "padding": 6,
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -64,7 +69,7 @@ CONFIG = {
 
 
 def figure(caption: str, chart: Callable[[int], object]) -> Markup:
-    """A chart with its caption. `chart` makes an Altair chart for a width in pixels, axes and labels included in it.
+    """A chart with its caption. `chart` makes an Altair chart for a width in pixels, WIDE or NARROW, in which all of it has room.
 
     The chart should name what it shows by more than its colour: a symbol, a line, a word.
     """
@@ -79,7 +84,7 @@ def _svg(chart, caption: str) -> str:
     import vl_convert
 
     spec = chart.to_dict()
-    spec["config"] = {**spec.get("config", {}), **CONFIG, "autosize": {"type": "fit", "contains": "padding"}}
+    spec["config"] = {**spec.get("config", {}), **CONFIG}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     svg = _DRAWN.sub(lambda hit: f'{hit[1]}="{_VARIABLE[hit[2]]}"', svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)

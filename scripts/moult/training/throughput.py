@@ -130,8 +130,8 @@ def line(work: Work, seconds: float, cost: Cost, checkpointed: bool, processes: 
 MEANS = ("tokens_per_second", "padding_share", "data_wait_share", "tflops", "mfu")
 LARGEST = ("peak_memory_allocated", "peak_memory_reserved")
 
-# What differs between two runs that are otherwise the same.
-SPEED = ("seconds", *MEANS, *LARGEST)
+# What differs between two runs that are otherwise the same, also if one of them was interrupted.
+SPEED = ("seconds", *MEANS, *LARGEST, "resumed_from")
 
 
 def summary(history: list[dict]) -> dict[str, float | None]:

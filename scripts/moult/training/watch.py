@@ -21,10 +21,12 @@ class Watch(TrainerCallback):
         self.path = trainer.state_folder / TRAINING_LOG
         self.bar: progress | None = None
         self.note = self.validated = ""
+        self.resumed_from: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.resume:
             self.trainer.restore_averages(self.trainer.resume)
+            self.resumed_from = state.global_step
         if state.is_world_process_zero:
             self.bar = progress(state.max_steps, "steps", initial=state.global_step)
         self.trainer.start_clock()
@@ -69,6 +71,8 @@ class Watch(TrainerCallback):
             return
         entry = {"step": state.global_step, "epoch": state.epoch, **logs}
         if "loss" in logs:
+            if self.resumed_from is not None:
+                entry["resumed_from"], self.resumed_from = self.resumed_from, None
             self.note = f"loss {logs['loss']:.3f}{self.validated}, {entry['tokens_per_second']:,.0f} tokens/s"
         if "eval_loss" in logs:
             self.validated = f", val {logs['eval_loss']:.4f}"

@@ -323,6 +323,12 @@ def _model_card(config: dict, run: dict, dataset: dict) -> dict:
     return _pick(dataset, "languages") | _pick(run["model"], "chat_template_kwargs")
 
 
+def _report(config: dict, run: dict, dataset: dict) -> dict:
+    # What makes the run, as a config that can be used again.
+    own = {key: value for key, value in run.items() if key not in ("serve", "seeds")}
+    return {"run": own, "dataset": dataset}
+
+
 def serve_settings(run: dict) -> dict:
     """What `make serve`, a command and not a stage, reads of a run's config."""
     model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
@@ -358,6 +364,7 @@ STAGES: dict[str, Callable] = {
     "benchmark_base": _benchmark,
     "benchmark_tuned": _benchmark,
     "score": _score,
+    "report": _report,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
 }
