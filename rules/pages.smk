@@ -6,6 +6,7 @@ PAGES = [
         "page.py",
         "charts.py",
         "run_charts.py",
+        "sweep_charts.py",
         "look/layout.html",
         "look/style.css",
         "look/page.js",

@@ -1,16 +1,16 @@
 """The ranking of tuned models, each trained with one or several seeds, by their loss on the same rows; and what is sure of it.
 
 Two things can make a difference that is none. Other test rows would have given other losses: all models are measured on the same
-rows, and resampled together (a bootstrap over groups, intervals.py). And another seed would have given another model, as the seeds
-of a run do. A difference is real if it is larger than what the rows explain, than what the seeds explain (Welch's t test, Biometrika
+rows, and resampled together (a bootstrap over groups, intervals.py). And another seed would have given another model, as those of
+a run do. A difference is real if it is larger than what the rows explain, than what the seeds explain (Welch's t test, Biometrika
 34:28, 1947), and than what both explain together: their variances add up, with the degrees of freedom of Satterthwaite
 (Biometrics Bulletin 2:110, 1946).
 
-The best of many is the best by luck in part, and to test it against the others is to test the largest differences that there are.
-So each difference counts as one of all pairs of runs (Holm's correction). A winner is called if the best is better than each other
-run. All of these tests must hold at once, and for that the largest of their p-values needs no correction (intersection-union test,
-Berger, Technometrics 24:295, 1982): of runs that tie for the best, each would have to be better than the others by chance.
-tests/test_ranking.py simulates sweeps.
+The best of many is the best by luck in part, and to test it against the others is to test the largest differences there are. So
+each difference counts as one of all pairs of runs (Holm's correction). A winner is called if the best is better than each other
+run. All of these tests must hold at once, and for that the largest p-value needs no correction (intersection-union test, Berger,
+Technometrics 24:295, 1982): of runs that tie for the best, one would have to beat all others by chance. tests/test_ranking.py
+simulates sweeps.
 """
 
 import math
@@ -57,9 +57,9 @@ class Place(TypedDict):
 
 
 class Ranking(TypedDict):
-    """places: the best first. level: the runs that cannot be told from the best, itself included. winner: the best, if it is the only
-    one of these. pairs: how many were compared. between_seeds: the standard deviation between the seeds of a run, pooled over the
-    runs; None if there is one seed. unit: nats per token, or bits per byte for models with other tokens (paired.py).
+    """places: the best first. level: the runs that cannot be told from the best, itself included. winner: the best, if it is the
+    only one of these. pairs: how many were compared. between_seeds: the standard deviation between the seeds of a run, pooled
+    over the runs; None if there is one seed. unit: nats per token, or bits per byte for models with other tokens (paired.py).
     """
 
     unit: str
