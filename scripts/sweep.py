@@ -5,8 +5,8 @@
         --adapters results/lr-r8/adapter.json results/lr-r32/adapter.json \\
         --page results/sweeps/lr.html --ranking results/sweeps/lr.json
 
-After score. `--metrics` in the order of the runs in the settings; the others in the order of all trainings: the first run with each
-seed, then the second. scripts/moult/measuring/ranking.py says what is tested and how.
+After score. `--metrics` in the order of the runs in the settings; the others in the order of all trainings: the first run with
+each seed, then the second. scripts/moult/measuring/ranking.py says what is tested and how.
 """
 
 import json
@@ -34,7 +34,14 @@ def main() -> None:
     with stage("sweep", args.log_file, args.settings) as log:
         found = ranked(args.sweep, args.settings, args)
         words = {"verdict": sentence(found), "text_of": text_of, "duration": duration}
-        write_page(args.page, "sweep.html", charts=charts_of(found), target=args.page, **words, **found)
+        write_page(
+            args.page,
+            "sweep.html",
+            charts=charts_of(found, list(args.settings["runs"])),
+            target=args.page,
+            **words,
+            **found,
+        )
         write_json(args.ranking, found)
         log.info(sentence(found))
 
@@ -111,27 +118,32 @@ def text_of(value) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
-def charts_of(found: dict) -> list:
-    """A chart for each key with several values."""
+def charts_of(found: dict, names: list[str]) -> list:
+    """A chart for each key with several values. `names`: of the runs, in the order of their values."""
     from moult.pages.sweep_charts import panel
 
-    places = found["places"]
+    places = sorted(found["places"], key=lambda place: names.index(place["run"]))
     keys = [key for key in found["keys"] if len({text_of(place["values"][key]) for place in places}) > 1]
-    return [panel(key, points(places, key, keys), found["unit"], found["confidence"]) for key in keys]
+    best = found["places"][0]["run"]
+    return [
+        panel(key, [point(place, key, keys, best) for place in places], found["unit"], found["confidence"])
+        for key in keys
+    ]
 
 
-def points(places: list[dict], key: str, keys: list[str]) -> list[dict]:
-    """What a chart shows of each run: its value of `key`, its loss, and its line, which is its values of the other keys."""
-    found = []
-    for place in places:
-        value, (low, high) = place["values"][key], place["loss"]["interval"]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        others = (f"{other.rpartition('.')[2]} {text_of(place['values'][other])}" for other in keys if other != key)
-        found.append(
-            {"x": value if is_number else text_of(value), "loss": place["loss"]["value"], "low": low, "high": high}
-            | {"line": ", ".join(others), "best": place is places[0]}
-        )
-    return found
+def point(place: dict, key: str, keys: list[str], best: str) -> dict:
+    """What a chart shows of a run: its value of `key`, its loss, and its line, which is its values of the other keys."""
+    value, (low, high) = place["values"][key], place["loss"]["interval"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    others = (f"{other.rpartition('.')[2]} {text_of(place['values'][other])}" for other in keys if other != key)
+    return {
+        "x": value if is_number else text_of(value),
+        "loss": place["loss"]["value"],
+        "low": low,
+        "high": high,
+        "line": ", ".join(others),
+        "best": place["run"] == best,
+    }
 
 
 def duration(seconds: float) -> str:
