@@ -6,6 +6,8 @@ PAGES = [
         "page.py",
         "charts.py",
         "run_charts.py",
+        "sweep_charts.py",
+        "pair_charts.py",
         "look/layout.html",
         "look/style.css",
         "look/page.js",
@@ -13,6 +15,7 @@ PAGES = [
         "look/report.html",
         "look/summary.html",
         "look/compare.html",
+        "look/sweep.html",
     )
 ]
 

@@ -11,10 +11,12 @@ import io
 from pathlib import Path
 from typing import Any
 
+from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_text, write_text
+from moult.measuring.answer_ranking import rank_answers
 from moult.measuring.measured import Measured, measured
 from moult.measuring.paired import counted
-from moult.measuring.ranking import ANSWERS, LOSS, Ranking, Rankings, rank
+from moult.measuring.ranking import rank
 from moult.measuring.table import between_seeds
 from moult.measuring.verdict import POINTS
 from moult.pages.page import write_page
@@ -46,20 +48,20 @@ def summarise(settings: dict, args, log) -> None:
     for dataset in dict.fromkeys(run["dataset"] for run in runs):
         own = [run for run in runs if run["dataset"] == dataset]
         options = {key: settings[own[0]["run"]][key] for key in ("confidence", "resamples", "seed")}
-        ranked = rank(*read_measurements(own, folders), **options) if len(own) > 1 else None
+        ranked, without = rankings(own, folders, options) if len(own) > 1 else ([], [])
         order_by(own, ranked)
-        datasets.append({"name": dataset, "runs": own, "ranked": ranked, "told": told(ranked, options["confidence"])})
+        told = [in_words(ranking, options["confidence"]) for ranking in ranked] + without
+        datasets.append({"name": dataset, "runs": own, "ranked": ranked, "told": told})
     runs = [run for dataset in datasets for run in dataset["runs"]]
     measures = list(dict.fromkeys(name for run in runs for name in run["measures"]))
-    bars = [bar(run) for run in runs if LOSS in run["measures"]]
+    bars = [bar(run) for run in runs if "loss" in run["measures"]]
     write_text(args.table, table(runs, measures))
     write_page(
         args.page,
         "summary.html",
         runs=runs,
-        datasets=[dataset for dataset in datasets if dataset["ranked"]],
+        datasets=[dataset for dataset in datasets if dataset["told"]],
         measures=measures,
-        names={LOSS: "loss", ANSWERS: "answers that pass"},
         verdicts=sorted({run["verdict"] for run in runs}),
         points=POINTS,
         chart=figure(
@@ -107,7 +109,8 @@ def read_run(name: str, folder: Path, dataset: str) -> dict[str, Any]:
 
 
 def read_measurements(runs: list[dict], folders: dict[str, Path]) -> tuple[dict, dict]:
-    """{run: rows of likelihood.jsonl}, {run: samples}, of the samples only what tells questions apart and whether they pass."""
+    """{run: rows of likelihood.jsonl}, {run: samples}, of runs that have any; of the samples only what tells questions apart, and
+    the checks."""
     likelihoods, samples = {}, {}
     for run in runs:
         folder = folders[run["run"]]
@@ -121,55 +124,59 @@ def read_measurements(runs: list[dict], folders: dict[str, Path]) -> tuple[dict,
             for sample in read_jsonl(folder / "samples.jsonl")
         )
         samples[run["run"]] = counted(slim, run["metrics"])
-    return likelihoods, samples
+    checked = {run: own for run, own in samples.items() if any(sample["tuned"]["checks"] for sample in own)}
+    return {run: rows for run, rows in likelihoods.items() if rows}, checked
 
 
 # --- the best ---------------------------------------------------------------------------------------------------------
 
 
-def order_by(runs: list[dict], ranked: Rankings | None) -> None:
+def rankings(runs: list[dict], folders: dict[str, Path], options: dict) -> tuple[list[dict], list[str]]:
+    """By loss, and by the answers that pass: [{"measure", "unit", "scale", "n", "pairs", "level", "places"}], as far as at least
+    two runs have that; and why there is no ranking, where there is none."""
+    likelihoods, samples = read_measurements(runs, folders)
+    ranked, without = [], []
+    if len(likelihoods) > 1:
+        try:
+            loss = rank({run: [rows] for run, rows in likelihoods.items()}, **options)
+            places = [{**place, "value": place["loss"]["value"]} for place in loss["places"]]
+            about = {"measure": "loss", "unit": loss["unit"], "scale": 1, "n": loss["sequences"], "of": "rows"}
+            ranked.append({**about, "pairs": loss["pairs"], "level": loss["level"], "places": places})
+        except MoultError as error:
+            without.append(f"The losses cannot be compared: {error.what}.")
+    if len(samples) > 1:
+        try:
+            about = {"measure": "answers that pass", "unit": POINTS, "scale": 100, "of": "questions"}
+            ranked.append({**about, **rank_answers(samples, options["confidence"])})
+        except MoultError as error:
+            without.append(f"The answers cannot be compared: {error.what}.")
+    return ranked, without
+
+
+def order_by(runs: list[dict], ranked: list[dict]) -> None:
     """The best first, by loss, else by answers; those that have neither last."""
-    by = ranked["by"] if ranked else {}
-    places = list((by.get(LOSS) or by.get(ANSWERS) or {"values": {}})["values"])
+    places = [place["run"] for place in ranked[0]["places"]] if ranked else []
     runs.sort(key=lambda run: (places.index(run["run"]) if run["run"] in places else len(places), run["run"]))
 
 
-def told(ranked: Rankings | None, confidence: float) -> list[str]:
-    """Which is the best by each measure, and whether the second is really behind it, in words."""
-    if ranked is None:
-        return []
-    said = [in_words(measure, ranking, ranked["comparisons"], confidence) for measure, ranking in ranked["by"].items()]
-    said += [f"By {measure} there is nothing to compare: {why}." for measure, why in ranked["without"].items()]
-    firsts = {next(iter(ranking["values"])) for ranking in ranked["by"].values()}
-    if len(firsts) > 1:
-        said.append("Loss and answers do not agree on the best: look at the answers.")
-    return said or ["Nothing was measured that can be compared."]
-
-
-def in_words(measure: str, ranking: Ranking, comparisons: int, confidence: float) -> str:
-    (best, value), (second, _), *_ = ranking["values"].items()
-    behind = ranking["behind"][second]
-    points = ranking["unit"] == POINTS
-    reached = f"{100 * value:.1f} %" if points else f"{value:.4g} {ranking['unit']}"
-    what = "questions" if points else "rows"
-    equal = [name for name, other in ranking["behind"].items() if not other["is_clear"]]
-    level = f"p = {behind['p']:.2g}; {confidence:.0%} confidence"
-    if comparisons > 1:
-        level += f", after Holm's correction over {comparisons} comparisons"
+def in_words(ranking: dict, confidence: float) -> str:
+    """Which is the best, and whether the second is really behind it."""
+    best, second, *_ = ranking["places"]
+    behind, scale = second["behind"], ranking["scale"]
+    value, low, high = (f"{scale * limit:+.3g}" for limit in (behind["value"], *behind["interval"]))
+    reached = f"{scale * best['value']:.4g} {'%' if ranking['unit'] == POINTS else ranking['unit']}"
+    level = f"p = {behind['corrected_p']:.2g}; {confidence:.0%} confidence"
+    if ranking["pairs"] > 1:
+        level += f", corrected for {ranking['pairs']} pairs of runs by Holm's method"
     text = (
-        f"By {measure}, {best} is the best: {reached} on the {ranking['n']:,} {what} that all have. "
-        f"The second, {second}, has {shift(behind['difference'], ranking['unit'])}. "
-        f"This {'is more than' if behind['is_clear'] else 'may be'} chance ({level})."
+        f"By {ranking['measure']}, {best['run']} is the best: {reached} on the {ranking['n']:,} {ranking['of']} that all have. "
+        f"The second, {second['run']}, has {value} {ranking['unit']} [{low}, {high}]. "
+        f"This {'is more than' if behind['worse'] else 'may be'} chance ({level})."
     )
-    if len(equal) > 1 or (equal and behind["is_clear"]):
+    equal = [run for run in ranking["level"] if run != best["run"]]
+    if len(equal) > 1:
         text += f" Not clearly behind the best: {', '.join(equal)}."
     return text
-
-
-def shift(difference, unit: str) -> str:
-    scale = 100 if unit == POINTS else 1
-    value, low, high = (f"{scale * limit:+.3g}" for limit in (difference["value"], *difference["interval"]))
-    return f"{value} {unit} [{low}, {high}]"
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def shift(difference, unit: str) -> str:
 
 def bar(run: dict) -> dict:
     """A line of the chart."""
-    loss: Measured = run["measures"][LOSS]
+    loss: Measured = run["measures"]["loss"]
     difference = loss["difference"]
     low, high = difference["interval"]
     return {

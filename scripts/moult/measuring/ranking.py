@@ -1,119 +1,184 @@
-"""Which of several tuned models is the best, and whether that may be chance.
+"""The ranking of tuned models, each trained with one or several seeds, by their loss on the same rows; and what is sure of it.
 
-All are compared on the same rows and questions, each two of them (paired.py). The more pairs, the sooner one of them looks clear
-by chance: Holm's step-down test over all pairs, of the loss and of the answers together, corrects that.
+Two things can make a difference that is none. Other test rows would have given other losses: all models are measured on the same
+rows, and resampled together (a bootstrap over groups, intervals.py). And another seed would have given another model, as those of
+a run do. A difference is real if it is larger than what the rows explain, than what the seeds explain (Welch's t test, Biometrika
+34:28, 1947), and than what both explain together: their variances add up, with the degrees of freedom of Satterthwaite
+(Biometrics Bulletin 2:110, 1946).
+
+The best of many is the best by luck in part, and to test it against the others is to test the largest differences there are. So
+each difference counts as one of all pairs of runs (Holm's correction). A winner is called if the best is better than each other
+run. All of these tests must hold at once, and for that the largest p-value needs no correction (intersection-union test, Berger,
+Technometrics 24:295, 1982): of runs that tie for the best, one would have to beat all others by chance. tests/test_ranking.py
+simulates sweeps.
 """
 
-from typing import NamedTuple, TypedDict
+import math
+from itertools import combinations
+from typing import TypedDict
 
-from moult.errors import MoultError
-from moult.measuring.paired import Pair, Shift, clear_pairs, compare_all_answers, compare_all_likelihoods
-from moult.measuring.verdict import POINTS
+from moult.measuring.intervals import resample
+from moult.measuring.paired import summed
+from moult.measuring.seeds import student, student_p
 
-LOSS, ANSWERS = "loss", "answers passed"
+# A source of noise: the square of its standard error, and the degrees of freedom from which that was estimated.
+Source = tuple[float, int]
+
+
+class Loss(TypedDict):
+    """Of a run: its mean over the seeds, with an interval; of each seed; their standard deviation, None if there is one seed."""
+
+    value: float
+    interval: list[float]
+    by_seed: list[float]
+    standard_deviation: float | None
 
 
 class Behind(TypedDict):
-    """How a model differs from the best one (it minus the best). is_clear: after the correction, it is more than chance."""
+    """By how much a run's loss is larger than that of the best. The interval is for this difference alone.
 
-    difference: Shift
+    corrected_p: by Holm, for all pairs of runs; or the largest p of all that are behind, if that is smaller.
+    worse: corrected_p is at most 1 - confidence.
+    """
+
+    value: float
+    interval: list[float]
     p: float
-    is_clear: bool
+    corrected_p: float
+    worse: bool
+
+
+class Place(TypedDict):
+    """A run in the ranking. behind: None for the best."""
+
+    run: str
+    loss: Loss
+    behind: Behind | None
 
 
 class Ranking(TypedDict):
-    """By one measure. values: {name: on the shared rows}, the best first. behind: all but the best, in the same order. n: how
-    many rows or questions all have."""
+    """places: the best first. level: the runs that cannot be told from the best, itself included. winner: the best, if it is the
+    only one of these. pairs: how many were compared. between_seeds: the standard deviation between the seeds of a run, pooled
+    over the runs; None if there is one seed. unit: nats per token, or bits per byte for models with other tokens (paired.py).
+    """
 
     unit: str
-    n: int
-    values: dict[str, float]
-    behind: dict[str, Behind]
+    sequences: int
+    groups: int
+    confidence: float
+    pairs: int
+    between_seeds: float | None
+    winner: str | None
+    level: list[str]
+    places: list[Place]
 
 
-class Rankings(TypedDict):
-    """by: {LOSS or ANSWERS: its ranking}. without: {measure: why it has none}. comparisons: how many the correction is for."""
+def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, seed: int) -> Ranking:
+    """Rank `runs`: {name: of each of its seeds the rows of likelihood.jsonl}, two runs or more, each with as many seeds.
 
-    by: dict[str, Ranking]
-    without: dict[str, str]
-    comparisons: int
+    On the rows that all have. Raises MoultError if there are none.
+    """
+    trained = {f"{name}, seed {seed}": rows for name, of in runs.items() for seed, rows in enumerate(of)}
+    found = summed(trained)
+    groups, count, seeds = len(found.weights), len(runs), len(trained) // len(runs)
+    losses, weights = found.losses.reshape(groups, count, seeds), found.weights
+    by_seed = losses.sum(axis=0) / weights.sum()
+    means = by_seed.mean(axis=1)
+    # Of the mean over the seeds: which rows are in a resample is the same for all.
+    ratios = resample(losses.mean(axis=2), weights, resamples, seed)[:, :-1]
+    larger = groups / max(1, groups - 1)  # the variance of the bootstrap is too small by that
+    of_seeds: list[list[Source]] = [
+        [(float(own.var(ddof=1)) / seeds, seeds - 1)] if seeds > 1 else [] for own in by_seed
+    ]
 
+    def of_rows(values) -> list[Source]:
+        return [(larger * float(values.var()), max(1, groups - 1))]
 
-class _Compared(NamedTuple):
-    """Two models by one measure."""
+    def test(i: int, j: int) -> tuple[list[list[Source]], float]:
+        noise = explanations(of_rows(ratios[:, i] - ratios[:, j]), of_seeds[i] + of_seeds[j])
+        # A few groups may all change in the same direction by chance (sign test).
+        return noise, max(p_of(float(means[i] - means[j]), noise), 2.0 ** (1 - groups))
 
-    a: float
-    b: float
-    difference: Shift
-    p: float
-    n: int
-    unit: str
-
-
-def rank(
-    likelihoods: dict[str, list[dict]], samples: dict[str, list[dict]], confidence: float, resamples: int, seed: int
-) -> Rankings:
-    """Of several models: {name: likelihood.jsonl}, {name: samples.jsonl}. What was not measured of a model does not count."""
-    compared: dict[str, dict[Pair, _Compared]] = {}
-    without: dict[str, str] = {}
-    for measure, compare in (
-        (LOSS, lambda: _by_loss(likelihoods, confidence, resamples, seed)),
-        (ANSWERS, lambda: _by_answers(samples, confidence)),
-    ):
-        try:
-            compared[measure] = compare()
-        except MoultError as error:
-            without[measure] = error.what
-    p_values = {(measure, pair): found.p for measure, pairs in compared.items() for pair, found in pairs.items()}
-    clear = clear_pairs(p_values, confidence)
+    names, order = list(runs), sorted(range(count), key=lambda index: float(means[index]))
+    best = order[0]
+    tests = {(i, j): test(i, j) for i, j in combinations(order, 2)}  # so those with the best are (best, other)
+    corrected = holm_corrected({pair: p for pair, (_, p) in tests.items()})
+    all_at_once = max(p for (first, _), (_, p) in tests.items() if first == best)
+    places: list[Place] = []
+    for index in order:
+        value = float(means[index])
+        error = error_of(explanations(of_rows(ratios[:, index]), of_seeds[index]), confidence)
+        loss: Loss = {
+            "value": value,
+            "interval": [value - error, value + error],
+            "by_seed": by_seed[index].tolist(),
+            "standard_deviation": float(by_seed[index].std(ddof=1)) if seeds > 1 else None,
+        }
+        behind: Behind | None = None
+        if index != best:
+            noise, p = tests[best, index]
+            difference, error = value - float(means[best]), error_of(noise, confidence)
+            corrected_p = min(corrected[best, index], all_at_once)
+            behind = {
+                "value": difference,
+                "interval": [difference - error, difference + error],
+                "p": p,
+                "corrected_p": corrected_p,
+                "worse": corrected_p <= 1 - confidence,
+            }
+        places.append({"run": names[index], "loss": loss, "behind": behind})
+    level = [place["run"] for place in places if not (place["behind"] and place["behind"]["worse"])]
     return {
-        "by": {
-            measure: _ranking(pairs, {pair for of, pair in clear if of == measure}, 1 if measure == ANSWERS else -1)
-            for measure, pairs in compared.items()
-            if pairs
-        },
-        "without": without,
-        "comparisons": len(p_values),
+        "unit": found.unit,
+        "sequences": found.n,
+        "groups": groups,
+        "confidence": confidence,
+        "pairs": len(tests),
+        "between_seeds": math.sqrt(float(by_seed.var(axis=1, ddof=1).mean())) if seeds > 1 else None,
+        "winner": level[0] if len(level) == 1 else None,
+        "level": level,
+        "places": places,
     }
 
 
-def _by_loss(likelihoods: dict[str, list[dict]], confidence: float, resamples: int, seed: int) -> dict[Pair, _Compared]:
-    there = {name: rows for name, rows in likelihoods.items() if rows}
-    pairs = compare_all_likelihoods(there, confidence, resamples, seed) if len(there) > 1 else {}
-    return {
-        pair: _Compared(one["a"], one["b"], one["difference"], one["difference"]["p"], one["n"], one["unit"])
-        for pair, one in pairs.items()
-    }
+# --- the tests --------------------------------------------------------------------------------------------------------
 
 
-def _by_answers(samples: dict[str, list[dict]], confidence: float) -> dict[Pair, _Compared]:
-    there = {name: own for name, own in samples.items() if any(sample["tuned"]["checks"] for sample in own)}
-    pairs = compare_all_answers(there, confidence) if len(there) > 1 else {}
-    return {
-        pair: _Compared(one["a"]["value"], one["b"]["value"], one["difference"], one["p"], one["n"], POINTS)
-        for pair, one in pairs.items()
-    }
+def explanations(rows: list[Source], seeds: list[Source]) -> list[list[Source]]:
+    """What could explain a difference: the rows, the seeds if there are several, and both."""
+    return [rows, seeds, rows + seeds] if seeds else [rows]
 
 
-def _ranking(pairs: dict[Pair, _Compared], clear: set[Pair], sign: int) -> Ranking:
-    """`sign`: 1 if more is better, else -1. The first by name of those that are equally good is the best."""
-    values = {name: value for (a, b), one in pairs.items() for name, value in ((a, one.a), (b, one.b))}
-    best, *others = sorted(values, key=lambda name: (-sign * values[name], name))
-    behind: dict[str, Behind] = {}
-    for name in others:
-        pair = (best, name) if (best, name) in pairs else (name, best)
-        one = pairs[pair]
-        difference = one.difference if pair[0] == best else _turned(one.difference)
-        behind[name] = {"difference": difference, "p": one.p, "is_clear": pair in clear}
-    first = next(iter(pairs.values()))
-    return {
-        "unit": first.unit,
-        "n": first.n,
-        "values": {name: values[name] for name in (best, *others)},
-        "behind": behind,
-    }
+def together(sources: list[Source]) -> tuple[float, int]:
+    """(standard error, degrees of freedom) of independent sources of noise. Satterthwaite's, rounded down."""
+    variance = sum(square for square, _ in sources)
+    spread = sum(square**2 / df for square, df in sources)
+    # No noise at all is known as well as the least known source.
+    df = int(variance**2 / spread * (1 + 1e-12)) if spread else min(df for _, df in sources)
+    return math.sqrt(variance), max(1, df)
 
 
-def _turned(difference: Shift) -> Shift:
-    low, high = difference["interval"]
-    return {"value": -difference["value"], "interval": [-high, -low], "p": difference["p"]}
+def p_of(difference: float, noise: list[list[Source]]) -> float:
+    """Two-sided: how often each of `noise` alone makes such a difference; the largest."""
+    found = [1.0 if difference == 0 else 0.0]
+    for sources in noise:
+        error, df = together(sources)
+        if error:
+            found.append(student_p(difference / error, df))
+    return max(found)
+
+
+def error_of(noise: list[list[Source]], confidence: float) -> float:
+    """How far a value can be from the truth: the largest that one of `noise` says. An interval with it leaves 0 out just if
+    `p_of` is below 1 - confidence."""
+    return max(error * student(confidence, df) for error, df in map(together, noise))
+
+
+def holm_corrected(p_values: dict) -> dict:
+    """Holm's p-values: at each level those below it are what his step-down test calls clear (Scandinavian Journal of Statistics
+    6:65, 1979)."""
+    corrected, largest = {}, 0.0
+    for done, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - done) * p_values[name]))
+        corrected[name] = largest
+    return corrected
