@@ -4,6 +4,8 @@ Reads:  the JSON files that the stages of both wrote, their rows and their answe
 Writes: results/compare/<a>..<b>.html
 """
 
+from moult.errors import some
+
 
 def pair(wildcards):
     """The two runs that a target names. Snakemake would say of an unknown one only that there is no rule for it."""
