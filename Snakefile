@@ -46,6 +46,7 @@ include: "rules/score.smk"
 include: "rules/report.smk"
 include: "rules/smoke_test.smk"
 include: "rules/model_card.smk"
+include: "rules/sweep.smk"
 
 
 rule all:
@@ -55,6 +56,11 @@ rule all:
         expand(at.metrics, run=asked_for(config["runs"])),
         expand(at.run_report, run=asked_for(config["runs"])),
         expand(at.merged_card, run=asked_for(config["runs"])),
+    """The metrics of every run in the config, and the cards of its models. Not of the runs of sweeps."""
+    default_target: True
+    input:
+        expand(at.metrics, run=asked_for(config)),
+        expand(at.merged_card, run=asked_for(config)),
 
 
 onstart:

@@ -9,7 +9,7 @@ from moult.files import canonical
 from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misplaced, resolve
 from moult.workflow.container import identity
 from moult.workflow.functions import known
-from moult.workflow.seeds import asked_for, seed_runs
+from moult.workflow.seeds import seed_runs
 from moult.workflow.stages import (
     benchmarked_as,
     encoded_as,
@@ -19,6 +19,7 @@ from moult.workflow.stages import (
     places_below,
     stage_settings,
 )
+from moult.workflow.sweeps import asked_for, sweep_settings
 
 for name in ("schema.yaml", "lora.schema.json", "train.schema.json"):
     schema_folder = Path(own_file(f"config/{name}")).parent

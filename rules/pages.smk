@@ -6,11 +6,13 @@ PAGES = [
         "page.py",
         "charts.py",
         "run_charts.py",
+        "sweep_charts.py",
         "look/layout.html",
         "look/style.css",
         "look/page.js",
         "look/preview.html",
         "look/report.html",
+        "look/sweep.html",
     )
 ]
 

@@ -18,8 +18,9 @@ from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.measuring.seeds import is_larger, spread, student, with_seeds
 from moult.measuring.table import between_seeds
 from moult.workflow.config import ConfigError, resolve
-from moult.workflow.seeds import asked_for, seed_runs
+from moult.workflow.seeds import seed_runs
 from moult.workflow.stages import STAGES, encoded_as, measured_as, places_of, stage_settings
+from moult.workflow.sweeps import asked_for
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
@@ -27,12 +28,13 @@ SEVERAL = "runs: {a: {seeds: [3, 1, 0], lora: {r: 8}}, v: {dataset: a, seed: 7}}
 
 
 def test_each_further_seed_is_a_run_beside_the_first():
-    runs = config(SEVERAL)["runs"]
+    resolved = config(SEVERAL)
+    runs = resolved["runs"]
     assert {name: run["seed"] for name, run in runs.items()} == {"a": 3, "a-seed1": 1, "a-seed0": 0, "b": 0, "v": 7}
     assert [name for name, run in runs.items() if "seeds" in run] == ["a"]
     for name in seed_runs("a", runs["a"]):
         assert runs[name] | {"seed": 3, "seeds": [3, 1, 0]} == runs["a"]
-    assert asked_for(runs) == ["a", "b", "v"] and seed_runs("b", runs["b"]) == []
+    assert asked_for(resolved) == ["a", "b", "v"] and seed_runs("b", runs["b"]) == []
 
 
 def test_what_is_resolved_can_be_resolved_again():

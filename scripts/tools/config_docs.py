@@ -105,8 +105,8 @@ def rows(prefix: str, schema: dict, root: dict):
         yield name, "section" if section else shown_type(below), default, text
         entries = _deref(below.get("additionalProperties") or below.get("items") or {}, root)
         if section:
-            # A run's sections and those of `override` are those of the top.
-            if not prefix.startswith(("runs.", "override.")):
+            # The sections of a run, a sweep and `override` are those of the top.
+            if not prefix.startswith(("runs.", "sweeps.", "override.")):
                 yield from rows(f"{name}.", below, root)
         elif "properties" in entries:
             yield from rows(f"{name}.<name>." if below["type"] == "object" else f"{name}[].", entries, root)

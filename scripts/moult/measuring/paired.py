@@ -8,7 +8,7 @@ several pairs corrects for that with `clear_pairs`: Holm's step-down test, as in
 
 import math
 from itertools import combinations
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from moult.errors import MoultError, some
 from moult.measuring.intervals import compare_rates, p_value, quantiles, resample
@@ -78,6 +78,40 @@ def compare_all_likelihoods(
     In nats per token if all have cut each row into as many tokens; else in bits per byte, which does not depend on the
     tokenizer. Raises MoultError if there is no row that all have.
     """
+    own = summed(rows)
+    values = own.losses.sum(axis=0) / own.weights.sum()
+    ratios = resample(own.losses, own.weights, resamples, seed)
+    found: dict[Pair, PairedLikelihood] = {}
+    for (i, a), (j, b) in combinations(enumerate(rows), 2):
+        value = float(values[j] - values[i])
+        difference = (ratios[:, j] - ratios[:, i])[:, None]
+        found[a, b] = {
+            "n": own.n,
+            "groups": len(own.weights),
+            "unit": own.unit,
+            "a": float(values[i]),
+            "b": float(values[j]),
+            "difference": {
+                "value": value,
+                "interval": quantiles(difference, confidence, len(own.weights))[0],
+                "p": _p(value, difference, confidence, len(own.weights)),
+            },
+        }
+    return found
+
+
+class Summed(NamedTuple):
+    """The losses of k models, summed over each group of rows, (groups, k); what they are divided by: tokens, or bytes, (groups,);
+    the number of rows; and NATS or BITS."""
+
+    losses: Any
+    weights: Any
+    n: int
+    unit: str
+
+
+def summed(rows: dict[str, list[dict]]) -> Summed:
+    """Of several models, on the rows that all of them have. Raises MoultError if there is none."""
     import numpy as np
 
     shared = shared_rows(rows)
@@ -88,32 +122,14 @@ def compare_all_likelihoods(
     places = {group: place for place, group in enumerate(dict.fromkeys(row["group"] for row in first))}
     where = np.array([places[row["group"]] for row in first])
 
-    def summed(values: list[float]):
+    def over_groups(values: list[float]):
         return np.bincount(where, weights=values, minlength=len(places))
 
     scale = 1.0 if same_tokens else 1 / math.log(2)
-    weights = summed([row["tokens" if same_tokens else "bytes"] for row in first])
+    weights = over_groups([row["tokens" if same_tokens else "bytes"] for row in first])
     weights = np.maximum(weights, 1e-9)  # the rows of a group may be without a byte of text
-    losses = np.stack([summed([scale * row["nll"] for row in own]) for own in shared.values()], axis=1)
-    values = losses.sum(axis=0) / weights.sum()
-    ratios = resample(losses, weights, resamples, seed)
-    found: dict[Pair, PairedLikelihood] = {}
-    for (i, a), (j, b) in combinations(enumerate(shared), 2):
-        value = float(values[j] - values[i])
-        difference = (ratios[:, j] - ratios[:, i])[:, None]
-        found[a, b] = {
-            "n": len(first),
-            "groups": len(places),
-            "unit": NATS if same_tokens else BITS,
-            "a": float(values[i]),
-            "b": float(values[j]),
-            "difference": {
-                "value": value,
-                "interval": quantiles(difference, confidence, len(places))[0],
-                "p": _p(value, difference, confidence, len(places)),
-            },
-        }
-    return found
+    losses = np.stack([over_groups([scale * row["nll"] for row in own]) for own in shared.values()], axis=1)
+    return Summed(losses, weights, len(first), NATS if same_tokens else BITS)
 
 
 def shared_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:

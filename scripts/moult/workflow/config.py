@@ -19,6 +19,7 @@ from moult.files import canonical, sha256_text
 from moult.workflow.conflicts import dataset_problems, run_problems
 from moult.workflow.hints import unknown_key
 from moult.workflow.seeds import with_seeds
+from moult.workflow.sweeps import over_schema, sweep_runs
 
 # Folders below results/ that are not runs.
 RESERVED = ("prepared", "models", "datasets", "benchmarks", "summary", "compare", "sweeps")
@@ -62,6 +63,7 @@ def load_schema(folder: str) -> dict:
                     key: library[name][key] for key in ("type", "enum", "items") if key in library[name]
                 } | field
         schema["$defs"][section]["properties"] = {**library, **own}
+    schema["$defs"]["sweep"]["properties"]["over"]["properties"] = over_schema(schema)
     return schema
 
 
@@ -86,6 +88,8 @@ def resolve(config: dict, schema: dict) -> dict:
     _fill(config, schema, schema)
     for name in [name for name, dataset in config["datasets"].items() if dataset is None]:
         del config["datasets"][name]
+    sweeps = config["sweeps"].items()
+    config["sweeps"] = {name: sweep for name, sweep in sweeps if sweep is not None and sweep["dataset"] not in removed}
     over_datasets = config["override"].get("dataset", {})
     config["datasets"] = {name: merged(dataset, over_datasets) for name, dataset in config["datasets"].items()}
     runs, problems = _resolve_runs(config, schema, removed)
@@ -292,7 +296,7 @@ def _fill(value: dict, schema: dict, root: dict) -> None:
         below = _deref(below, root)
         if key not in value and "default" in below:
             value[key] = copy.deepcopy(below["default"])
-        if key not in ("runs", "override") and isinstance(value.get(key), dict):
+        if key not in ("runs", "sweeps", "override") and isinstance(value.get(key), dict):
             _fill(value[key], below, root)
     other = schema.get("additionalProperties")
     if isinstance(other, dict):
@@ -321,28 +325,37 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
     overrides: dict[str, dict] = {name: {} for name in config["datasets"]}
     overrides |= {name: run for name, run in config["runs"].items() if run is not None}
     over_runs = {key: value for key, value in config["override"].items() if key != "dataset"}
-    runs, problems = {}, []
-    for name, override in overrides.items():
+    made, problems = sweep_runs(config["sweeps"], config["override"])
+    wanted = [(f"runs.{name}", name, override) for name, override in overrides.items()]
+    wanted += [(f"sweeps.{sweep}", name, override) for sweep, name, override in made]
+    runs: dict[str, dict] = {}
+    for where, name, override in wanted:
         dataset = override.get("dataset", name)
         if dataset in removed:
             continue
         if name in config["datasets"] and dataset != name:
+            what = where.split(".")[0].rstrip("s")
             problems.append(
-                f"runs.{name}.dataset: {name} is a dataset, and the run of that name is its own; rename the run"
+                f"{where}.dataset: {name} is a dataset, and the run of that name is its own; rename the {what}"
             )
             continue
         if dataset not in config["datasets"]:
-            key = f"runs.{name}.dataset"
+            key = f"{where}.dataset"
             close = difflib.get_close_matches(dataset, config["datasets"], 1)
             hint = f"; did you mean {close[0]}?" if close else f"; there are: {some(config['datasets'])}"
             problems.append(f"{key}: no dataset is named {dataset}{hint}")
             continue
         if "seed" in override and override["seed"] != override.get("seeds", [override["seed"]])[0]:
-            problems.append(f"runs.{name}.seed: the seed of a run is the first of its seeds; leave one of the two out")
+            problems.append(f"{where}.seed: the seed of a run is the first of its seeds; leave one of the two out")
         base = shared
         if "name" in override.get("model", {}):
             base = {**shared, "model": no_model}
-        runs[name] = merged(merged(base, {**override, "dataset": dataset}), over_runs)
+        run = merged(merged(base, {**override, "dataset": dataset}), over_runs)
+        if runs.get(name, run) != run:
+            problems.append(f"{where}: makes the run {name}, which is there with other settings; rename the sweep")
+        if where.startswith("sweeps.") and not run["eval"]["perplexity"]:
+            problems.append(f"{where}: it ranks by nats per token; set eval.perplexity: true")
+        runs[name] = run
     return runs, problems
 
 

@@ -74,6 +74,12 @@ def unknown_key(section: str, key: str, fields: dict, schema: dict) -> str:
     """
     problem = f"{section}.{key}: unknown key".lstrip(".")
     known = [name for name, field in fields.items() if "x-refused" not in field]
+    if section.endswith(".over"):  # of a sweep: keys of several sections, with the section before them
+        own, _, last = key.rpartition(".")
+        if any(name.startswith(f"{own}.") for name in known):
+            return unknown_key(f"{section}.{own}", last, schema["$defs"][own]["properties"], schema)
+        if homes := [name for name in known if name.endswith(f".{key}")]:
+            return f"{problem}; did you mean {' or '.join(homes)}?"
     meant = _MEANT.get(key.lower().replace("-", "_"), "")
     name = meant.rpartition(".")[2]
     if name in known:

@@ -2,7 +2,7 @@
 
 The first seed is that of the run itself, in its own folder. For each further seed there is one more run, in a folder beside it:
 `<run>-seed1`. It is a run like any other, and shares all that does not depend on the seed (stages.py). Only the target `all` does
-not ask for it: the score of the first reads what it has measured.
+not ask for it (sweeps.py): the score of the first reads what it has measured.
 """
 
 # The longest name of a run (config/schema.yaml).
@@ -33,9 +33,3 @@ def with_seeds(runs: dict[str, dict]) -> tuple[dict[str, dict], list[str]]:
 def seed_runs(name: str, run: dict) -> list[str]:
     """The names of the runs with the further seeds of the run `name`, in their order."""
     return [f"{name}-seed{seed}" for seed in run.get("seeds", [])[1:]]
-
-
-def asked_for(runs: dict[str, dict]) -> list[str]:
-    """The runs that the config names: all but those of further seeds."""
-    made = {other for name, run in runs.items() for other in seed_runs(name, run)}
-    return [name for name in runs if name not in made]
