@@ -59,10 +59,8 @@ def explain(targets: list[str], configfiles: list[str]) -> int:
             workflow._build_dag()
             runs = workflow.async_run(explained(workflow))
             print(explanation(runs))
-            if workflow.persistence.locked:
-                print(
-                    "Snakemake is at work in this folder: a stage that is running now counts as one that was cut short."
-                )
+            if any(workflow.persistence._read_locks()):
+                print("Snakemake is at work in this folder: what it is making is not made yet, or was cut short.")
         except WorkflowError as error:
             snakemake.print_exception(error)
             return 1
