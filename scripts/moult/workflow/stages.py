@@ -331,6 +331,11 @@ def _report(config: dict, run: dict, dataset: dict) -> dict:
     return {"run": own, "dataset": dataset}
 
 
+def _compared(config: dict, run: dict, dataset: dict) -> dict:
+    """How tuned models are compared with each other: summary of all runs, compare of two."""
+    return {"dataset": run["dataset"], **_pick(run["eval"], "confidence", "resamples"), "seed": config["seed"]}
+
+
 def serve_settings(run: dict) -> dict:
     """What `make serve`, a command and not a stage, reads of a run's config."""
     model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
@@ -367,6 +372,8 @@ STAGES: dict[str, Callable] = {
     "benchmark_tuned": _benchmark,
     "score": _score,
     "report": _report,
+    "summary": _compared,
+    "compare": _compared,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
 }
