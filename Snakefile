@@ -48,6 +48,7 @@ include: "rules/summary.smk"
 include: "rules/compare.smk"
 include: "rules/smoke_test.smk"
 include: "rules/model_card.smk"
+include: "rules/rung.smk"
 include: "rules/sweep.smk"
 
 
