@@ -4,6 +4,7 @@ import re
 from argparse import Namespace
 
 import pytest
+from browser import needs_chromium, problems
 from comparing import LEDGER, OPTIONS, edit, edit_rows, make_dataset, make_run, row
 from planning import Log
 from test_paired import noisy, rows, samples
@@ -207,7 +208,7 @@ def test_rows_of_two_datasets_with_one_name_are_not_compared():
         compare.compare_likelihoods(a, b, **OPTIONS)
 
 
-# --- size, and the rule -----------------------------------------------------------------------------------------------
+# --- size, the browser, and the rule -----------------------------------------------------------------------------------
 
 
 def test_five_thousand_rows_of_any_text_make_a_small_page(results):
@@ -222,6 +223,17 @@ def test_five_thousand_rows_of_any_text_make_a_small_page(results):
     assert len(page.encode()) < 3_000_000
     assert "5,000 pass only with a" in words(page) and "Of each kind the first 100 are here" in words(page)
     assert page.count("<script>") == 1 and "<img" not in page and "\u202e" not in page and "\x00" not in page
+
+
+@needs_chromium
+def test_what_a_browser_makes_of_it(results):
+    make_dataset(results, "e", [row("x:1", "ONE"), row("x:2", ATTACK)])
+    make_run(results, "c", {"lora": {"r": 8}}, better=1.5, noise=0.4, right=0.7)
+    edit_rows(
+        results / "c/tuned/likelihood.jsonl", lambda index, row: row.update(nll=max(0, row["nll"] + (-1) ** index * 5))
+    )
+    make(results, "a", "c", datasets=("d", "e"))
+    assert problems(results / "compare.html") == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from argparse import Namespace
 from html import unescape
 
 import pytest
+from browser import needs_chromium, opened, problems
 from comparing import OPTIONS, edit, edit_rows, make_run
 from planning import Log
 from test_paired import samples
@@ -154,6 +155,19 @@ def test_many_rows_make_a_small_harmless_page(tmp_path):
     assert len(page.encode()) < 300_000
     assert page.count("<script>") == 1 and "<img" not in page and "\u202e" not in page and "\x00" not in page
     assert "⟨U+202E⟩" in page and "more characters)" in page
+
+
+@needs_chromium
+def test_what_a_browser_makes_of_it(three):
+    make(three, {"good": "d", "same": "e", "bad": "d"})
+    assert problems(three / "summary.html") == []
+    with opened(three / "summary.html") as (tab, _):
+        column = tab.locator("#runs tbody th")
+        tab.locator("select[name=from]").select_option("d")
+        assert sorted(column.filter(visible=True).all_inner_texts()) == ["bad", "good"]
+        tab.locator("select[name=from]").select_option("")
+        tab.locator("#runs th", has_text="hours").locator("button").click()
+        assert column.all_inner_texts()[0] == "good"  # two GPU hours, the others one of a CPU
 
 
 # --- the ranking of answers -------------------------------------------------------------------------------------------
