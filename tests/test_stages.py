@@ -81,7 +81,7 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
 )
 def test_an_edit_reaches_the_stages_that_read_it_and_no_other(edit, stages):
     before, after = read_by_stages(config(PROMPT)), read_by_stages(config(PROMPT, edit))
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
 
 
 def test_the_order_of_keys_is_nothing():
