@@ -15,7 +15,6 @@ from moult.workflow.stages import STAGES, encoded_as, measured_as, stage_setting
 BOTH = {"evaluate_base", "evaluate_tuned"}
 ASKING = {*BOTH, "smoke_test"}
 BENCHMARKS = {"benchmark_base", "benchmark_tuned"}
-BESIDE_EACH_OTHER = {"summary", "compare"}
 PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
 
 
@@ -40,13 +39,13 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("runs: {a: {lora: {r: 8}}}", {"plan", "finetune"}),
         ("runs: {b: {lora: {r: 8}}}", set()),
         ("runs: {v: {dataset: a, lora: {r: 8}}}", set()),
-        ("seed: 5", {"prepare", "finetune", "score", *BESIDE_EACH_OTHER}),
+        ("seed: 5", {"prepare", "finetune", "score"}),
         ("runs: {a: {seed: 5}}", {"finetune", "score"}),
         ("runs: {a: {seeds: [0, 5]}}", {"score"}),
         ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "contamination", "score"}),
         ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score", "smoke_test"}),
         ("eval: {row_expect: {exact: true}}", {"score"}),
-        ("eval: {confidence: 0.9}", {"score", *BESIDE_EACH_OTHER}),
+        ("eval: {confidence: 0.9}", {"score"}),
         ("eval: {max_new_tokens: 9}", ASKING),
         ("eval: {forgetting: false}", {*BOTH, "score"}),
         ("eval: {forgetting_limit: 0.2}", {"score"}),
