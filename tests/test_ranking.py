@@ -29,8 +29,8 @@ def both_tails(difference: float, variance: float, df: float) -> float:
 
 
 def test_the_ranking_by_hand():
-    """Three runs, two seeds, eight rows. Each step is computed anew, in another way: the rows by the formula of the standard error,
-    where the ranking has its bootstrap, and Student's distribution by its density."""
+    """Three runs, two seeds, eight rows. Each step is computed in another way than by the ranking: the noise of the rows by the
+    formula of the standard error instead of the bootstrap, and Student's distribution from its density."""
     rows = np.array([1.0, 1.4, 0.8, 1.2, 1.1, 0.9, 1.3, 0.7])
     reacts = {
         "a": np.zeros(8),
