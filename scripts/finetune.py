@@ -45,6 +45,7 @@ from moult.training.checkpoints import (
     FORMAT,
     UNPACKED,
     adopt,
+    checkpoint_folders,
     claim,
     differences,
     fault_of,
@@ -70,6 +71,9 @@ def main() -> None:
     parser.add_argument("--training-log", required=True, help="output: training log (.jsonl)")
     parser.add_argument("--image", help="identity of the container image; part of the fingerprint")
     parser.add_argument("--resume-from", help="checkpoint to continue from, instead of the newest in --state")
+    parser.add_argument(
+        "--start-from", help="--state of a run with the same settings, to go on from if --state is empty"
+    )
     args = parser.parse_args()
 
     settings = args.settings
@@ -109,7 +113,8 @@ def make_fingerprint(settings: dict, args) -> dict:
         "format": FORMAT,
         "code": hash_of_script(Path(__file__)),
         "image": args.image,
-        "settings": {**settings, "train": train},
+        # Where it stops changes no step before.
+        "settings": {name: value for name, value in settings.items() if name != "stop_after"} | {"train": train},
         "tokens": {name: sha256_file(tokens / name) for name in ("train.parquet", "val.parquet")},
         "model": open_model(args.model)[1]["files"],
         "versions": {name: value for name, value in versions().items() if name not in ("moult", "python")},
@@ -138,12 +143,16 @@ def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop
     def find_checkpoint() -> Path | None:
         if args.resume_from:
             return adopt(Path(args.resume_from), state, keep_best)
-        return newest_whole(state, fingerprint, keep_best)
+        resume = newest_whole(state, fingerprint, keep_best)
+        if resume or not args.start_from:
+            return resume
+        return started_from(Path(args.start_from), state, fingerprint, keep_best, log)
 
+    last = min(total, settings.get("stop_after") or total)
     resume = from_main_process(find_checkpoint)
     if rank() == 0:
         restore_log(state, resume)
-    if resume and is_last(resume, total, settings["train"]):
+    if resume and is_last(resume, last, settings["train"]):
         # transformers would train one step more.
         log.info("%s is the checkpoint of the last step: nothing to train", resume)
         end = step_of(resume)
@@ -151,16 +160,25 @@ def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop
         if resume:
             log.info("continuing from %s (of %s steps)", resume, f"{total:,}")
         trainer = make_trainer(settings, args, state, fingerprint, device, stop, resume, log)
-        end = train(trainer, resume, total, stop, log)
+        end = train(trainer, resume, total, last, stop, log)
     if rank() == 0:
         publish(settings, args, state, fingerprint, device, end, total, log)
         shutil.rmtree(state / UNPACKED, ignore_errors=True)
 
 
-def is_last(checkpoint: Path, total: int, train: dict) -> bool:
-    """Whether training has ended with this checkpoint: at its last step, or early."""
+def is_last(checkpoint: Path, last: int, train: dict) -> bool:
+    """Whether training has ended with this checkpoint: at the step `last`, or early."""
     history = read_json(checkpoint / "trainer_state.json")["log_history"]
-    return step_of(checkpoint) >= total or EarlyStopping.of(train).ends(history)
+    return step_of(checkpoint) >= last or EarlyStopping.of(train).ends(history)
+
+
+def started_from(before: Path, state: Path, fingerprint: dict, keep_best: bool, log) -> Path | None:
+    """A copy of the newest checkpoint in `before`, the state of a run that stopped earlier and is otherwise the same; or None."""
+    for checkpoint in reversed(checkpoint_folders(before)):
+        if fault_of(checkpoint, fingerprint, keep_best) is None:
+            return adopt(checkpoint, state, keep_best)
+    log.warning("%s has no checkpoint of this run: training starts at the first step", before)
+    return None
 
 
 def from_main_process(find: Callable):
@@ -250,6 +268,7 @@ def make_trainer(
                 sizes=batch_sizes(settings["train"], device, found),
                 unmasked=batches.unmasked,
                 early_stopping=EarlyStopping.of(settings["train"]),
+                stop_after=settings.get("stop_after"),
             )
     except (ImportError, RuntimeError, ValueError) as error:  # settings that Trainer or TRL refuses
         raise MoultError(
@@ -289,8 +308,8 @@ def open_tokens(tokens: Path, state: Path) -> list:
     return [Dataset.from_file(path) for path in from_main_process(unpack_both)]
 
 
-def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> int:
-    """Train to the end, and return its step. Raises MoultError if a signal ends it before."""
+def train(trainer, resume: Path | None, total: int, last: int, stop: StopSignal, log) -> int:
+    """Train to the end, and return its step: `last`, or an earlier one. Raises MoultError if a signal ends it before."""
     stop.training = True
     with enough_memory("training", "lower train.per_device_train_batch_size"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -301,12 +320,12 @@ def train(trainer, resume: Path | None, total: int, stop: StopSignal, log) -> in
             f"the trainer counts {trainer.state.max_steps} steps, the plan {total}",
             "this is a bug in Moult; please report it",
         )
-    if step < total and trainer.early_stopping.ends(trainer.state.log_history):
+    if step < last and trainer.early_stopping.ends(trainer.state.log_history):
         patience = trainer.early_stopping.patience
         log.info("no gain in %d validations: training ends at step %s of %s", patience, f"{step:,}", f"{total:,}")
-    elif step < total:
+    elif step < last:
         raise MoultError(
-            f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {total:,}; checkpoint saved",
+            f"stopped by {stop.received or 'a signal to another process'} at step {step:,} of {last:,}; checkpoint saved",
             "run the same command again to go on",
             UNFINISHED,
         )
@@ -347,7 +366,7 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, e
             "adapter_sha256": sha256_file(Path(args.adapter) / "adapter_model.safetensors"),
             "step": step,
             "steps": total,
-            "ended": {"step": end, "because": "last step" if end == total else "early stopping"},
+            "ended": {"step": end, "because": why_ended(end, total, settings.get("stop_after"))},
             "batch": last["train_batch_size"],
             "validation_loss": {
                 "published": losses[0] if losses else None,
@@ -368,6 +387,10 @@ def publish(settings: dict, args, state: Path, fingerprint: dict, device: str, e
         f"{end:,}",
         f", validation loss {losses[0]:.4f}" if losses else "",
     )
+
+
+def why_ended(end: int, total: int, stop_after: int | None) -> str:
+    return "last step" if end == total else "stop_after" if end == stop_after else "early stopping"
 
 
 def check_trained(path: Path) -> None:

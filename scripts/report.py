@@ -87,7 +87,8 @@ def write_report(args, log) -> None:
         checks=sorted({name for sample in samples for name in sample["failed"]}),
         kinds=sorted({sample["kind"] for sample in samples}),
         curves=curves(steps, adapter),
-        adapter=adapter,
+        training=training_of(steps, adapter, plan),
+        hardware=", ".join(f"{name} {value}" for name, value in adapter["hardware"].items()),
         flow=flow(fates),
         fates=fates,
         lengths=lengths(token_report),
@@ -97,6 +98,7 @@ def write_report(args, log) -> None:
         languages=languages_of(ledger, args.rows, args.base_likelihood, args.tuned_likelihood),
         predicted=predicted(plan, adapter),
         config=config_of(args.run, args.settings),
+        folder=folder,
         target=folder / "metrics.json",
         files={"base": metrics["provenance"]["base"]["files"], "merged": metrics["provenance"]["merged_files"]},
     )
@@ -119,9 +121,11 @@ def measures_of(metrics: dict) -> list[dict]:
     """What the forest plots show: of each measure name, unit, difference with its interval, base, tuned, and how it changed."""
     found = []
     if likelihood := metrics["likelihood"]:
-        found.append(measure("loss", "nats per token", likelihood, "nll_per_token", -1))
+        found.append(measure("test rows", "nats per token on the rows' answers", likelihood, "nll_per_token", -1))
     if general := metrics["general_text"]:
-        found.append(measure("general text", "nats per token", general, None, -1))
+        one = measure("general text", "nats per token on the general text", general, None, -1)
+        known = general["base"]["value"] < general["guess"]
+        found.append(one if known else {**one, "change": "not counted"})
     for part, answers in metrics["answers"].items():
         rates = {"passed": answers.get("passed"), "stopped": answers["stopped"]}
         if part != "all":
@@ -152,7 +156,7 @@ def measure(name: str, unit: str, figures: dict, key: str | None, sign: int, sca
         "value": scale * difference["value"],
         "low": scale * low,
         "high": scale * high,
-        "change": "unclear" if not clear else "better" if better else "worse",
+        "change": "inconclusive" if not clear else "better" if better else "worse",
     }
 
 
@@ -208,6 +212,26 @@ def marked(base: str, tuned: str) -> tuple[list[tuple[bool, str]], list[tuple[bo
             if part:
                 pieces.append((kind != "equal", "".join(part)))
     return before, after
+
+
+# --- the training -----------------------------------------------------------------------------------------------------
+
+
+def training_of(steps: list[dict], adapter: dict, plan: dict) -> list[tuple[str, str]]:
+    lora, train = adapter["settings"]["lora"], adapter["settings"]["train"]
+    epoch = max((entry["epoch"] for entry in steps), default=0)
+    targets = lora["target_modules"]
+    return [
+        ("published", f"step {adapter['step']:,} of {adapter['steps']:,} ({adapter['chosen']})"),
+        ("ended", f"step {adapter['ended']['step']:,}, epoch {epoch:.2f}: {adapter['ended']['because']}"),
+        ("batch", f"{plan['steps']['sequences_per_step']:,} sequences a step"),
+        ("learning rate", f"{train['learning_rate']:g}, {train['lr_scheduler_type']}"),
+        (
+            "LoRA",
+            f"r {lora['r']}, alpha {lora['lora_alpha']}, {targets if isinstance(targets, str) else ', '.join(targets)}",
+        ),
+        ("trained", f"{plan['parameters']['trainable']:,} of {plan['parameters']['base']:,} parameters"),
+    ]
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------

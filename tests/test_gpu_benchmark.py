@@ -11,7 +11,7 @@ from workflow import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 
 import benchmark
-from report import BEGIN, END, table, write_into
+from gpu_figures import BEGIN, END, table, write_into
 
 MACHINE = {
     "cards": ["NVIDIA H100 80GB HBM3, 81559 MiB, 580.65.06, 700.00 W"],

@@ -66,7 +66,12 @@ def figures(base: float, tuned: float, interval: list[float]) -> dict:
 
 @pytest.mark.parametrize(
     ("interval", "sign", "change"),
-    [([0.1, 0.3], 1, "better"), ([0.1, 0.3], -1, "worse"), ([-0.1, 0.5], 1, "unclear"), ([0, 0.5], 1, "unclear")],
+    [
+        ([0.1, 0.3], 1, "better"),
+        ([0.1, 0.3], -1, "worse"),
+        ([-0.1, 0.5], 1, "inconclusive"),
+        ([0, 0.5], 1, "inconclusive"),
+    ],
 )
 def test_a_measure_is_clear_if_its_interval_leaves_out_0(interval, sign, change):
     found = report.measure("m", "points", figures(0.1, 0.3, interval), None, sign, 100)

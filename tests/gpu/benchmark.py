@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "tools"))
 
+from gpu_figures import table, write_into
 from recipe_tables import SHAPES
-from report import table, write_into
 
 from moult.files import canonical, read_json, read_jsonl, write_json, write_jsonl
 from moult.workflow.config import load_schema, resolve

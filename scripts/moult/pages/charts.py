@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from markupsafe import Markup, escape
 
+from moult.pages.page import visible
+
 # A chart is drawn twice: for a wide page and for a phone.
 WIDE, NARROW = 760, 310
 
@@ -52,6 +54,7 @@ CONFIG = {
         "titleFontSize": 12,
         "titleFontWeight": "normal",
         "labelLimit": 260,
+        "labelSeparation": 10,  # the reader's letters may be wider than those that the labels were measured with
     },
     "legend": {
         "labelColor": COLOUR["text"],
@@ -60,10 +63,16 @@ CONFIG = {
         "titleFontSize": 12,
         "orient": "top",
         "titleFontWeight": "normal",
+        "symbolBaseStrokeColor": COLOUR["soft"],
+        "symbolFillColor": COLOUR["soft"],
+        "layout": {"top": {"direction": "vertical"}},
     },
     "title": {"color": COLOUR["text"], "fontSize": 13, "anchor": "start"},
     "header": {"labelColor": COLOUR["text"], "titleColor": COLOUR["soft"]},
+    # What a chart does not colour itself: Vega's own colours are of no theme.
+    "mark": {"color": COLOUR["tuned"]},
     "text": {"color": COLOUR["text"]},
+    "rule": {"color": COLOUR["soft"]},
     "range": {"category": SERIES},
 }
 
@@ -80,10 +89,19 @@ def figure(caption: str, chart: Callable[[int], object]) -> Markup:
     return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
 
 
+def _visible(spec):
+    """All texts of a chart. A control character would end this process: vl-convert's SVG is XML."""
+    if isinstance(spec, dict):
+        return {_visible(key): _visible(value) for key, value in spec.items()}
+    if isinstance(spec, list):
+        return [_visible(value) for value in spec]
+    return visible(spec) if isinstance(spec, str) else spec
+
+
 def _svg(chart, caption: str) -> str:
     import vl_convert
 
-    spec = chart.to_dict()
+    spec = _visible(chart.to_dict())
     spec["config"] = {**spec.get("config", {}), **CONFIG}
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     svg = _DRAWN.sub(lambda hit: f'{hit[1]}="{_VARIABLE[hit[2]]}"', svg)

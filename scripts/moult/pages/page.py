@@ -1,7 +1,8 @@
 """Write a page: one file that needs no network, with one look, in which every text of a model or a dataset is only text.
 
 Jinja escapes all that a template shows. Beside that, a content security policy names the hashes of our own stylesheet and script:
-nothing else can run or load, whatever a row contains. `shown` makes visible what a browser would obey or hide.
+nothing else can run or load, whatever a row contains. What a browser would obey or hide is made visible on every page; `shown`
+cuts what is too long.
 """
 
 import base64
@@ -34,20 +35,22 @@ def render(template: str, **values) -> str:
     policy = (
         f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; base-uri 'none'"
     )
-    return (
-        _templates()
-        .get_template(template)
-        .render(style=style, script=script, policy=policy, version=__version__, **values)
-    )
+    page = _templates().get_template(template)
+    return visible(page.render(style=style, script=script, policy=policy, version=__version__, **values))
 
 
 def shown(text: object, limit: int = LONGEST_TEXT) -> str:
     """`text` as a person can see all of it: what is invisible as its code point, what is too long cut, with how much is left."""
     text = str(text)
     left = len(text) - limit
-    text = _INVISIBLE.sub(lambda hit: f"⟨U+{ord(hit.group()):04X}⟩", text[:limit].replace("\r\n", "\n"))
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair
+    text = visible(text[:limit].replace("\r\n", "\n"))
     return f"{text} … ({left:,} more characters)" if left > 0 else text
+
+
+def visible(text: str) -> str:
+    """What is invisible as its code point. Whole pages go through this, so that no template can forget it."""
+    text = _INVISIBLE.sub(lambda hit: f"⟨U+{ord(hit.group()):04X}⟩", text)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair
 
 
 @cache

@@ -7,7 +7,13 @@ from markupsafe import Markup
 
 from moult.pages.charts import CHANGES, COLOUR, LABELS, NARROW, WORDS, figure
 
-SHAPES = {"better": "triangle-up", "worse": "triangle-down", "unclear": "circle"}
+# How a measure has changed: its colour and its symbol.
+KINDS = {
+    "better": (CHANGES["better"], "triangle-up"),
+    "worse": (CHANGES["worse"], "triangle-down"),
+    "inconclusive": (CHANGES["unclear"], "circle"),
+    "not counted": (COLOUR["base"], "cross"),
+}
 
 
 def forests(measures: list[dict], confidence: str) -> list[Markup]:
@@ -15,9 +21,9 @@ def forests(measures: list[dict], confidence: str) -> list[Markup]:
     units = dict.fromkeys(measure["unit"] for measure in measures)
     return [
         figure(
-            f"Difference between tuned and base, in {unit}, with its {confidence} interval. "
+            f"Tuned against base: the difference in {unit}, with its {confidence} interval. "
             + ("More is better." if unit == "points" else "Less is better.")
-            + " An interval that contains 0 may be chance.",
+            + " A difference whose interval contains 0 may be chance.",
             partial(forest, [one for one in measures if one["unit"] == unit], unit),
         )
         for unit in units
@@ -34,12 +40,13 @@ def forest(measures: list[dict], unit: str, width: int):
     data = alt.Chart(alt.Data(values=rows))
     y = alt.Y("label:N", sort=None, title=None, axis=alt.Axis(labelLimit=LABELS[width], domain=False, ticks=False))
     plot = width - LABELS[width] - WORDS[width] - 20
-    kinds = list(CHANGES)
+    kinds = {kind: look for kind, look in KINDS.items() if any(row["change"] == kind for row in rows)}
+    colours, shapes = zip(*kinds.values(), strict=True)
     colour = alt.Color(
-        "change:N", scale=alt.Scale(domain=kinds, range=list(CHANGES.values())), legend=alt.Legend(title=None)
+        "change:N", scale=alt.Scale(domain=list(kinds), range=list(colours)), legend=alt.Legend(title=None)
     )
-    shape = alt.Shape("change:N", scale=alt.Scale(domain=kinds, range=[SHAPES[kind] for kind in kinds]))
-    x = alt.X("low:Q", title=f"difference, {unit}", axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True))
+    shape = alt.Shape("change:N", scale=alt.Scale(domain=list(kinds), range=list(shapes)))
+    x = alt.X("low:Q", title=f"difference, {unit}", axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True, padding=8))
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=COLOUR["soft"], strokeWidth=1).encode(x="zero:Q")
     layers = [
         zero,
@@ -95,13 +102,13 @@ def curve_panels(steps: list[dict], adapter: dict, width: int):
     colour = alt.Color(
         "of:N",
         scale=alt.Scale(domain=["train", "validation"], range=[COLOUR["base"], COLOUR["tuned"]]),
-        legend=alt.Legend(title=None),
+        legend=alt.Legend(title=None, symbolType="stroke"),
     )
     title = "loss, log scale" if spread else "loss"
     chart = alt.Chart(alt.Data(values=losses))
     loss_y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=4))
-    dash = alt.StrokeDash("of:N", scale=alt.Scale(domain=["train", "validation"], range=[[1, 0], [6, 3]]))
-    shape = alt.Shape("of:N", scale=alt.Scale(domain=["train", "validation"], range=["circle", "diamond"]))
+    dash = alt.StrokeDash("of:N", scale=alt.Scale(domain=["train", "validation"], range=[[1, 0], [6, 3]]), legend=None)
+    shape = alt.Shape("of:N", scale=alt.Scale(domain=["train", "validation"], range=["circle", "diamond"]), legend=None)
     panels = [
         alt.layer(
             best,
@@ -120,7 +127,8 @@ def curve_panels(steps: list[dict], adapter: dict, width: int):
         if values:
             line = alt.Chart(alt.Data(values=values)).mark_line(strokeWidth=2, color=COLOUR["tuned"])
             y = alt.Y("value:Q", title=title, axis=alt.Axis(tickCount=3, format="~g"))
-            panels.append(alt.layer(best, line.encode(x=x, y=y)).properties(width=plot, height=90))
+            title_of_x = "step" if key == "grad_norm" else None
+            panels.append(alt.layer(best, line.encode(x=x.title(title_of_x), y=y)).properties(width=plot, height=90))
     return alt.vconcat(*panels, spacing=8)
 
 
@@ -144,7 +152,7 @@ def waterfall(fates: list[dict], width: int):
         rows.append({**fate, "start": min(start, end), "end": max(start, end), "told": told})
     data = alt.Chart(alt.Data(values=rows))
     y = alt.Y("what:N", sort=None, title=None, axis=alt.Axis(labelLimit=LABELS[width], domain=False, ticks=False))
-    kinds = {"have": "rows there", "used": "other part", "lost": "left out"}
+    kinds = {"have": "rows", "used": "held out to measure", "lost": "left out"}
     named = " : ".join(f"datum.label == '{kind}' ? '{told}'" for kind, told in kinds.items())
     colour = alt.Color(
         "kind:N",
@@ -180,18 +188,20 @@ def length_curves(report: dict, longest: int, width: int):
     shown = [name for part, name in parts.items() if report[part]["length"]["quantiles"]]
     limit = report["max_length"]
     x = alt.X("length:Q", title="tokens", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
-    colours = [COLOUR["tuned"], COLOUR["c1"], COLOUR["base"]][: len(shown)]
+    count = len(shown)
+    colours = alt.Scale(domain=shown, range=[COLOUR["tuned"], COLOUR["c1"], COLOUR["base"]][:count])
+    dashes = alt.Scale(domain=shown, range=[[1, 0], [6, 3], [2, 2]][:count])
     lines = (
         alt.Chart(alt.Data(values=rows))
-        .mark_line(point=alt.OverlayMarkDef(size=30), strokeWidth=2)
+        .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x=x,
             order="share:Q",
             y=alt.Y("share:Q", title="share of sequences", axis=alt.Axis(format="%", tickCount=5)),
-            color=alt.Color("part:N", scale=alt.Scale(domain=shown, range=colours), legend=alt.Legend(title=None)),
-            strokeDash=alt.StrokeDash("part:N", scale=alt.Scale(domain=shown, range=[[1, 0], [6, 3], [2, 2]][: len(shown)])),
+            color=alt.Color("part:N", scale=colours, legend=alt.Legend(title=None, symbolType="stroke")),
+            strokeDash=alt.StrokeDash("part:N", scale=dashes, legend=None),
         )
-    )  # fmt: skip
+    )
     if limit and limit <= 1.5 * longest:
         rule = alt.Chart(alt.Data(values=[{"length": limit}])).mark_rule(strokeDash=[5, 4], color=COLOUR["worse"])
         return alt.layer(lines, rule.encode(x=x)).properties(width=width - 70, height=200)

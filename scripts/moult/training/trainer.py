@@ -48,6 +48,7 @@ class Finetuner(SFTTrainer):
         sizes: batch sizes to try, the largest first (arguments.batch_sizes).
         unmasked: padded rows need no attention mask (packing.try_batches).
         early_stopping: when training ends before its last step.
+        stop_after: the step at which it ends, though the schedule goes on. None: at the last step.
     """
 
     control: Any  # Trainer's own
@@ -68,6 +69,7 @@ class Finetuner(SFTTrainer):
         sizes: list[int],
         unmasked: bool,
         early_stopping: EarlyStopping,
+        stop_after: int | None,
         **kwargs,
     ):
         # transformers (5.23, trainer.py:632) refuses to save what it has loaded in parts, because the optimizer's state would be
@@ -83,7 +85,7 @@ class Finetuner(SFTTrainer):
         self.state_folder, self.fingerprint = state, fingerprint
         self.val_rows, self.pad_id = val_rows, pad_id
         self.keep_best, self.keep = keep_best, keep
-        self.stop, self.resume, self.early_stopping = stop, resume, early_stopping
+        self.stop, self.resume, self.early_stopping, self.stop_after = stop, resume, early_stopping, stop_after
         self.staging = state / STAGING
         self.other_seconds = 0.0
         self.start_clock()

@@ -28,7 +28,7 @@ class Watch(TrainerCallback):
             self.trainer.restore_averages(self.trainer.resume)
             self.resumed_from = state.global_step
         if state.is_world_process_zero:
-            self.bar = progress(state.max_steps, "steps", initial=state.global_step)
+            self.bar = progress(self._last(state), "steps", initial=state.global_step)
         self.trainer.start_clock()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -36,12 +36,15 @@ class Watch(TrainerCallback):
             self.bar.update(note=self.note)
         if state.epoch.is_integer():
             DefaultFlowCallback().on_epoch_end(args, state, control)
-        last = state.global_step >= state.max_steps
+        last = state.global_step >= self._last(state)
         if last and args.eval_strategy != "no":
             control.should_evaluate = True
         if last or self._asked_to_stop():
             control.should_save = True
             control.should_training_stop = True
+
+    def _last(self, state) -> int:
+        return min(state.max_steps, self.trainer.stop_after or state.max_steps)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # on_step_end has done this work in the last step of the epoch. Otherwise the checkpoint of that step would miss the

@@ -1,4 +1,4 @@
-// What a page does: a switch of the theme, tables that sort, lists that filter. Without this script all is shown.
+// What a page does: a switch of the theme, boxes that scroll, tables that sort, lists that filter. Without this script all is shown.
 "use strict";
 
 // --- theme: as the system has it, light, dark ---
@@ -19,6 +19,16 @@ button.addEventListener("click", () => {
   keep.write(theme);
   setTheme(theme);
 });
+
+// --- boxes: the keyboard reaches what scrolls, and only that ---
+const scrolls = (box) => box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
+const boxes = new ResizeObserver((changes) => {
+  for (const { target: box } of changes) {
+    if (scrolls(box)) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+});
+for (const box of document.querySelectorAll(".scroll, .text, pre")) boxes.observe(box);
 
 // --- tables: a click on a heading sorts by that column; data-value is what counts, else the text ---
 for (const table of document.querySelectorAll("table.sortable")) {
