@@ -50,16 +50,11 @@ include: "rules/sweep.smk"
 
 
 rule all:
-    """The metrics of every run in the config, its page, and the cards of its models."""
-    default_target: True
-    input:
-        expand(at.metrics, run=asked_for(config["runs"])),
-        expand(at.run_report, run=asked_for(config["runs"])),
-        expand(at.merged_card, run=asked_for(config["runs"])),
-    """The metrics of every run in the config, and the cards of its models. Not of the runs of sweeps."""
+    """The metrics of every run in the config, its page, and the cards of its models. Not of the runs of sweeps."""
     default_target: True
     input:
         expand(at.metrics, run=asked_for(config)),
+        expand(at.run_report, run=asked_for(config)),
         expand(at.merged_card, run=asked_for(config)),
 
 
