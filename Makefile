@@ -3,6 +3,7 @@
 # make test-all   all tests: also kills at random instants, containers and Slurm where they are installed, many whole runs.
 #             PYTEST_ARGS is passed to pytest. CI runs `make test`, and then make test-all PYTEST_ARGS='-m slow'
 # make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml
+# make explain  say of each run which stages would run again, and why: CONFIG=mine.yaml
 # make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
 # make bench  measure training on this CPU beside TRL's defaults and a bare loop, and write the table into BENCHMARKS.md
@@ -34,7 +35,7 @@ LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test test-all serve publish lint bench schema env image serve-image docker-image docker-serve-image \
+.PHONY: demo test test-all serve explain publish lint bench schema env image serve-image docker-image docker-serve-image \
     benchmark-image benchmark-env
 .DELETE_ON_ERROR:
 
@@ -49,6 +50,9 @@ test-all: $(VENV)/dev.stamp
 
 serve: $(VENV)/workflow.stamp
 	@$(BIN)/python scripts/tools/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)
+
+explain: $(VENV)/workflow.stamp
+	@$(BIN)/python scripts/tools/explain.py $(CONFIGFILE)
 
 publish: $(VENV)/workflow.stamp
 	@$(BIN)/python scripts/tools/publish.py --run $(or $(RUN),$(error which run? make publish RUN=<run> REPO=<name/model>)) \

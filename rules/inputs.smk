@@ -34,6 +34,11 @@ def of_other_seeds(place):
     )
 
 
+def run_before(place):
+    """Input: a file of the run that this one goes on from, if there is one."""
+    return of_run(lambda run: [place.format(run=run["start_from"])] if "start_from" in run else [])
+
+
 def folder_of(name):
     """Param: the folder of the input `name`. Not tracked, because the input itself is."""
     return known(lambda wildcards, input: Path(input[name]).parent)
