@@ -22,7 +22,7 @@ rule sweep:
         likelihoods=of_sweep(at.tuned_likelihood, seeds=True),
         adapters=of_sweep(at.adapter_summary, seeds=True),
     output:
-        page=at.sweep,
+        page=report(at.sweep, caption="captions/sweep.rst", category="Sweeps", labels={"sweep": "{sweep}"}),
         ranking=at.sweep_ranking,
     log:
         "<logs>/sweeps/{sweep}/sweep.log",
