@@ -47,8 +47,11 @@ include: "rules/evaluate.smk"
 include: "rules/benchmark.smk"
 include: "rules/score.smk"
 include: "rules/report.smk"
+include: "rules/summary.smk"
+include: "rules/compare.smk"
 include: "rules/smoke_test.smk"
 include: "rules/model_card.smk"
+include: "rules/rung.smk"
 include: "rules/sweep.smk"
 
 

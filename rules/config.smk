@@ -9,6 +9,7 @@ from moult.files import canonical
 from moult.workflow.config import ConfigError, duplicate_keys, load_schema, misplaced, resolve
 from moult.workflow.container import identity
 from moult.workflow.functions import known
+from moult.workflow.rungs import rung_name
 from moult.workflow.seeds import seed_runs
 from moult.workflow.stages import (
     benchmarked_as,

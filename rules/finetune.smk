@@ -15,6 +15,7 @@ rule finetune:
         val=of_encoder(at.val_tokens),
         report=of_encoder(at.report),
         template=of_encoder(at.template),
+        before=run_before(at.adapter_summary),
     output:
         adapter=directory(at.adapter),
         summary=at.adapter_summary,
@@ -43,12 +44,17 @@ rule finetune:
         code=code_of("finetune"),
         tokens=folder_of("report"),
         state=lambda wildcards, output: Path(output.summary).with_name(Path(at.trainer_state).name),
+        start=known(
+            lambda wildcards, input: [
+                f"--start-from={Path(path).with_name(Path(at.trainer_state).name)}" for path in input.before
+            ]
+        ),
         image=image_identity(),
         launch=launcher,
         threads=threads_of_process,
     shell:
         """
         {params.launch} {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --plan {input.plan:q} --state {params.state:q} --adapter {output.adapter:q} --summary {output.summary:q} \
+            --plan {input.plan:q} --state {params.state:q} {params.start:q} --adapter {output.adapter:q} --summary {output.summary:q} \
             --training-log {output.training_log:q} --image {params.image:q} --threads {params.threads} --log-file {log:q}
         """

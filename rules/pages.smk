@@ -7,11 +7,14 @@ PAGES = [
         "charts.py",
         "run_charts.py",
         "sweep_charts.py",
+        "pair_charts.py",
         "look/layout.html",
         "look/style.css",
         "look/page.js",
         "look/preview.html",
         "look/report.html",
+        "look/summary.html",
+        "look/compare.html",
         "look/sweep.html",
     )
 ]

@@ -1,18 +1,8 @@
 """Rank the runs of a sweep.
 
-Reads:  metrics of the runs; likelihoods and adapter summaries of the runs and their further seeds
+Reads:  metrics of the runs; likelihoods and adapter summaries of the runs and their further seeds; the rungs before
 Writes: results/sweeps/<sweep>.html, and the ranking beside it as JSON
 """
-
-
-def of_sweep(place, seeds):
-    """Input: a file of each run of a sweep, and with `seeds` of each of their further seeds."""
-
-    def files(wildcards):
-        runs = sweep_settings(config, wildcards.sweep)["runs"]
-        return [place.format(run=run) for name in runs for run in (runs[name]["trained"] if seeds else [name])]
-
-    return known(files)
 
 
 rule sweep:
@@ -21,6 +11,7 @@ rule sweep:
         metrics=of_sweep(at.metrics, seeds=False),
         likelihoods=of_sweep(at.tuned_likelihood, seeds=True),
         adapters=of_sweep(at.adapter_summary, seeds=True),
+        rungs=rungs_of_sweep,
     output:
         page=report(at.sweep, caption="captions/sweep.rst", category="Sweeps", labels={"sweep": "{sweep}"}),
         ranking=at.sweep_ranking,
@@ -36,6 +27,6 @@ rule sweep:
     shell:
         """
         python {params.script:q} --settings {params.settings:q} --sweep {wildcards.sweep:q} --metrics {input.metrics:q} \
-            --likelihoods {input.likelihoods:q} --adapters {input.adapters:q} --page {output.page:q} --ranking {output.ranking:q} \
-            --log-file {log:q}
+            --likelihoods {input.likelihoods:q} --adapters {input.adapters:q} --rungs {input.rungs:q} --page {output.page:q} \
+            --ranking {output.ranking:q} --log-file {log:q}
         """

@@ -6,7 +6,8 @@
         --page results/sweeps/lr.html --ranking results/sweeps/lr.json
 
 After score. `--metrics` in the order of the runs in the settings; the others in the order of all trainings: the first run with
-each seed, then the second. scripts/moult/measuring/ranking.py says what is tested and how.
+each seed, then the second. With rungs, only of the runs that went on after the last. scripts/moult/measuring/ranking.py says what
+is tested and how.
 """
 
 import json
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", required=True, help="metrics.json of each run")
     parser.add_argument("--likelihoods", nargs="+", required=True, help="the tuned likelihood.jsonl of each training")
     parser.add_argument("--adapters", nargs="+", required=True, help="adapter.json of each training")
+    parser.add_argument("--rungs", nargs="*", default=[], help="the ranking at each rung, which rung.py wrote")
     parser.add_argument("--page", required=True, help="output: the page")
     parser.add_argument("--ranking", required=True, help="output: the same as JSON")
     args = parser.parse_args()
@@ -38,6 +40,7 @@ def main() -> None:
             args.page,
             "sweep.html",
             charts=charts_of(found, list(args.settings["runs"])),
+            climbs=climbs_of(found),
             target=args.page,
             **words,
             **found,
@@ -48,7 +51,8 @@ def main() -> None:
 
 def ranked(sweep: str, settings: dict, args) -> dict:
     """The ranking, and for each run its values, its verdict, the answers that pass, and what it cost."""
-    names = list(settings["runs"])
+    rungs = dict(zip(settings["rungs"], map(read_json, args.rungs), strict=True))
+    names = rungs[settings["rungs"][-1]]["level"] if rungs else list(settings["runs"])
     metrics = dict(zip(names, map(read_json, args.metrics), strict=True))
     likelihoods = of_runs(names, [list(read_jsonl(path)) for path in args.likelihoods])
     adapters = of_runs(names, [read_json(path) for path in args.adapters])
@@ -69,10 +73,23 @@ def ranked(sweep: str, settings: dict, args) -> dict:
         "sweep": sweep,
         "dataset": settings["dataset"],
         "keys": settings["keys"],
+        "steps": max(adapter["steps"] for of in adapters.values() for adapter in of),
         "seeds": settings["seeds"],
+        "rungs": [rung_of(step, rung) for step, rung in rungs.items()],
         "measured_on": ROWS[next(iter(metrics.values()))["data"]["measured_on"]],
         **found,
         "places": [{**place, **of_run[place["run"]]} for place in found["places"]],
+    }
+
+
+def rung_of(step: int, found: dict) -> dict:
+    """A rung: its step, the loss of each run that was still there, and those that went no further."""
+    places = {place["run"]: place for place in found["places"]}
+    return {
+        "step": step,
+        "confidence": found["confidence"],
+        "losses": {run: place["loss"] for run, place in places.items()},
+        "dropped": [place for run, place in places.items() if run not in found["level"]],
     }
 
 
@@ -99,6 +116,8 @@ def passed(metrics: dict) -> dict[str, float]:
 def sentence(found: dict) -> str:
     """The result."""
     best, count, level = found["places"][0]["run"], len(found["places"]), len(found["level"])
+    if count == 1:
+        return f"{best} is the winner: each other run was clearly worse at a rung before."
     if found["winner"]:
         others = f"each of the other {count - 1} runs" if count > 2 else "the other run"
         return f"{best} is the winner: better than {others}."
@@ -129,6 +148,22 @@ def charts_of(found: dict, names: list[str]) -> list:
         panel(key, [point(place, key, keys, best) for place in places], found["unit"], found["confidence"])
         for key in keys
     ]
+
+
+def climbs_of(found: dict) -> list:
+    """A chart of the losses at the rungs and at the end, if there are rungs."""
+    from moult.pages.sweep_charts import climbs
+
+    if not found["rungs"]:
+        return []
+    ends = {place["run"]: place["loss"] for place in found["places"]}
+    stops = [(rung["step"], rung["losses"]) for rung in found["rungs"]] + [(found["steps"], ends)]
+    points = [
+        {"step": step, "run": run, "loss": loss["value"], "dropped": run not in ends}
+        for step, losses in stops
+        for run, loss in losses.items()
+    ]
+    return [climbs(points, found["unit"])]
 
 
 def point(place: dict, key: str, keys: list[str], best: str) -> dict:

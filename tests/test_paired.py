@@ -9,7 +9,6 @@ from moult.measuring.paired import (
     BITS,
     NATS,
     clear_pairs,
-    compare_all_likelihoods,
     compare_answers,
     compare_likelihoods,
     mcnemar,
@@ -93,14 +92,6 @@ def test_the_same_model_twice_is_not_different():
     a = rows(noisy(1))
     difference = compare_likelihoods(a, a, **OPTIONS)["difference"]
     assert (difference["value"], difference["p"]) == (0.0, 1.0)
-
-
-def test_several_models_are_compared_as_each_two_are_alone():
-    models = {"a": rows(noisy(1)), "b": rows(noisy(2, 1.1)), "c": rows(noisy(3, 1.2))}
-    found = compare_all_likelihoods(models, **OPTIONS)
-    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    for (a, b), pair in found.items():
-        assert pair == compare_likelihoods(models[a], models[b], **OPTIONS)
 
 
 def test_p_goes_on_where_no_resample_is_left():

@@ -7,6 +7,7 @@ several pairs corrects for that with `clear_pairs`: Holm's step-down test, as in
 """
 
 import math
+from collections.abc import Iterable
 from itertools import combinations
 from typing import Any, NamedTuple, TypedDict
 
@@ -66,38 +67,26 @@ class PairedAnswers(TypedDict):
 def compare_likelihoods(
     a_rows: list[dict], b_rows: list[dict], confidence: float, resamples: int, seed: int
 ) -> PairedLikelihood:
-    """Two models, on the rows that both have (likelihood.jsonl). Raises MoultError if there are none."""
-    return compare_all_likelihoods({"a": a_rows, "b": b_rows}, confidence, resamples, seed)["a", "b"]
+    """Two models, on the rows that both have (likelihood.jsonl).
 
-
-def compare_all_likelihoods(
-    rows: dict[str, list[dict]], confidence: float, resamples: int, seed: int
-) -> dict[Pair, PairedLikelihood]:
-    """Each two of several models, on the rows that all of them have. {(a, b): ...}, the names in their order.
-
-    In nats per token if all have cut each row into as many tokens; else in bits per byte, which does not depend on the
-    tokenizer. Raises MoultError if there is no row that all have.
+    In nats per token if both have cut each row into as many tokens; else in bits per byte, which does not depend on the
+    tokenizer. Raises MoultError if there is no row that both have.
     """
-    own = summed(rows)
-    values = own.losses.sum(axis=0) / own.weights.sum()
-    ratios = resample(own.losses, own.weights, resamples, seed)
-    found: dict[Pair, PairedLikelihood] = {}
-    for (i, a), (j, b) in combinations(enumerate(rows), 2):
-        value = float(values[j] - values[i])
-        difference = (ratios[:, j] - ratios[:, i])[:, None]
-        found[a, b] = {
-            "n": own.n,
-            "groups": len(own.weights),
-            "unit": own.unit,
-            "a": float(values[i]),
-            "b": float(values[j]),
-            "difference": {
-                "value": value,
-                "interval": quantiles(difference, confidence, len(own.weights))[0],
-                "p": _p(value, difference, confidence, len(own.weights)),
-            },
-        }
-    return found
+    own = summed({"a": a_rows, "b": b_rows})
+    a, b = (own.losses.sum(axis=0) / own.weights.sum()).tolist()
+    difference, groups = resample(own.losses, own.weights, resamples, seed)[:, -1:], len(own.weights)
+    return {
+        "n": own.n,
+        "groups": groups,
+        "unit": own.unit,
+        "a": a,
+        "b": b,
+        "difference": {
+            "value": b - a,
+            "interval": quantiles(difference, confidence, groups)[0],
+            "p": _p(b - a, difference, confidence, groups),
+        },
+    }
 
 
 class Summed(NamedTuple):
@@ -134,7 +123,7 @@ def summed(rows: dict[str, list[dict]]) -> Summed:
 
 def shared_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """Of each model the rows that all of them have, in the order of the first. Of one row there may be several sequences: the
-    first of one is compared with the first of the other."""
+    first of one is compared with the first of the other. Of two datasets, rows with one name may be two: their groups tell."""
     keyed = {name: _keyed(own) for name, own in rows.items()}
     first, *others = keyed.values()
     # Where one has cut off more of a row than the other, it is another text.
@@ -151,7 +140,7 @@ def shared_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 def _keyed(rows: list[dict]) -> dict[tuple, dict]:
     seen: dict = {}
-    return {_nth(row["id"], seen): row for row in rows}
+    return {_nth((row["id"], row["group"]), seen): row for row in rows}
 
 
 def _nth(key, seen: dict) -> tuple:
@@ -176,26 +165,42 @@ def compare_answers(a_samples: list[dict], b_samples: list[dict], confidence: fl
 
     Raises MoultError if there are none.
     """
-    places = shared_questions(a_samples, b_samples)
-    of_a = [passes(a_samples[place]) for place, _ in places]
-    of_b = [passes(b_samples[place]) for _, place in places]
-    rates = compare_rates(of_a, of_b, [a_samples[place]["group"] for place, _ in places], confidence)
-    only: dict[bool, list[list[int]]] = {True: [], False: []}
-    for both, a, b in zip(places, of_a, of_b, strict=True):
-        if a != b:
-            only[a].append(list(both))
-    exact = mcnemar(len(only[True]), len(only[False]))
-    return {
-        "n": rates["n"],
-        "independent": rates["independent"],
-        "a": rates["base"],
-        "b": rates["tuned"],
-        "difference": rates["difference"],
-        "only_a": only[True],
-        "only_b": only[False],
-        "mcnemar": exact,
-        "p": max(exact, rates["difference"]["p"]),
-    }
+    return compare_all_answers({"a": a_samples, "b": b_samples}, confidence)["a", "b"]
+
+
+def compare_all_answers(samples: dict[str, list[dict]], confidence: float) -> dict[Pair, PairedAnswers]:
+    """Each two of several models, on the questions that all of them were asked. {(a, b): ...}, the names in their order."""
+    places = shared_questions(samples)
+    passed = {name: [passes(own[place]) for place in places[name]] for name, own in samples.items()}
+    first = next(iter(samples))
+    groups = [samples[first][place]["group"] for place in places[first]]
+    found: dict[Pair, PairedAnswers] = {}
+    for a, b in combinations(samples, 2):
+        rates = compare_rates(passed[a], passed[b], groups, confidence)
+        only: dict[bool, list[list[int]]] = {True: [], False: []}
+        for place_a, place_b, of_a, of_b in zip(places[a], places[b], passed[a], passed[b], strict=True):
+            if of_a != of_b:
+                only[of_a].append([place_a, place_b])
+        exact = mcnemar(len(only[True]), len(only[False]))
+        found[a, b] = {
+            "n": rates["n"],
+            "independent": rates["independent"],
+            "a": rates["base"],
+            "b": rates["tuned"],
+            "difference": rates["difference"],
+            "only_a": only[True],
+            "only_b": only[False],
+            "mcnemar": exact,
+            "p": max(exact, rates["difference"]["p"]),
+        }
+    return found
+
+
+def counted(samples: Iterable[dict], metrics: dict) -> list[dict]:
+    """The samples without the prompts that score has left out, because they are in the training rows (metrics.json)."""
+    found = metrics["contamination"]
+    left_out = set(found["prompts"]) if found and found["policy"] == "exclude" else set()
+    return [sample for sample in samples if sample["kind"] != "prompt" or sample["id"] not in left_out]
 
 
 def passes(sample: dict) -> bool:
@@ -203,33 +208,30 @@ def passes(sample: dict) -> bool:
     return all(sample["tuned"]["checks"].values())
 
 
-def shared_questions(a_samples: list[dict], b_samples: list[dict]) -> list[tuple[int, int]]:
-    """(place in a, place in b) of the same questions with the same checks, in the order of a.
+def shared_questions(samples: dict[str, list[dict]]) -> dict[str, list[int]]:
+    """Of each model the places of the questions that all were asked and that have the same checks, in the order of the first.
 
     The prompt of a row is in the words of its chat template, so rows are the same if their references are; all others if their
     prompts are.
     """
-
-    def keyed(samples: list[dict]) -> dict[tuple, int]:
+    keyed = {}
+    for name, own in samples.items():
         seen: dict = {}
-        return {
-            _nth((s["kind"], s["id"], s["reference"] if s["kind"] == "row" else s["prompt"]), seen): place
-            for place, s in enumerate(samples)
+        keyed[name] = {
+            _nth(
+                (s["kind"], s["id"], s["reference" if s["kind"] == "row" else "prompt"], *s["tuned"]["checks"]), seen
+            ): place
+            for place, s in enumerate(own)
             if s["tuned"]["checks"]
         }
-
-    a, b = keyed(a_samples), keyed(b_samples)
-    places = [
-        (place, b[key])
-        for key, place in a.items()
-        if key in b and a_samples[place]["tuned"]["checks"].keys() == b_samples[b[key]]["tuned"]["checks"].keys()
-    ]
-    if not places:
+    first, *others = keyed.values()
+    keys = [key for key in first if all(key in own for own in others)]
+    if not keys:
         raise MoultError(
-            "the two runs have no checked question in common",
-            "give both runs the same eval.prompts with expect, or the same eval.row_expect",
+            f"{some(list(samples))} have no checked question in common",
+            "give the runs the same eval.prompts with expect, or the same eval.row_expect",
         )
-    return places
+    return {name: [own[key] for key in keys] for name, own in keyed.items()}
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

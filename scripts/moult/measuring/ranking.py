@@ -74,7 +74,7 @@ class Ranking(TypedDict):
 
 
 def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, seed: int) -> Ranking:
-    """Rank `runs`: {name: of each of its seeds the rows of likelihood.jsonl}, two runs or more, each with as many seeds.
+    """Rank `runs`: {name: of each of its seeds the rows of likelihood.jsonl}, each with as many seeds.
 
     On the rows that all have. Raises MoultError if there are none.
     """
@@ -103,7 +103,7 @@ def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, s
     best = order[0]
     tests = {(i, j): test(i, j) for i, j in combinations(order, 2)}  # so those with the best are (best, other)
     corrected = holm_corrected({pair: p for pair, (_, p) in tests.items()})
-    all_at_once = max(p for (first, _), (_, p) in tests.items() if first == best)
+    all_at_once = max((p for (first, _), (_, p) in tests.items() if first == best), default=0.0)
     places: list[Place] = []
     for index in order:
         value = float(means[index])

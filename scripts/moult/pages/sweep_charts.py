@@ -87,3 +87,32 @@ def beside(points: list[dict], lines: list[str]) -> list[dict]:
         return x * (high / low) ** shift if wide else x + (high - low) * shift
 
     return [{**point, "at": shifted(point["x"], shifts[point["line"]])} for point in points]
+
+
+def climbs(points: list[dict], unit: str) -> Markup:
+    """The loss of each run at the rungs: those that went to the end, and those that were dropped.
+
+    points: [{"step", "run", "loss", "dropped"}].
+    """
+    caption = f"{unit.capitalize()} on the test rows at each rung and at the end, a line for each run. Less is better."
+    return figure(caption, partial(climbing, points, unit))
+
+
+def climbing(points: list[dict], unit: str, width: int):
+    import altair as alt
+
+    kinds = ["went on", "dropped"]
+    named = [{**point, "kind": kinds[point["dropped"]]} for point in points]
+    losses = [point["loss"] for point in points]
+    scale = alt.Scale(type="log" if min(losses) > 0 and max(losses) > 20 * min(losses) else "linear", zero=False)
+    colour = alt.Color(
+        "kind:N",
+        scale=alt.Scale(domain=kinds, range=[COLOUR["tuned"], COLOUR["worse"]]),
+        legend=alt.Legend(title=None),
+    )
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "triangle-down"]))
+    x = alt.X("step:Q", title="step", axis=alt.Axis(values=sorted({point["step"] for point in points}), format="~s"))
+    y = alt.Y("loss:Q", title=unit, scale=scale, axis=alt.Axis(tickCount=5))
+    chart = alt.Chart(alt.Data(values=named)).encode(x=x, y=y, detail="run:N", color=colour)
+    marks = chart.mark_point(filled=True, size=70, opacity=1).encode(shape=shape)
+    return alt.layer(chart.mark_line(strokeWidth=1.5), marks).properties(width=width - 80, height=240)

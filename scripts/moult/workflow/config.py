@@ -18,6 +18,7 @@ from moult.errors import MoultError, some
 from moult.files import canonical, sha256_text
 from moult.workflow.conflicts import dataset_problems, run_problems
 from moult.workflow.hints import unknown_key
+from moult.workflow.rungs import rung_problems, start_problems
 from moult.workflow.seeds import with_seeds
 from moult.workflow.sweeps import over_schema, sweep_runs
 
@@ -98,6 +99,7 @@ def resolve(config: dict, schema: dict) -> dict:
     for name, run in runs.items():
         problems += run_problems(name, run, config["datasets"].get(run["dataset"]))
         problems += _shortened(run["serve"]["vllm"], schema["$defs"]["serve"]["properties"]["vllm"]["properties"])
+        problems += start_problems(name, run, runs)
     config["runs"], clashes = with_seeds(runs)
     problems += clashes or _name_problems(config)
     if problems:
@@ -355,6 +357,8 @@ def _resolve_runs(config: dict, schema: dict, removed: set[str]) -> tuple[dict, 
             problems.append(f"{where}: makes the run {name}, which is there with other settings; rename the sweep")
         if where.startswith("sweeps.") and not run["eval"]["perplexity"]:
             problems.append(f"{where}: it ranks by nats per token; set eval.perplexity: true")
+        rungs = config["sweeps"][where.removeprefix("sweeps.")].get("rungs") if where.startswith("sweeps.") else None
+        problems += rung_problems(where, run, rungs) if rungs and "stop_after" not in run else []
         runs[name] = run
     return runs, problems
 

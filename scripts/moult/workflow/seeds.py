@@ -18,6 +18,8 @@ def with_seeds(runs: dict[str, dict]) -> tuple[dict[str, dict], list[str]]:
         result[name] = {**run, "seed": first}
         for seed, other in zip(others, seed_runs(name, run), strict=True):
             made = {key: value for key, value in run.items() if key != "seeds"} | {"seed": seed}
+            if "start_from" in run:
+                made["start_from"] = f"{run['start_from']}-seed{seed}"
             if runs.get(other, made) != made:
                 problems.append(
                     f"runs.{name}.seeds: the run of seed {seed} is named {other}, which is there; rename that"

@@ -93,6 +93,8 @@ class Places(NamedTuple):
     comparison: str = "compare/{a}..{b}.html"
     sweep: str = "sweeps/{sweep}.html"
     sweep_ranking: str = "sweeps/{sweep}.json"
+    # rung
+    rung: str = "sweeps/{sweep}-rung{step}.json"
 
 
 def places_below(results: str) -> Places:
@@ -115,7 +117,7 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
     # These stay: a run has several of them.
-    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep")}
+    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep", "step")}
     folders = [place.removeprefix("{run}/").split("/")[0] for place in Places()]
     filled = [
         place.format(run=owners.get(folder, name), **known) for place, folder in zip(Places(), folders, strict=True)
@@ -275,7 +277,7 @@ def _finetune(config: dict, run: dict, dataset: dict) -> dict:
     # On how many nodes its processes are is the launcher's business (rules/cluster.smk); gpu_memory is for plan.
     train = {name: value for name, value in run["train"].items() if name not in ("nodes", "gpu_memory")}
     own = _pick(run["model"], "dtype", "quantization", "attn_implementation", "trust_remote_code")
-    return {"train": train, **_pick(run, "lora", "seed"), **own}
+    return {"train": train, **_pick(run, "lora", "seed", "stop_after"), **own}
 
 
 def _evaluate(config: dict, run: dict, dataset: dict) -> dict:
@@ -329,6 +331,11 @@ def _report(config: dict, run: dict, dataset: dict) -> dict:
     return {"run": own, "dataset": dataset}
 
 
+def _compared(config: dict, run: dict, dataset: dict) -> dict:
+    """How tuned models are compared with each other: summary of all runs, compare of two."""
+    return {"dataset": run["dataset"], **_pick(run["eval"], "confidence", "resamples"), "seed": config["seed"]}
+
+
 def serve_settings(run: dict) -> dict:
     """What `make serve`, a command and not a stage, reads of a run's config."""
     model = ("name", "dtype", "attn_implementation", "chat_template_kwargs", "trust_remote_code")
@@ -365,6 +372,8 @@ STAGES: dict[str, Callable] = {
     "benchmark_tuned": _benchmark,
     "score": _score,
     "report": _report,
+    "summary": _compared,
+    "compare": _compared,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
 }

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from decimal import Decimal
 
+from moult.workflow.rungs import rung_name, with_rungs
 from moult.workflow.seeds import LONGEST, seed_runs
 
 # Whose keys can be swept: they change the model that comes out.
@@ -73,7 +74,9 @@ def shortened(value, index: int) -> str:
 def asked_for(config: dict) -> list[str]:
     """The runs that the target `all` asks for: all but those of sweeps, and those of further seeds."""
     made = {other for name, run in config["runs"].items() for other in seed_runs(name, run)}
-    made |= {run for name, sweep in config["sweeps"].items() for run, _ in combinations(name, sweep)}
+    for name, sweep in config["sweeps"].items():
+        for run, _ in combinations(name, sweep):
+            made |= {run, *(rung_name(run, step) for step in sweep.get("rungs", []))}
     return [name for name in config["runs"] if name not in made]
 
 
@@ -92,7 +95,7 @@ def sweep_runs(sweeps: dict[str, dict], overridden: dict) -> tuple[list[tuple[st
         if "seeds" in own:
             own["seed"] = own["seeds"][0]
         for run, values in combinations(name, sweep):
-            made.append((name, run, with_values(own, values)))
+            made += [(name, *one) for one in with_rungs(run, with_values(own, values), sweep.get("rungs", []))]
     return made, problems
 
 
@@ -124,7 +127,8 @@ def sweep_problems(name: str, sweep: dict, overridden: dict) -> list[str]:
     names = [run for run, _ in combinations(name, sweep)]
     twice = [run for run, times in Counter(run.lower() for run in names).items() if times > 1]
     problems += [f"{where}.over: two of its runs would be named {run}; leave one of the values out" for run in twice]
-    longest = max((other for run in names for other in (run, *seed_runs(run, sweep))), key=len)
+    rungs = [rung_name(run, step) for run in names for step in sweep.get("rungs", [])]
+    longest = max((other for run in [*names, *rungs] for other in (run, *seed_runs(run, sweep))), key=len)
     if len(longest) > LONGEST:
         problems.append(
             f"{where}: its run {longest} has a name of {len(longest)} characters, and {LONGEST} are possible; "
@@ -140,6 +144,7 @@ def sweep_settings(config: dict, name: str) -> dict:
     """What the page of a sweep reads of the config.
 
     runs: {name: {values: {key: value}, trained: the runs with its seeds, which are those of the sweep; itself first}}.
+    rungs: the steps at which they are compared before (rungs.py).
     """
     sweep = config["sweeps"][name]
     pairs = combinations(name, sweep)
@@ -147,6 +152,7 @@ def sweep_settings(config: dict, name: str) -> dict:
     return {
         "dataset": sweep["dataset"],
         "keys": list(sweep["over"]),
+        "rungs": sweep.get("rungs", []),
         "seeds": sweep.get("seeds", [first["seed"]]),
         "runs": {
             run: {"values": values, "trained": [run, *seed_runs(run, config["runs"][run])]} for run, values in pairs

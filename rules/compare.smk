@@ -1,0 +1,69 @@
+"""Make the page of the difference between two runs.
+
+Reads:  the JSON files that the stages of both wrote, their rows and their answers
+Writes: results/compare/<a>..<b>.html
+"""
+
+from moult.errors import some
+
+
+def pair(wildcards):
+    """The two runs that a target names. Snakemake would say of an unknown one only that there is no rule for it."""
+    a, b = wildcards.a, wildcards.b
+    unknown = [name for name in (a, b) if name not in config["runs"]]
+    if unknown:
+        raise SystemExit(
+            f"results/compare/{a}..{b}.html: the config has no run {some(unknown)}\n"
+            f"  -> take two of its runs: {some(config['runs'], 20)}"
+        )
+    if a == b:
+        raise SystemExit(f"results/compare/{a}..{b}.html: that is the same run\n  -> name two runs")
+    return a, b
+
+
+def of_both(place, owner=str):
+    """Input: a file of each of the two runs, from the run that has made it."""
+    return known(
+        lambda wildcards: [place.format(run=owner(run), ds=config["runs"][run]["dataset"]) for run in pair(wildcards)]
+    )
+
+
+def folders_of(name):
+    """Param: the folders of the two files of an input."""
+    return known(lambda wildcards, input: [Path(path).parent for path in input[name]])
+
+
+rule compare:
+    """Show what differs between two runs, and which is the better one: `snakemake --cores 1 results/compare/a..b.html`."""
+    input:
+        metrics=of_both(at.metrics),
+        samples=of_both(at.samples),
+        likelihoods=of_both(at.tuned_likelihood),
+        adapters=of_both(at.adapter_summary),
+        plans=of_both(at.plan),
+        merges=of_both(at.merge_summary),
+        ledgers=of_both(at.ledger),
+        rows=of_both(at.train_rows),
+        tokens=of_both(at.report, encoders.get),
+    output:
+        at.comparison,
+    log:
+        "<logs>/compare/{a}..{b}.log",
+    benchmark:
+        "<benchmarks>/compare/{a}..{b}.jsonl"
+    wildcard_constraints:
+        a="|".join([*map(re.escape, config["runs"]), r"[^/]+?"]),
+        b=r"[^/]+",
+    localrule: True
+    params:
+        settings=lambda wildcards: canonical(stage_settings(config, "compare", pair(wildcards)[0])),
+        script=script_of("compare"),
+        code=page_code("compare"),
+        runs=folders_of("metrics"),
+        prepared=folders_of("ledgers"),
+        tokens=folders_of("tokens"),
+    shell:
+        """
+        python {params.script:q} --settings {params.settings:q} --runs {params.runs:q} --prepared {params.prepared:q} \
+            --tokens {params.tokens:q} --page {output:q} --log-file {log:q}
+        """
