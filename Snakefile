@@ -26,6 +26,9 @@ include: "rules/pages.smk"
 container: image
 
 
+report: "rules/captions/workflow.rst"
+
+
 wildcard_constraints:
     run="|".join(map(re.escape, config["runs"])) or "(?!)",
     ds="|".join(map(re.escape, config["datasets"])) or "(?!)",

@@ -23,7 +23,9 @@ rule encode:
         test=at.test_tokens,
         template=at.template,
         report=at.report,
-        preview=at.preview,
+        preview=report(
+            at.preview, caption="captions/preview.rst", category="Runs", labels=labels_of_run("trained tokens")
+        ),
         preview_rows=at.preview_rows,
     log:
         "<logs>/{run}/encode.log",

@@ -30,6 +30,13 @@ def page_code(stage):
     return code_of(stage, *PAGES)
 
 
+def labels_of_run(page):
+    """What `snakemake --report` calls a page of a run. Its caption is in rules/captions/."""
+    return known(
+        lambda wildcards: {"run": wildcards.run, "dataset": config["runs"][wildcards.run]["dataset"], "page": page}
+    )
+
+
 for path in PAGES:
     own_file(path)
 

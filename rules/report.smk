@@ -20,7 +20,7 @@ rule report:
         tokens=of_encoder(at.report),
         preview=of_encoder(at.preview_rows),
     output:
-        at.run_report,
+        report(at.run_report, caption="captions/report.rst", category="Runs", labels=labels_of_run("report")),
     log:
         "<logs>/{run}/report.log",
     benchmark:

@@ -13,7 +13,7 @@ rule sweep:
         adapters=of_sweep(at.adapter_summary, seeds=True),
         rungs=rungs_of_sweep,
     output:
-        page=at.sweep,
+        page=report(at.sweep, caption="captions/sweep.rst", category="Sweeps", labels={"sweep": "{sweep}"}),
         ranking=at.sweep_ranking,
     log:
         "<logs>/sweeps/{sweep}/sweep.log",
