@@ -4,34 +4,6 @@ Reads:  the JSON files that the stages of both wrote, their rows and their answe
 Writes: results/compare/<a>..<b>.html
 """
 
-from moult.errors import some
-
-
-def pair(wildcards):
-    """The two runs that a target names. Snakemake would say of an unknown one only that there is no rule for it."""
-    a, b = wildcards.a, wildcards.b
-    unknown = [name for name in (a, b) if name not in config["runs"]]
-    if unknown:
-        raise SystemExit(
-            f"results/compare/{a}..{b}.html: the config has no run {some(unknown)}\n"
-            f"  -> take two of its runs: {some(config['runs'], 20)}"
-        )
-    if a == b:
-        raise SystemExit(f"results/compare/{a}..{b}.html: that is the same run\n  -> name two runs")
-    return a, b
-
-
-def of_both(place, owner=str):
-    """Input: a file of each of the two runs, from the run that has made it."""
-    return known(
-        lambda wildcards: [place.format(run=owner(run), ds=config["runs"][run]["dataset"]) for run in pair(wildcards)]
-    )
-
-
-def folders_of(name):
-    """Param: the folders of the two files of an input."""
-    return known(lambda wildcards, input: [Path(path).parent for path in input[name]])
-
 
 rule compare:
     """Show what differs between two runs, and which is the better one: `snakemake --cores 1 results/compare/a..b.html`."""

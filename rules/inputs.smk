@@ -1,8 +1,5 @@
 """Input functions: the files that a stage reads."""
 
-import json
-import math
-
 from moult.files import glance
 from moult.workflow.config import dataset_slug, is_local, local_model, source_entries
 from moult.workflow.functions import known
@@ -40,44 +37,6 @@ def of_other_seeds(place):
 def run_before(place):
     """Input: a file of the run that this one goes on from, if there is one."""
     return of_run(lambda run: [place.format(run=run["start_from"])] if "start_from" in run else [])
-
-
-def climbers(sweep, step):
-    """The runs of a sweep that are still there at `step`. Snakemake asks again when the rung before is done."""
-    settings = sweep_settings(config, sweep)
-    before = [rung for rung in settings["rungs"] if rung < step]
-    if not before:
-        return list(settings["runs"])
-    done = checkpoints.rung.get(sweep=sweep, step=before[-1]).output.ranking
-    return json.loads(Path(done).read_text(encoding="utf-8"))["level"]
-
-
-def likelihoods_of_rung(wildcards):
-    """Input: of each run that is still there, and each of its seeds."""
-    seeds = sweep_settings(config, wildcards.sweep)["runs"]
-    return [
-        at.tuned_likelihood.format(run=other)
-        for run in climbers(wildcards.sweep, int(wildcards.step))
-        for name in [rung_name(run, int(wildcards.step))]
-        for other in (name, *seed_runs(name, config["runs"][name]))
-    ]
-
-
-def of_sweep(place, seeds):
-    """Input: a file of each run of a sweep, and with `seeds` of each of their further seeds."""
-
-    def files(wildcards):
-        runs = sweep_settings(config, wildcards.sweep)["runs"]
-        left = climbers(wildcards.sweep, math.inf)
-        return [place.format(run=run) for name in left for run in (runs[name]["trained"] if seeds else [name])]
-
-    return known(files)
-
-
-def rungs_of_sweep(wildcards):
-    """Input: the ranking at each rung."""
-    steps = sweep_settings(config, wildcards.sweep)["rungs"]
-    return [at.rung.format(sweep=wildcards.sweep, step=step) for step in steps]
 
 
 def folder_of(name):

@@ -58,10 +58,7 @@ def compare(settings: dict, args, log) -> None:
     names = [Path(folder).name for folder in args.runs]
     both = [read_files(*folders) for folders in zip(args.runs, args.prepared, args.tokens, strict=True)]
     found = differences(*both)
-    samples = [
-        counted(read_jsonl(Path(run) / "samples.jsonl"), files["metrics"])
-        for run, files in zip(args.runs, both, strict=True)
-    ]
+    samples = [read_samples(run, files["metrics"]) for run, files in zip(args.runs, both, strict=True)]
     likelihoods = [list(read_jsonl(Path(run) / "tuned" / "likelihood.jsonl")) for run in args.runs]
     options = {key: settings[key] for key in ("confidence", "resamples", "seed")}
     why_not: dict[str, str] = {}
@@ -118,6 +115,24 @@ def read_files(run: str, prepared: str, tokens: str) -> Files:
         "merge": read_json(folder / "merge.json"),
         "metrics": read_json(folder / "metrics.json"),
     }
+
+
+def read_samples(run: str, metrics: dict) -> list[dict]:
+    """The samples that count, as a page shows them: long texts are cut at once, so that memory does not depend on them."""
+    cut = (
+        {
+            **{key: sample[key] for key in ("kind", "id", "group")},
+            "prompt": cut_text(sample["prompt"]),
+            "reference": None if sample["reference"] is None else cut_text(sample["reference"]),
+            "tuned": {"answer": cut_text(sample["tuned"]["answer"]), "checks": sample["tuned"]["checks"]},
+        }
+        for sample in read_jsonl(Path(run) / "samples.jsonl")
+    )
+    return counted(cut, metrics)
+
+
+def cut_text(text: object) -> str:
+    return shown(text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), TEXT)
 
 
 # --- the answer in words ----------------------------------------------------------------------------------------------
@@ -279,15 +294,8 @@ def flips(samples: list[list[dict]], answers: PairedAnswers) -> list[dict]:
 
 
 def flip_view(direction: str, a: dict, b: dict) -> dict:
-    prompt = a["prompt"]
-    return {
-        "direction": direction,
-        "id": a["id"],
-        "kind": a["kind"],
-        "prompt": shown(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False), TEXT),
-        "reference": None if a["reference"] is None else shown(a["reference"], TEXT),
-        "answers": [(shown(one["tuned"]["answer"], TEXT), one["tuned"]["checks"]) for one in (a, b)],
-    }
+    answers = [(one["tuned"]["answer"], one["tuned"]["checks"]) for one in (a, b)]
+    return {"direction": direction, **{key: a[key] for key in ("id", "prompt", "reference")}, "answers": answers}
 
 
 def side_by_side(metrics: list[dict]) -> list[tuple]:

@@ -9,7 +9,7 @@ from moult.workflow.config import load_schema, merged, resolve
 from moult.workflow.stages import STAGES
 
 # What the metrics of the demo need.
-MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card"}
+MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card", "report", "summary", "compare"}
 MEASURED -= {"fetch_benchmark", "benchmark_base", "benchmark_tuned"}
 
 SCHEMA = load_schema(str(ROOT / "config"))

@@ -151,10 +151,12 @@ def test_every_stage_has_a_script_a_rule_a_log_and_a_benchmark_of_its_name():
                 "fetch_benchmark": "benchmarks/{benchmark}",
                 "benchmark_base": "{run}/benchmark_base_{benchmark}",
                 "benchmark_tuned": "{run}/benchmark_tuned_{benchmark}",
+                "summary": "summary",
+                "compare": "compare/{a}..{b}",
             }
             of_dataset = stage in ("prepare", "contamination")
             place = folder.get(stage, f"{{ds}}/{stage}" if of_dataset else f"{{run}}/{stage}")
             assert f'"<{kind}>/{place}.' in body, (stage, kind)
     named = set(re.findall(r'(?:script_of|settings|code_of)\("(\w+)"', "".join(rules.values())))
-    targets = {"plans", "check_connectivity"}  # for people: no file comes of them
+    targets = {"plans", "check_connectivity", "sweep", "rung"}  # of no one run
     assert named <= set(STAGES) | set(SCRIPT_OF.values()) | targets

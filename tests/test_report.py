@@ -199,6 +199,13 @@ def test_the_page_says_what_the_files_say(measured):
     assert page.count("<article ") == len(samples) and all(one["id"] in text for one in samples)
 
 
+def test_a_run_that_was_asked_nothing_has_a_page(measured):
+    metrics = read_json(measured / "results/demo/metrics.json")
+    write_json(measured / "results/demo/metrics.json", {**metrics, "answers": {}, "general_text": None})
+    write_jsonl(measured / "results/demo/samples.jsonl", [])
+    assert "No questions were asked" in make(measured, measured / "report.html")
+
+
 def test_five_thousand_rows_of_any_text_make_a_small_and_harmless_page(measured):
     long = [sample(n, (ATTACK * 40, PASS), (f"{n} {ATTACK}" * 40, FAIL), ATTACK * 1_000) for n in range(5_000)]
     write_jsonl(measured / "results/demo/samples.jsonl", long)

@@ -42,13 +42,13 @@ def test_what_is_resolved_can_be_resolved_again():
     assert resolve(resolved, SCHEMA) == resolved
 
 
-def test_only_training_and_score_know_of_the_seed():
+def test_only_training_score_and_the_page_know_of_the_seed():
     """prepare is the dataset's: another seed does not split the rows in another way."""
     resolved = config(SEVERAL)
     differ = {
         stage for stage in STAGES if stage_settings(resolved, stage, "a") != stage_settings(resolved, stage, "a-seed1")
     }
-    assert differ == {"finetune", "score"}
+    assert differ == {"finetune", "score", "report"}
 
 
 def test_they_share_tokens_and_the_measurement_of_the_base():

@@ -84,12 +84,12 @@ def defaults() -> dict:
 
 
 def plan_settings(config: dict) -> tuple[dict, dict, int]:
-    """The model section, what plan reads, and the longest row, of a config with one run."""
+    """The model section, what plan reads, and the longest row, of the run of a config's one dataset."""
     from moult.workflow.config import load_schema, resolve
     from moult.workflow.stages import stage_settings
 
     resolved = resolve(config, load_schema(str(CONFIG)))
-    (name,) = resolved["runs"]
+    (name,) = resolved["datasets"]
     run = resolved["runs"][name]
     return run["model"], stage_settings(resolved, "plan", name), resolved["datasets"][run["dataset"]]["max_length"]
 

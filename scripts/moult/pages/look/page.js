@@ -23,12 +23,14 @@ button.addEventListener("click", () => {
 // --- boxes: the keyboard reaches what scrolls, and only that ---
 const scrolls = (box) => box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
 const boxes = new ResizeObserver((changes) => {
-  for (const { target: box } of changes) {
+  for (const { target } of changes) {
+    const box = target.closest(".scroll, .text, pre");
     if (scrolls(box)) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 });
 for (const box of document.querySelectorAll(".scroll, .text, pre")) boxes.observe(box);
+for (const table of document.querySelectorAll(".scroll > table")) boxes.observe(table); // sorted, it is wider
 
 // --- tables: a click on a heading sorts by that column; data-value is what counts, else the text ---
 for (const table of document.querySelectorAll("table.sortable")) {

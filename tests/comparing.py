@@ -1,0 +1,103 @@
+"""Made-up runs, with all the files that summary and compare read."""
+
+import json
+from pathlib import Path
+
+import scoring
+
+from moult.files import read_json, write_json, write_jsonl
+
+OPTIONS = {"confidence": 0.95, "resamples": 400, "seed": 0}
+PART = {"sequences": 9, "tokens": 90, "trained_tokens": 45}
+LEDGER = {
+    "sources": [{"path": "one.jsonl", "rows": 50, "sha256": "1" * 64, "source": 0}],
+    "val_sources": [],
+    "test_sources": [],
+    "near_duplicates": {"policy": "group"},
+    "seed": 0,
+    "thresholds": {"val": 0.1, "test": 0.1},
+    "language_detector": "langdetect",
+    "measured_on": "test",
+    "ledger": {"read": 50, "dropped": {"empty": 1}},
+    **{part: {"written": 9} for part in ("train", "val", "test")},
+}
+
+
+def make_dataset(results: Path, name: str, rows: list[dict], **changes) -> None:
+    """`rows`: those to train on. The measured rows are r0, r1 …"""
+    folder = results / "prepared" / name
+    folder.mkdir(parents=True)
+    write_json(folder / "metadata.json", {**LEDGER, **changes})
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "test.jsonl", [row(f"r{index}", f"question {index}") for index in range(40)])
+
+
+def row(id: str, text: str) -> dict:
+    return {
+        "id": id,
+        "group": "g",
+        "language": "en",
+        "source": 0,
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}],
+    }
+
+
+def make_run(
+    results: Path, name: str, settings: dict | None = None, gpu: int = 0, seconds: float = 3600.0, **measured
+) -> Path:
+    """`settings`: of finetune, laid over those of the others. `gpu`: how many, 0 is a CPU. `measured`: for scoring.make_sides."""
+    folder = results / name
+    scoring.make_sides(folder, **measured)
+    scoring.run(folder)
+    write_json(
+        folder / "adapter.json",
+        {
+            **scoring.ADAPTER,
+            "batch": 8,
+            "settings": {
+                **scoring.SETTINGS,
+                "train": {"learning_rate": 1e-3, "num_train_epochs": 2, "max_steps": -1, "gpu": max(1, gpu)},
+                **(settings or {}),
+            },
+            "versions": {"moult": "1"},
+            "hardware": {"device": "cuda" if gpu else "cpu"},
+            "throughput": {**scoring.ADAPTER["throughput"], "seconds": seconds, "tokens_per_second": 100.0},
+        },
+    )
+    metrics = read_json(folder / "metrics.json")
+    write_json(folder / "metrics.json", {**metrics, "run": name})
+    write_json(
+        folder / "merge.json",
+        {
+            "base": {"name": "base", "commit": None, "files": {"model.safetensors": "2" * 64}},
+            "versions": {"moult": "1"},
+            "how": "streamed",
+        },
+    )
+    write_json(
+        folder / "plan.json", {"parameters": {"trainable": 8}, "steps": {"total": 9}, "merge": {"how": "streamed"}}
+    )
+    write_json(
+        folder / "tokens" / "report.json",
+        {
+            "max_length": 256,
+            "template": {"origin": "the model's own", "sha256": "3" * 64},
+            "contaminated_rows": {"count": 0},
+            **dict.fromkeys(("train", "val", "test"), PART),
+        },
+    )
+    return folder
+
+
+def edit(path: Path, change) -> None:
+    """`change`, called with the content of a JSON file, edits it in place."""
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+def edit_rows(path: Path, change) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for index, one in enumerate(rows):
+        change(index, one)
+    write_jsonl(path, rows)
