@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from moult.files import read_json, read_jsonl
+from moult.measuring.measured import measured
 from moult.measuring.table import (
     ROWS,
     answer_rows,
@@ -24,6 +25,7 @@ from moult.measuring.table import (
     general_rows,
     likelihood_rows,
 )
+from moult.measuring.verdict import POINTS
 from moult.pages.page import shown, write_page
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
@@ -118,46 +120,20 @@ def comparison(metrics: dict) -> list[tuple[str, str, str, str]]:
 
 
 def measures_of(metrics: dict) -> list[dict]:
-    """What the forest plots show: of each measure name, unit, difference with its interval, base, tuned, and how it changed."""
-    found = []
-    if likelihood := metrics["likelihood"]:
-        found.append(measure("test rows", "nats per token on the rows' answers", likelihood, "nll_per_token", -1))
-    if general := metrics["general_text"]:
-        one = measure("general text", "nats per token on the general text", general, None, -1)
-        known = general["base"]["value"] < general["guess"]
-        found.append(one if known else {**one, "change": "not counted"})
-    for part, answers in metrics["answers"].items():
-        rates = {"passed": answers.get("passed"), "stopped": answers["stopped"]}
-        if part != "all":
-            found += [
-                measure(f"{part} {name}", "points", rate, None, 1, 100)
-                for name, rate in rates.items()
-                if rate and not (part == "instructions" and name == "stopped")
-            ]
-    for name, benchmark in metrics["benchmarks"].items():
-        if metric := benchmark["metrics"].get(benchmark["metric"]):
-            found.append(measure(f"{name}: {benchmark['metric']}", "points", metric, None, 1, 100))
-    return found
-
-
-def measure(name: str, unit: str, figures: dict, key: str | None, sign: int, scale: float = 1) -> dict:
-    """`sign`: 1 if more is better, else -1."""
-    base, tuned, difference = (
-        figures[which][key] if key else figures[which] for which in ("base", "tuned", "difference")
-    )
-    low, high = difference["interval"]
-    clear = low > 0 or high < 0
-    better = sign * difference["value"] > 0
-    return {
-        "name": name,
-        "unit": unit,
-        "base": scale * base["value"],
-        "tuned": scale * tuned["value"],
-        "value": scale * difference["value"],
-        "low": scale * low,
-        "high": scale * high,
-        "change": "inconclusive" if not clear else "better" if better else "worse",
-    }
+    """What the forest plots show. Each measure on other text has a plot of its own: their differences are of different sizes."""
+    return [
+        {
+            "name": name,
+            "unit": f"{one['unit']}, {name}" if one["unit"] != POINTS else POINTS,
+            "base": one["base"]["value"],
+            "tuned": one["tuned"]["value"],
+            "value": one["difference"]["value"],
+            "low": one["difference"]["interval"][0],
+            "high": one["difference"]["interval"][1],
+            "change": one["change"],
+        }
+        for name, one in measured(metrics).items()
+    ]
 
 
 # --- the answers ------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def bar(run: dict) -> dict:
         "value": difference["value"],
         "low": low,
         "high": high,
-        "change": loss["change"] or "unclear",
+        "change": loss["change"],
     }
 
 

@@ -56,28 +56,6 @@ def test_only_what_differs_is_marked():
     assert report.marked("", "") == ([], [])
 
 
-def figures(base: float, tuned: float, interval: list[float]) -> dict:
-    return {
-        "base": {"value": base},
-        "tuned": {"value": tuned},
-        "difference": {"value": tuned - base, "interval": interval},
-    }
-
-
-@pytest.mark.parametrize(
-    ("interval", "sign", "change"),
-    [
-        ([0.1, 0.3], 1, "better"),
-        ([0.1, 0.3], -1, "worse"),
-        ([-0.1, 0.5], 1, "inconclusive"),
-        ([0, 0.5], 1, "inconclusive"),
-    ],
-)
-def test_a_measure_is_clear_if_its_interval_leaves_out_0(interval, sign, change):
-    found = report.measure("m", "points", figures(0.1, 0.3, interval), None, sign, 100)
-    assert found["change"] == change and found["value"] == pytest.approx(20) and found["high"] == 100 * interval[1]
-
-
 def ledger(**changes) -> dict:
     part = {"rows": 10, "written": 10, "left_out_by_weight": 0, "repeated": 0}
     return {

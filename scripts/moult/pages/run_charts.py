@@ -7,7 +7,8 @@ from markupsafe import Markup
 
 from moult.pages.charts import CHANGES, COLOUR, LABELS, NARROW, WORDS, figure
 
-# How a measure has changed: its colour and its symbol.
+# What the verdict says of a measure, in words; how that looks.
+WORDS_OF = {"better": "better", "worse": "worse", "unclear": "inconclusive", "": "not counted"}
 KINDS = {
     "better": (CHANGES["better"], "triangle-up"),
     "worse": (CHANGES["worse"], "triangle-down"),
@@ -34,7 +35,12 @@ def forest(measures: list[dict], unit: str, width: int):
     import altair as alt
 
     rows = [
-        {**measure, "label": f"{measure['name']}", "told": f"{measure['base']:.3g} → {measure['tuned']:.3g}"}
+        {
+            **measure,
+            "change": WORDS_OF[measure["change"]],
+            "label": f"{measure['name']}",
+            "told": f"{measure['base']:.3g} → {measure['tuned']:.3g}",
+        }
         for measure in measures
     ]
     data = alt.Chart(alt.Data(values=rows))
