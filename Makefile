@@ -7,6 +7,7 @@
 # make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
 # make lint   formatting and lint, as CI runs them
 # make bench  measure training on this CPU beside TRL's defaults and a bare loop, and write the table into BENCHMARKS.md
+# make pictures  make the screenshots of the README anew; it needs Chromium
 # make schema update the files that are generated from config/schema.yaml and the libraries
 # make image  build the image of the training stages for Apptainer; make docker-image: for Docker
 #             make serve-image and make docker-serve-image: the image of the server
@@ -35,8 +36,8 @@ LABELS = VERSION=$(VERSION) REVISION=$(or $(shell git describe --always --dirty 
 BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
-.PHONY: demo test test-all serve explain publish lint bench schema env image serve-image docker-image docker-serve-image \
-    benchmark-image benchmark-env
+.PHONY: demo test test-all serve explain publish lint bench pictures schema env image serve-image docker-image \
+    docker-serve-image benchmark-image benchmark-env
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -68,6 +69,9 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/workflow.stamp
 	$(BIN)/python tests/benchmark_training.py --write BENCHMARKS.md
+
+pictures: $(VENV)/dev.stamp
+	$(BIN)/python tests/pictures.py
 
 schema: $(VENV)/workflow.stamp
 	$(BIN)/python scripts/tools/config_docs.py

@@ -18,7 +18,12 @@ rule compare:
         rows=of_both(at.train_rows),
         tokens=of_both(at.report, encoders.get),
     output:
-        at.comparison,
+        report(
+            at.comparison,
+            caption="captions/compare.rst",
+            category="Comparisons",
+            labels={"run": "{a}", "against": "{b}"},
+        ),
     log:
         "<logs>/compare/{a}..{b}.log",
     benchmark:

@@ -14,7 +14,7 @@ rule summary:
         adapters=expand(at.adapter_summary, run=asked_for(config)),
         reports=expand(at.run_report, run=asked_for(config)),
     output:
-        page=at.summary,
+        page=report(at.summary, caption="captions/summary.rst", category="All runs", labels={"page": "summary"}),
         table=at.summary_table,
     log:
         "<logs>/summary.log",

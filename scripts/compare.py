@@ -15,7 +15,7 @@ from pathlib import Path
 from moult.data.changed_rows import Changed, changed_rows
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl
-from moult.measuring.differences import RESULT, SETTING, Difference, Files, differences, first_to_differ
+from moult.measuring.differences import ENVIRONMENT, MEASURING, Difference, Files, choices, differences, first_to_differ
 from moult.measuring.measured import measured
 from moult.measuring.paired import (
     NATS,
@@ -196,11 +196,13 @@ def chance(clear: bool) -> str:
 
 def cause(names: list[str], found: list[Difference]) -> str:
     """Where two runs part: the first stage that differs, and the settings."""
-    stage, settings = first_to_differ(found), [one for one in found if one.kind == SETTING]
+    stage, settings = first_to_differ(found), choices(found)
     if stage is None:
         return "and nothing differs between them"
+    if stage in MEASURING:
+        return "and they differ only in how they were measured"
     if not settings:
-        kind = "results" if all(one.kind == RESULT for one in found) else "software or hardware"
+        kind = "software or hardware" if any(one.kind == ENVIRONMENT for one in found) else "results"
         return f"and they have the same settings; the first stage that differs is {stage}, in its {kind}"
     told = [f"{one.key} ({value(one.a)} → {value(one.b)})" for one in settings[:NAMED]]
     if len(settings) > NAMED:
@@ -211,7 +213,7 @@ def cause(names: list[str], found: list[Difference]) -> str:
 
 def caution(found: list[Difference]) -> str:
     """How far what differs can be the reason."""
-    settings = [one.key for one in found if one.kind == SETTING]
+    settings = [one.key for one in choices(found)]
     if settings == ["seed"]:
         return "Only the seed differs, so what is different is the luck of the training."
     if len(settings) == 1:

@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import examples  # noqa: F401 (hypothesis asks for its profiles before a test is imported)
 import pytest
 from filelock import FileLock
-from workflow import ROOT, SECRETS, checkout, snakemake
+from showcase import make_pages
+from workflow import PAGES, ROOT, SECRETS, checkout, snakemake
 
 GIVEN = set(os.environ)
 # Fixtures that take long to make. A test that needs several goes with the first.
@@ -148,6 +149,24 @@ def run_demo(folder: Path) -> None:
 def demo(watched_demo):
     """A checkout in which the demo has run."""
     return watched_demo[0]
+
+
+@pytest.fixture(scope="session")
+def pages(demo, tmp_path_factory) -> Path:
+    """A copy of it, with all pages."""
+    folder = tmp_path_factory.mktemp("pages") / "demo"
+    shutil.copytree(demo, folder, copy_function=shutil.copy2)
+    snakemake(folder, *PAGES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def showcase(pages, tmp_path_factory) -> Path:
+    """A copy of that, with more runs and a page of every kind. It takes minutes."""
+    folder = tmp_path_factory.mktemp("showcase") / "demo"
+    shutil.copytree(pages, folder, copy_function=shutil.copy2)
+    make_pages(folder)
+    return folder
 
 
 @pytest.fixture

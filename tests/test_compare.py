@@ -15,7 +15,7 @@ import compare
 from moult.data.changed_rows import changed_rows
 from moult.errors import MoultError
 from moult.files import write_jsonl
-from moult.measuring.differences import Difference, first_to_differ
+from moult.measuring.differences import Difference, choices, first_to_differ
 
 
 def make(results, a: str = "a", b: str = "b", datasets: tuple[str, str] = ("d", "d")) -> str:
@@ -112,13 +112,22 @@ def test_a_setting_comes_before_the_results_that_follow_from_it():
         Difference("plan", "result", "parameters", 1, 2),
         Difference("finetune", "environment", "versions.torch", 1, 2),
         Difference("finetune", "setting", "lora.r", 1, 2),
+        Difference("score", "setting", "confidence", 0.9, 0.95),
     ]
-    assert (first_to_differ(found), first_to_differ(found[:2]), first_to_differ(found[:1])) == (
-        "finetune",
-        "finetune",
-        "plan",
-    )
+    assert choices(found) == [found[2]]
+    # Without what came first, and so on.
+    firsts = [
+        first_to_differ([one for one in found if one not in left]) for left in ([], found[2:3], found[1:3], found[:3])
+    ]
+    assert firsts == ["finetune", "finetune", "plan", "score"]
     assert first_to_differ([]) is None
+
+
+def test_how_they_were_measured_is_no_reason(results):
+    edit(results / "b/metrics.json", lambda metrics: metrics["answers"]["prompts"].update(n=1))
+    page = make(results)
+    assert headline(page).endswith("and they differ only in how they were measured.")
+    assert "differ: the reason" not in words(page)
 
 
 def test_answers_that_flipped(results):
@@ -216,9 +225,9 @@ def test_five_thousand_rows_of_any_text_make_a_small_page(results):
         measured = rows(noisy(passed, 1.0 + passed), 5_000)
         write_jsonl(results / name / "tuned/likelihood.jsonl", measured)
         write_jsonl(
-            results / name / "samples.jsonl", samples([passed] * 5_000, prompt=ATTACK * 500, reference="x" * 9_000)
+            results / name / "samples.jsonl", samples([passed] * 5_000, prompt=ATTACK * 20, reference="x" * 1_200)
         )
-        edit_rows(results / name / "samples.jsonl", lambda _, sample: sample["tuned"].update(answer=ATTACK * 500))
+        edit_rows(results / name / "samples.jsonl", lambda _, sample: sample["tuned"].update(answer=ATTACK * 20))
     page = make(results)
     assert len(page.encode()) < 3_000_000
     assert "5,000 pass only with a" in words(page) and "Of each kind the first 100 are here" in words(page)

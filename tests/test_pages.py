@@ -3,19 +3,16 @@
 import base64
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from browser import needs_chromium, opened, problems, switch_to, theme
-from workflow import snakemake
+from showcase import ALL_PAGES
 
 from moult.pages import page
 from moult.pages.charts import CHANGES, COLOUR, SERIES, figure
 from moult.pages.page import LONGEST_TEXT, render, shown
 
-# Of the demo, and what is looked at in a browser.
-PAGES = ["results/demo/tokens/preview.html", "results/demo/report.html"]
 TEMPLATES = sorted(page.LOOK.glob("*.html"))
 MARKUP = "</pre><script>alert(1)</script><style>*{display:none}</style><img src=x onerror=alert(1)>{{ 7*7 }}&lt;"
 # What a row, its name, or an answer may be.
@@ -250,16 +247,7 @@ def test_what_is_wrong_with_a_page_is_found(tmp_path):
     assert any("Content Security Policy" in problem for problem in found), found
 
 
-@pytest.fixture(scope="module")
-def demos_pages(demo, tmp_path_factory) -> Path:
-    """A copy of the demo, with all pages."""
-    folder = tmp_path_factory.mktemp("pages") / "demo"
-    shutil.copytree(demo, folder, copy_function=shutil.copy2)
-    snakemake(folder, *PAGES)
-    return folder
-
-
 @needs_chromium
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_of_the_demo(name, demos_pages):
-    assert problems(demos_pages / name) == []
+@pytest.mark.parametrize("name", ALL_PAGES)
+def test_a_page_of_the_demo(name, showcase):
+    assert problems(showcase / name) == []

@@ -20,6 +20,8 @@ SECRETS = {
     "MY_PASSWORD": 'a "password" of the tests',
     "SIGNING_KEY": "a-key-of-the-tests",
 }
+# The pages of the demo, which are looked at in a browser.
+PAGES = ["results/demo/tokens/preview.html", "results/demo/report.html"]
 
 
 def checkout(folder: Path) -> Path:
@@ -44,13 +46,13 @@ def measured(folder: Path, run: str = "demo") -> dict:
     return metrics
 
 
-def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | None = 1) -> str:
+def snakemake(folder: Path, *arguments: str, code: int | None = 0, cores: int | None = 1, timeout: float = 600) -> str:
     """Run Snakemake in `folder`; returns what it prints on both streams. One that only looks runs in a fork."""
     command = ["snakemake", *(("--cores", str(cores)) if cores else ()), *arguments]
     if {"-n", "--dag", "--rulegraph"} & set(arguments):
         found, output = forked.run(command, folder, environment(folder))
     else:
-        how = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True, "timeout": 600}
+        how = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True, "timeout": timeout}
         done = subprocess.run([sys.executable, "-m", *command], **how)
         found, output = done.returncode, done.stdout + done.stderr
     assert code in (None, found), output[-4000:]

@@ -8,6 +8,9 @@ from typing import NamedTuple, TypedDict
 
 SETTING, ENVIRONMENT, RESULT = "setting", "environment", "result"
 
+# The stages that look at a model and do not change it.
+MEASURING = ("evaluate", "score")
+
 
 class Difference(NamedTuple):
     """`kind`: SETTING, ENVIRONMENT or RESULT. None: the key is not there."""
@@ -99,12 +102,19 @@ def stages(files: Files) -> dict[str, dict[str, dict]]:
     }  # fmt: skip
 
 
+def choices(found: list[Difference]) -> list[Difference]:
+    """The settings that can be the reason why two models differ: not those of how they were measured."""
+    return [one for one in found if one.kind == SETTING and one.stage not in MEASURING]
+
+
 def first_to_differ(found: list[Difference]) -> str | None:
-    """The first stage that has chosen something else, or else that has run elsewhere, or else that has another result."""
-    for kind in (SETTING, ENVIRONMENT, RESULT):
-        for difference in found:
-            if difference.kind == kind:
-                return difference.stage
+    """The first stage that has other settings; or else that has run elsewhere; or else that has another result. Only if the
+    models do not differ, one of those that measure them."""
+    made = [one for one in found if one.stage not in MEASURING]
+    elsewhere = [one for one in made if one.kind == ENVIRONMENT]
+    for part in (choices(found), elsewhere, made, found):
+        if part:
+            return part[0].stage
     return None
 
 
