@@ -75,6 +75,16 @@ def test_runs_in_which_all_is_fresh_share_a_line():
     ]
 
 
+def test_of_a_long_line_each_reason_gets_a_line():
+    reasons = ("a" * 60, "b" * 60, "after encode")
+    assert explanation({"x": [Stage("plan", reasons)]}).splitlines() == [
+        "x",
+        f"  plan  {'a' * 60}",
+        f"        {'b' * 60}",
+        "        after encode",
+    ]
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 METRICS = "results/demo/metrics.json"

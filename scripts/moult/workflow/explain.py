@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from moult.errors import some
 
-# Longer values are cut.
+# Longer values are cut; of a longer line, each reason gets a line.
 LONGEST = 60
+LONGEST_LINE = 130
 
 _CODE = re.compile(r"[0-9a-f]{16}")  # rules/code.smk, code_of
 _ABSENT = object()
@@ -76,7 +77,11 @@ def explanation(runs: dict[str, list[Stage]]) -> str:
         if not stale:
             continue
         width = max(len(stage.name) for stage in stale)
-        lines += [run, *(f"  {stage.name:<{width}}  {'; '.join(stage.reasons)}" for stage in stale)]
+        lines.append(run)
+        for stage in stale:
+            name = f"  {stage.name:<{width}}  "
+            line = name + "; ".join(stage.reasons)
+            lines.append(line if len(line) <= LONGEST_LINE else name + f"\n{' ' * len(name)}".join(stage.reasons))
         if fresh := [stage.name for stage in stages if not stage.reasons]:
             lines.append(f"  fresh: {', '.join(fresh)}")
     if fresh := [run for run, stages in runs.items() if not any(stage.reasons for stage in stages)]:
