@@ -36,11 +36,13 @@ def main() -> None:
     with stage("sweep", args.log_file, args.settings) as log:
         found = ranked(args.sweep, args.settings, args)
         words = {"verdict": sentence(found), "text_of": text_of, "duration": duration}
+        of_numbers = [key for key in found["keys"] if all(is_number(place["values"][key]) for place in found["places"])]
         write_page(
             args.page,
             "sweep.html",
             charts=charts_of(found, list(args.settings["runs"])),
             climbs=climbs_of(found),
+            of_numbers=of_numbers,
             target=args.page,
             **words,
             **found,
@@ -137,6 +139,10 @@ def text_of(value) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def charts_of(found: dict, names: list[str]) -> list:
     """A chart for each key with several values. `names`: of the runs, in the order of their values."""
     from moult.pages.sweep_charts import panel
@@ -169,10 +175,9 @@ def climbs_of(found: dict) -> list:
 def point(place: dict, key: str, keys: list[str], best: str) -> dict:
     """What a chart shows of a run: its value of `key`, its loss, and its line, which is its values of the other keys."""
     value, (low, high) = place["values"][key], place["loss"]["interval"]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     others = (f"{other.rpartition('.')[2]} {text_of(place['values'][other])}" for other in keys if other != key)
     return {
-        "x": value if is_number else text_of(value),
+        "x": value if is_number(value) else text_of(value),
         "loss": place["loss"]["value"],
         "low": low,
         "high": high,

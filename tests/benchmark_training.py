@@ -174,6 +174,7 @@ def moult_trainer(model, rows: list[dict], folder: Path, **changes):
         sizes=[BATCH],
         unmasked=batches.unmasked,
         early_stopping=EarlyStopping.of(settings["train"]),
+        stop_after=None,
     )
 
 

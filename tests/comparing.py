@@ -1,6 +1,9 @@
 """Made-up runs, with all the files that summary and compare read."""
 
 import json
+import random
+import re
+from html import unescape
 from pathlib import Path
 
 import scoring
@@ -101,3 +104,58 @@ def edit_rows(path: Path, change) -> None:
     for index, one in enumerate(rows):
         change(index, one)
     write_jsonl(path, rows)
+
+
+# --- what is measured of a model, and what a page says ----------------------------------------------------------------------
+
+ATTACK = "</td><script>alert(1)</script>\u202e\x00<img src=x onerror=alert(1)>"
+
+
+def rows(loss, count: int = 60, tokens: int = 10, size: int = 40, per_group: int = 1) -> list[dict]:
+    """`loss`: of a row by its number, in nats per token."""
+    return [
+        {
+            "id": f"r{index}",
+            "group": f"g{index // per_group}",
+            "source": 0,
+            "nll": tokens * loss(index),
+            "tokens": tokens,
+            "correct": 1,
+            "bytes": size,
+        }
+        for index in range(count)
+    ]
+
+
+def noisy(seed: int, mean: float = 1.0, spread: float = 0.2):
+    generator = random.Random(seed)
+    return lambda index: generator.gauss(mean, spread)
+
+
+def samples(passed: list[bool], kind: str = "row", **fields) -> list[dict]:
+    return [
+        {
+            "kind": kind,
+            "id": f"q{index}",
+            "group": f"q{index}",
+            "prompt": "?",
+            "reference": "yes" if kind == "row" else None,
+            "base": {"answer": "", "stopped": True, "checks": {"exact": False}},
+            "tuned": {"answer": "", "stopped": True, "checks": {"exact": value}},
+            **fields,
+        }
+        for index, value in enumerate(passed)
+    ]
+
+
+def words(page: str) -> str:
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", page)))
+
+
+def cells(page: str, label: str) -> list[list[str]]:
+    """The body of a table, as text."""
+    body = re.search(rf'aria-label="{label}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
+    return [
+        [words(cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL)]
+        for line in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.DOTALL)
+    ]

@@ -5,10 +5,22 @@ from argparse import Namespace
 
 import pytest
 from browser import needs_chromium, problems
-from comparing import LEDGER, OPTIONS, edit, edit_rows, make_dataset, make_run, row
+from comparing import (
+    ATTACK,
+    LEDGER,
+    OPTIONS,
+    cells,
+    edit,
+    edit_rows,
+    make_dataset,
+    make_run,
+    noisy,
+    row,
+    rows,
+    samples,
+    words,
+)
 from planning import Log
-from test_paired import noisy, rows, samples
-from test_summary import ATTACK, cells, words
 from workflow import checkout, snakemake
 
 import compare

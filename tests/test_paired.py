@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from comparing import noisy, rows, samples
 
 from moult.errors import MoultError
 from moult.measuring.paired import (
@@ -17,27 +18,6 @@ from moult.measuring.paired import (
 from moult.measuring.seeds import student, student_p
 
 OPTIONS = {"confidence": 0.95, "resamples": 2000, "seed": 0}
-
-
-def rows(loss, count: int = 60, tokens: int = 10, size: int = 40, per_group: int = 1) -> list[dict]:
-    """`loss`: of a row by its number, in nats per token."""
-    return [
-        {
-            "id": f"r{index}",
-            "group": f"g{index // per_group}",
-            "source": 0,
-            "nll": tokens * loss(index),
-            "tokens": tokens,
-            "correct": 1,
-            "bytes": size,
-        }
-        for index in range(count)
-    ]
-
-
-def noisy(seed: int, mean: float = 1.0, spread: float = 0.2):
-    generator = random.Random(seed)
-    return lambda index: generator.gauss(mean, spread)
 
 
 def test_the_difference_of_two_models_by_hand():
@@ -135,22 +115,6 @@ def test_student_p_is_the_inverse_of_student():
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def samples(passed: list[bool], kind: str = "row", **fields) -> list[dict]:
-    return [
-        {
-            "kind": kind,
-            "id": f"q{index}",
-            "group": f"q{index}",
-            "prompt": "?",
-            "reference": "yes" if kind == "row" else None,
-            "base": {"answer": "", "stopped": True, "checks": {"exact": False}},
-            "tuned": {"answer": "", "stopped": True, "checks": {"exact": value}},
-            **fields,
-        }
-        for index, value in enumerate(passed)
-    ]
 
 
 def test_mcnemar_by_hand():

@@ -207,11 +207,11 @@ def test_the_demo_prints_such_a_table(demo):
     assert labels(shown) == labels(block("README.md", "demo"))
 
 
-def test_every_result_that_is_listed_is_made(demo):
+def test_every_result_that_is_listed_is_made(pages):
     listed = re.findall(r"^\| `results/(\S+)` \|", PAGES["README.md"], re.MULTILINE)
     assert len(listed) > 5
     for path in listed:
-        assert (demo / "results" / re.sub(r"<\w+>", "demo", path)).exists(), path
+        assert (pages / "results" / re.sub(r"<\w+>", "demo", path)).exists(), path
 
 
 def test_the_example_config_is_valid():

@@ -3,20 +3,16 @@
 import csv
 import re
 from argparse import Namespace
-from html import unescape
 
 import pytest
 from browser import needs_chromium, opened, problems
-from comparing import OPTIONS, edit, edit_rows, make_run
+from comparing import ATTACK, OPTIONS, cells, edit, edit_rows, make_run, samples, words
 from planning import Log
-from test_paired import samples
 
 import summary
 from moult.errors import MoultError
 from moult.files import read_json
 from moult.measuring.answer_ranking import rank_answers
-
-ATTACK = "</td><script>alert(1)</script>\u202e\x00<img src=x onerror=alert(1)>"
 
 
 def make(results, runs: dict[str, str]) -> tuple[str, list[dict]]:
@@ -26,19 +22,6 @@ def make(results, runs: dict[str, str]) -> tuple[str, list[dict]]:
     summary.summarise({run: {"dataset": dataset, **OPTIONS} for run, dataset in runs.items()}, arguments, Log())
     with table.open(newline="", encoding="utf-8") as file:
         return page.read_text(encoding="utf-8"), list(csv.DictReader(file, dialect="excel-tab"))
-
-
-def words(page: str) -> str:
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", page)))
-
-
-def cells(page: str, label: str) -> list[list[str]]:
-    """The body of a table, as text."""
-    body = re.search(rf'aria-label="{label}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
-    return [
-        [words(cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL)]
-        for line in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.DOTALL)
-    ]
 
 
 @pytest.fixture(scope="module")

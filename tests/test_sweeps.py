@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from browser import needs_chromium, problems
 from configs import SCHEMA, config
 from workflow import ROOT, checkout, set_key, snakemake
 
@@ -258,6 +259,21 @@ def test_a_hundred_runs_are_a_page(tmp_path):
     ranking, page = page_of(tmp_path, "s", config(text), lambda values: 1 + values["lora.r"] / 10)
     assert len(ranking["places"]) == 100 and ranking["pairs"] == 4950
     assert len(page) < 3_000_000 and "25 lines" in page
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "over",
+    [
+        "{train.learning_rate: [1.0e-4, 3.0e-4, 1.0e-3], lora.r: [8, 32]}",
+        "{model.chat_template: ['</td><script>alert(1)</script>', chatml], train.packing: [true, false]}",
+        "{lora.r: [1, 2, 3, 4, 5, 6, 7, 8, 9], lora.lora_alpha: [1, 2, 4, 8, 16, 32, 64, 128, 256]}",
+    ],
+)
+def test_the_page_in_a_browser(over, tmp_path):
+    resolved = config(f"sweeps: {{s: {{dataset: a, over: {over}, seeds: [0, 1, 2]}}}}")
+    page_of(tmp_path, "s", resolved, lambda values: 1 + len(str(values)) / 1000)
+    assert problems(tmp_path / "page.html") == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (600, "10 min"), (100_000, "27.8 h")])

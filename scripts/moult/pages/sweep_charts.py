@@ -4,7 +4,7 @@ from functools import partial
 
 from markupsafe import Markup
 
-from moult.pages.charts import COLOUR, NARROW, SERIES, figure
+from moult.pages.charts import COLOUR, LABELS, NARROW, SERIES, figure
 
 # Of the lines, as many as there are colours. More would not be told apart.
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
@@ -21,12 +21,15 @@ def panel(key: str, points: list[dict], unit: str, confidence: float) -> Markup:
 
 
 def drawn(key: str, points: list[dict], lines: list[str], unit: str, width: int):
+    """Values of numbers along the bottom, joined by lines; words, which have no order and may be long, at the left."""
     import altair as alt
 
-    plot = width - 80
-    x = numbers(key, points) if are_numbers(points) else words(key, points, lines, plot)
-    y = alt.Y("loss:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    chart = alt.Chart(alt.Data(values=beside(points, lines))).encode(**x, detail="line:N")
+    joined = are_numbers(points)
+    plot = width - (80 if joined else LABELS[width] + 40)
+    at = numbers(key, points) if joined else words(lines, width)
+    channel, side = ("y", alt.Y) if joined else ("x", alt.X)
+    loss = {channel: side("loss:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))}
+    chart = alt.Chart(alt.Data(values=beside(points, lines))).encode(**at, detail="line:N")
     many = len(lines) > len(SHAPES)
     look: dict = {"color": alt.value(SERIES[0])}
     shape: dict = {}
@@ -35,15 +38,15 @@ def drawn(key: str, points: list[dict], lines: list[str], unit: str, width: int)
         scales = [alt.Scale(domain=lines, range=kinds[: len(lines)]) for kinds in (SERIES, SHAPES)]
         look = {"color": alt.Color("line:N", scale=scales[0], legend=legend)}
         shape = {"shape": alt.Shape("line:N", scale=scales[1], legend=legend)}
-    marks = chart.mark_point(filled=True, size=40 if many else 90, opacity=1).encode(y=y, **look, **shape)
-    best = chart.transform_filter("datum.best").mark_point(size=380, strokeWidth=2, color=COLOUR["text"]).encode(y=y)
+    marks = chart.mark_point(filled=True, size=40 if many else 90, opacity=1).encode(**loss, **look, **shape)
+    best = chart.transform_filter("datum.best").mark_point(size=380, strokeWidth=2, color=COLOUR["text"]).encode(**loss)
     layers = [marks, best]
     if not many:
-        bounds = {"y": alt.Y("low:Q", title=unit), "y2": "high:Q"}
+        bounds = {channel: side("low:Q", title=unit), f"{channel}2": "high:Q"}
         layers.insert(0, chart.mark_rule(strokeWidth=2).encode(**bounds, **look))
-    if are_numbers(points):  # words have no order
-        layers.insert(0, chart.mark_line(strokeWidth=1 if many else 1.5).encode(y=y, **look))
-    return alt.layer(*layers).properties(width=plot, height=260)
+    if joined:
+        layers.insert(0, chart.mark_line(strokeWidth=1 if many else 1.5).encode(**loss, **look))
+    return alt.layer(*layers).properties(width=plot, height=260 if joined else alt.Step(20))
 
 
 def numbers(key: str, points: list[dict]) -> dict:
@@ -54,13 +57,12 @@ def numbers(key: str, points: list[dict]) -> dict:
     return {"x": alt.X("at:Q", title=key, scale=scale, axis=alt.Axis(values=values, format=".6~g", grid=False))}
 
 
-def words(key: str, points: list[dict], lines: list[str], plot: int) -> dict:
+def words(lines: list[str], width: int) -> dict:
     import altair as alt
 
-    values = {point["x"] for point in points}
-    fits = max(map(len, values)) * 7 * len(values) < plot
-    axis = alt.Axis(labelAngle=0 if fits else 270, grid=False)
-    return {"x": alt.X("x:N", sort=None, title=key, axis=axis), "xOffset": alt.XOffset("line:N", sort=lines)}
+    room = LABELS[width]  # some browsers' letters are wider than those that the limit is measured with
+    axis = alt.Axis(labelLimit=0.8 * room, minExtent=room, grid=False)
+    return {"y": alt.Y("x:N", sort=None, title=None, axis=axis), "yOffset": alt.YOffset("line:N", sort=lines)}
 
 
 def are_numbers(points: list[dict]) -> bool:
