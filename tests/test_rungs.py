@@ -139,7 +139,9 @@ def test_a_sweep_drops_what_is_clearly_worse_and_trains_no_step_twice(tmp_path):
         (10, ["lr-learning_rate1e-6"]),
         (20, []),
     ]
-    assert not (results / "lr-learning_rate1e-6").exists() and not (results / "lr-learning_rate1e-6-rung20").exists()
+    assert not (results / "lr-learning_rate1e-6-rung20").exists()
+    # The first run by name keeps the measurement of the base, which all share.
+    assert [path.name for path in (results / "lr-learning_rate1e-6").iterdir()] == ["base"]
     log = [json.loads(line) for line in (results / "lr-learning_rate3e-3/training_log.jsonl").read_text().splitlines()]
     assert [row["resumed_from"] for row in log if "resumed_from" in row] == [10, 20]
     page = (results / "sweeps/lr.html").read_text()
