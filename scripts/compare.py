@@ -80,7 +80,7 @@ def compare(settings: dict, args, log) -> None:
         "compare.html",
         a=names[0],
         b=names[1],
-        headline=f"{better_one(names, loss, answers, clear)}, {cause(names, found)}.",
+        headline=f"{better_one(names, loss, answers, clear)}. {cause(names, found)}.",
         facts=[*facts(names, loss, answers, clear, options["confidence"]), caution(found)],
         found=found,
         stages=list(dict.fromkeys(difference.stage for difference in found)),
@@ -153,7 +153,8 @@ def better_one(names: list[str], loss: PairedLikelihood | None, answers: PairedA
     better = {(b, a) if gains[name] > 0 else (a, b) for name in gains if name in clear}
     if len(better) == 1:
         winner, loser = better.pop()
-        return f"{winner} is better than {loser}"
+        open_question = {"loss": "; their losses may be equal", "answers": "; their answers may be equally good"}
+        return f"{winner} is better than {loser}" + "".join(open_question[name] for name in gains if name not in clear)
     if better:
         winner, loser = (b, a) if gains["loss"] > 0 else (a, b)
         return f"{winner} has the lower loss, but {loser} answers better"
@@ -198,17 +199,18 @@ def cause(names: list[str], found: list[Difference]) -> str:
     """Where two runs part: the first stage that differs, and the settings."""
     stage, settings = first_to_differ(found), choices(found)
     if stage is None:
-        return "and nothing differs between them"
+        return "Nothing differs between them"
     if stage in MEASURING:
-        return "and they differ only in how they were measured"
+        return "They differ only in how they were measured"
     if not settings:
         kind = "software or hardware" if any(one.kind == ENVIRONMENT for one in found) else "results"
-        return f"and they have the same settings; the first stage that differs is {stage}, in its {kind}"
+        return f"They have the same settings; the first stage that differs is {stage}, in its {kind}"
     told = [f"{one.key} ({value(one.a)} → {value(one.b)})" for one in settings[:NAMED]]
     if len(settings) > NAMED:
         told.append(f"{len(settings) - NAMED} more")
     what = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
-    return f"and from {names[0]} to {names[1]} {'only ' * (len(settings) == 1)}{what} changed, first in {stage}"
+    only = "only " if len(settings) == 1 else ""
+    return f"Changed from {names[0]} to {names[1]}: {only}{what}; the first stage that differs is {stage}"
 
 
 def caution(found: list[Difference]) -> str:

@@ -57,7 +57,7 @@ def results(tmp_path):
 
 def test_two_runs_that_are_the_same(results):
     page = make(results)
-    assert headline(page) == "There is no clear difference between a and b, and nothing differs between them."
+    assert headline(page) == "There is no clear difference between a and b. Nothing differs between them."
     text = words(page)
     assert "Nothing differs." in text and "Both have the same prepared rows." in text
     assert "0 pass only with a, 0 only with b." in text
@@ -66,7 +66,10 @@ def test_two_runs_that_are_the_same(results):
 def test_one_setting_that_made_it_better(results, tmp_path):
     make_run(results, "c", {"lora": {"r": 8}}, better=1.5)
     page = make(results, "a", "c")
-    assert headline(page) == "c is better than a, and from a to c only lora.r (4 → 8) changed, first in finetune."
+    assert headline(page) == (
+        "c is better than a; their answers may be equally good. "
+        "Changed from a to c: only lora.r (4 → 8); the first stage that differs is finetune."
+    )
     text = words(page)
     assert (
         "Loss: c has -0.5 nats per token [-0.5, -0.5] against a, on 40 rows. Less is better. This is more than chance"
@@ -80,7 +83,8 @@ def test_several_settings_and_a_seed(results):
     make_run(results, "c", {"lora": {"r": 8}, "dtype": "float16", "seed": 4}, better=1.5)
     page = make(results, "c", "a")
     assert headline(page).startswith(
-        "c is better than a, and from c to a dtype (float16 → bfloat16), lora.r (8 → 4) and seed"
+        "c is better than a; their answers may be equally good. "
+        "Changed from c to a: dtype (float16 → bfloat16), lora.r (8 → 4) and seed (4 → 3); the first stage"
     )
     assert "3 settings differ: the reason may be any of them, or all of them together." in words(page)
     make_run(results, "s", {"seed": 4}, better=1.5)
@@ -91,7 +95,7 @@ def test_the_same_settings_on_another_machine(results):
     edit(results / "b/adapter.json", lambda adapter: adapter["versions"].update(torch="3"))
     page = make(results)
     assert headline(page).endswith(
-        "and they have the same settings; the first stage that differs is finetune, in its software or hardware."
+        "They have the same settings; the first stage that differs is finetune, in its software or hardware."
     )
     assert cells(page, "What differs") == [["finetune", "environment", "versions.torch", "not there", "3"]]
 
@@ -138,7 +142,7 @@ def test_a_setting_comes_before_the_results_that_follow_from_it():
 def test_how_they_were_measured_is_no_reason(results):
     edit(results / "b/metrics.json", lambda metrics: metrics["answers"]["prompts"].update(n=1))
     page = make(results)
-    assert headline(page).endswith("and they differ only in how they were measured.")
+    assert headline(page).endswith("They differ only in how they were measured.")
     assert "differ: the reason" not in words(page)
 
 
@@ -158,7 +162,7 @@ def test_answers_that_flipped(results):
 
 def test_the_loss_and_the_answers_may_not_agree(results):
     make_run(results, "c", better=2.0, right=0.5)
-    assert headline(make(results, "a", "c")).startswith("c has the lower loss, but a answers better, ")
+    assert headline(make(results, "a", "c")).startswith("c has the lower loss, but a answers better. ")
 
 
 def test_the_rows_that_changed_most():
@@ -180,7 +184,7 @@ def test_runs_with_nothing_in_common(results):
     edit_rows(results / "b/tuned/likelihood.jsonl", lambda index, row: row.update(id=f"other {index}"))
     edit_rows(results / "b/samples.jsonl", lambda index, sample: sample.update(id=f"other {index}"))
     page = make(results)
-    assert headline(page).startswith("a and b have nothing in common that was measured, and ")
+    assert headline(page).startswith("a and b have nothing in common that was measured. ")
     assert words(page).count("cannot be compared") == 2
 
 

@@ -55,7 +55,7 @@ def test_the_best_of_a_dataset_and_whether_the_second_is_behind(three):
 
 def test_datasets_are_not_compared_with_each_other(three):
     page, lines = make(three, {"bad": "d", "same": "e", "good": "d"})
-    assert re.findall(r"<h2>(\w+): which is the best\?</h2>", page) == ["d"]
+    assert re.findall(r"<h2>Dataset (\w+): which run is the best\?</h2>", page) == ["d"]
     assert {line[1] for line in cells(page, "Against the best of d")} == {"good", "bad"}
     assert [(line["run"], line["dataset"]) for line in lines] == [("good", "d"), ("bad", "d"), ("same", "e")]
 
@@ -81,7 +81,7 @@ def test_gpu_hours_count_each_gpu_and_a_cpu_is_none(three):
 
 def test_one_run_is_shown_and_compared_with_nothing(three):
     page, lines = make(three, {"good": "d"})
-    assert "Summary of 1 run<" in page and "which is the best" not in page and len(lines) == 1
+    assert "Summary of 1 run<" in page and "which run is the best" not in page and len(lines) == 1
 
 
 def test_without_runs_there_is_a_page_that_says_so(tmp_path):
