@@ -1,5 +1,5 @@
 # make demo   create the environment, run the demo, print the comparison
-# make test   the tests that you wait for: every gate, and the demo once; at most 5 minutes on 2 cores
+# make test   the tests that you wait for: every gate, and the demo once; some 6 minutes on 2 cores
 # make test-all   all tests: also kills at random instants, containers and Slurm where they are installed, many whole runs.
 #             PYTEST_ARGS is passed to pytest. CI runs `make test`, and then make test-all PYTEST_ARGS='-m slow'
 # make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml

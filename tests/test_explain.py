@@ -123,6 +123,7 @@ def test_nothing_is_edited(again):
     assert everything(again) == before
 
 
+@pytest.mark.slow
 def test_edits_are_told_where_they_matter(again):
     set_key("runs", "demo", "train", "learning_rate", value=1e-3)(again)
     after = [
@@ -146,6 +147,7 @@ def test_edits_are_told_where_they_matter(again):
     assert lines[-1] == "  fresh: inspect_model"
 
 
+@pytest.mark.slow
 def test_outputs_that_are_gone_or_half_written(again):
     (again / METRICS).unlink()
     assert f"  score  {METRICS} is not there" in explain(again, METRICS)
@@ -156,6 +158,7 @@ def test_outputs_that_are_gone_or_half_written(again):
     assert "  finetune        it was cut short" in explain(again, METRICS)
 
 
+@pytest.mark.slow
 def test_while_snakemake_is_at_work(again):
     """Its lock stays, and is told: the lock of an operating system that rules/lock.smk looks at is held here."""
     with (again / ".snakemake/moult.lock").open("a+") as held:

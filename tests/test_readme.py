@@ -207,6 +207,7 @@ def test_the_demo_prints_such_a_table(demo):
     assert labels(shown) == labels(block("README.md", "demo"))
 
 
+@pytest.mark.slow
 def test_every_result_that_is_listed_is_made(pages):
     listed = re.findall(r"^\| `results/(\S+)` \|", PAGES["README.md"], re.MULTILINE)
     assert len(listed) > 5

@@ -14,7 +14,8 @@ from workflow import PAGES, ROOT, snakemake
 CAPTIONS = ROOT / "rules" / "captions"
 
 
-@pytest.mark.parametrize("suffix", [pytest.param("html", marks=pytest.mark.slow), "zip"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["html", "zip"])
 def test_the_report_has_the_pages(pages, suffix, tmp_path, monkeypatch):
     monkeypatch.setenv("AUDIT", str(tmp_path / "audit.jsonl"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "audit"), prepend=os.pathsep)

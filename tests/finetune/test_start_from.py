@@ -30,6 +30,7 @@ def test_a_stopped_run_trains_no_step_more(run):
     assert "nothing to train" in stopped.go().stderr and stopped.adapter() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "other"])
 def test_without_the_bytes_before_it_starts_anew(how, run, undisturbed):
     """The state of the run before may have been deleted, or be that of other settings: never a wrong result."""
