@@ -339,6 +339,7 @@ def config_of(run: str, settings: dict) -> str:
 
     model, dataset = settings["run"]["model"], settings["run"]["dataset"]
     config = {
+        "seed": settings["seed"],  # of the split
         "model": model,
         "datasets": {dataset: settings["dataset"]},
         "runs": {run: {key: value for key, value in settings["run"].items() if key != "model"}},

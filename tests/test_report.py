@@ -7,12 +7,13 @@ from html import unescape
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from workflow import ROOT, snakemake
 
 import report
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
 from moult.workflow.config import load_schema, resolve
-from moult.workflow.stages import stage_settings
+from moult.workflow.stages import STAGES, stage_settings
 
 PASS, FAIL = {"exact": True}, {"exact": False}
 ATTACK = "</pre><script>alert(1)</script>\u202e\x00\u0007<img src=x onerror=alert(1)> אבג"
@@ -124,6 +125,35 @@ def test_what_each_language_lost_and_won(tmp_path):
         {"name": "en", "train": 5, "val": 0, "test": 2, "measured": {"base": 2.5, "tuned": 0.75}},
         {"name": "de", "train": 0, "val": 0, "test": 1, "measured": {"base": 1.0, "tuned": 0.5}},
     ]
+
+
+SWEEP = {
+    "dataset": "demo",
+    "over": {"train.learning_rate": [1e-4, 1e-3]},
+    "rungs": [10],
+    "train": {"max_steps": 20, "lr_scheduler_type": "constant", "eval_steps": 10},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "run"),
+    [
+        ({"seed": 5}, "demo"),
+        ({"runs": {"demo": {"seeds": [3, 4]}}}, "demo"),
+        ({"runs": {"other": {"dataset": "demo", "lora": {"r": 4}}}, "override": {"train": {"max_steps": 7}}}, "other"),
+        ({"sweeps": {"lr": SWEEP}}, "lr-learning_rate1e-4"),
+    ],
+    ids=["seed", "seeds", "override", "sweep"],
+)
+def test_the_config_on_the_page_is_that_of_the_run(config, run):
+    """All that any stage reads of the config is the same. What a run goes on from changes none of its bytes."""
+    schema = load_schema(str(ROOT / "config"))
+    given = {"model": {"name": "./m", "dtype": "float32"}, "datasets": {"demo": {"source": "x.jsonl"}}, **config}
+    before = resolve(given, schema)
+    shown = report.config_of(run, stage_settings(before, "report", run))
+    after = resolve(yaml.safe_load(shown), schema)
+    for stage in set(STAGES) - {"contamination"}:  # the questions of all runs of the dataset
+        assert stage_settings(after, stage, run) == stage_settings(before, stage, run), stage
 
 
 # --- the whole page ---------------------------------------------------------------------------------------------------

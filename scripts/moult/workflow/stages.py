@@ -326,9 +326,9 @@ def _model_card(config: dict, run: dict, dataset: dict) -> dict:
 
 
 def _report(config: dict, run: dict, dataset: dict) -> dict:
-    # What makes the run, as a config that can be used again.
-    own = {key: value for key, value in run.items() if key not in ("serve", "seeds")}
-    return {"run": own, "dataset": dataset}
+    # What makes the run, as a config that can be used again. Trained from its first step it has the same bytes.
+    own = {key: value for key, value in run.items() if key not in ("serve", "start_from")}
+    return {"run": own, "dataset": dataset, "seed": config["seed"]}
 
 
 def _compared(config: dict, run: dict, dataset: dict) -> dict:
