@@ -17,14 +17,7 @@ from pathlib import Path
 
 from moult.files import read_json, read_jsonl
 from moult.measuring.measured import measured
-from moult.measuring.table import (
-    ROWS,
-    answer_rows,
-    benchmark_rows,
-    between_seeds,
-    general_rows,
-    likelihood_rows,
-)
+from moult.measuring.table import ROWS, between_seeds, rows_of
 from moult.measuring.verdict import POINTS
 from moult.pages.page import shown, write_page
 from moult.run.cli import stage_parser
@@ -81,7 +74,7 @@ def write_report(args, log) -> None:
         rows=ROWS[metrics["data"]["measured_on"]],
         confidence=confidence,
         forests=forests(measures, confidence),
-        comparison=comparison(metrics),
+        comparison=rows_of(metrics),
         seeds=between_seeds(metrics["seeds"]).split("\n"),
         samples=samples,
         counts=counts,
@@ -108,15 +101,6 @@ def write_report(args, log) -> None:
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
-
-
-def comparison(metrics: dict) -> list[tuple[str, str, str, str]]:
-    return (
-        likelihood_rows(metrics["likelihood"])
-        + answer_rows(metrics["answers"])
-        + general_rows(metrics["general_text"])
-        + benchmark_rows(metrics["benchmarks"])
-    )
 
 
 def measures_of(metrics: dict) -> list[dict]:

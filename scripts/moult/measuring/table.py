@@ -42,14 +42,21 @@ def comparison(metrics: dict) -> str:
     """A line for each measurement: base, tuned, and the difference with its interval."""
     percent = round(100 * metrics["data"]["confidence"])
     return tabulate(
-        likelihood_rows(metrics["likelihood"])
-        + answer_rows(metrics["answers"])
-        + general_rows(metrics["general_text"])
-        + benchmark_rows(metrics["benchmarks"]),
+        rows_of(metrics),
         headers=("", "base", "tuned", f"difference [{percent} %]"),
         tablefmt="plain",
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
+    )
+
+
+def rows_of(metrics: dict) -> list[tuple[str, str, str, str]]:
+    """(measurement, base, tuned, difference) of all."""
+    return (
+        likelihood_rows(metrics["likelihood"])
+        + answer_rows(metrics["answers"])
+        + general_rows(metrics["general_text"])
+        + benchmark_rows(metrics["benchmarks"])
     )
 
 
