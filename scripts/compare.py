@@ -7,7 +7,6 @@
 It reads what was made, not the config: settings are those that the stages have kept with their results.
 """
 
-import json
 import math
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from moult.data.changed_rows import Changed, changed_rows
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl
+from moult.measuring.cost import cost_of
 from moult.measuring.differences import ENVIRONMENT, MEASURING, Difference, Files, choices, differences, first_to_differ
 from moult.measuring.measured import measured
 from moult.measuring.paired import (
@@ -122,17 +122,13 @@ def read_samples(run: str, metrics: dict) -> list[dict]:
     cut = (
         {
             **{key: sample[key] for key in ("kind", "id", "group")},
-            "prompt": cut_text(sample["prompt"]),
-            "reference": None if sample["reference"] is None else cut_text(sample["reference"]),
-            "tuned": {"answer": cut_text(sample["tuned"]["answer"]), "checks": sample["tuned"]["checks"]},
+            "prompt": shown(sample["prompt"], TEXT),
+            "reference": None if sample["reference"] is None else shown(sample["reference"], TEXT),
+            "tuned": {"answer": shown(sample["tuned"]["answer"], TEXT), "checks": sample["tuned"]["checks"]},
         }
         for sample in read_jsonl(Path(run) / "samples.jsonl")
     )
     return counted(cut, metrics)
-
-
-def cut_text(text: object) -> str:
-    return shown(text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), TEXT)
 
 
 # --- the answer in words ----------------------------------------------------------------------------------------------
@@ -228,9 +224,7 @@ def caution(found: list[Difference]) -> str:
 
 
 def value(thing: object) -> str:
-    if thing is None:
-        return "not set"
-    return shown(thing if isinstance(thing, str) else json.dumps(thing, ensure_ascii=False), 200)
+    return "not set" if thing is None else shown(thing, 200)
 
 
 # --- the parts of the page --------------------------------------------------------------------------------------------
@@ -306,16 +300,6 @@ def side_by_side(metrics: list[dict]) -> list[tuple]:
     """(measure, of a, of b), None where it was not measured."""
     a, b = map(measured, metrics)
     return [(name, a.get(name), b.get(name)) for name in dict.fromkeys(chain(a, b))]
-
-
-def cost_of(adapter: dict) -> dict:
-    throughput, train = adapter["throughput"], adapter["settings"]["train"]
-    on_cpu = adapter["hardware"]["device"] == "cpu"
-    return {
-        "hours": throughput["seconds"] / 3600 * (1 if on_cpu else train.get("gpu", 1)),
-        "of": "CPU" if on_cpu else "GPU",
-        "speed": throughput["tokens_per_second"],
-    }
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of long texts) is counted, and the file that holds it is named.
 """
 
 import difflib
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from moult.files import read_json, read_jsonl
 from moult.measuring.measured import measured
 from moult.measuring.table import ROWS, between_seeds, rows_of
 from moult.measuring.verdict import POINTS
-from moult.pages.page import shown, write_page
+from moult.pages.page import duration, shown, write_page
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 
@@ -148,14 +147,14 @@ def passes(answer: dict) -> bool:
 
 
 def sample_view(outcome: str, sample: dict) -> dict:
-    prompt, reference = sample["prompt"], sample["reference"]
+    reference = sample["reference"]
     base, tuned = (shown(sample[which]["answer"], SAMPLE_TEXT) for which in ("base", "tuned"))
     before, after = marked(base, tuned)
     return {
         "id": sample["id"],
         "kind": sample["kind"],
         "outcome": outcome,
-        "prompt": shown(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False), SAMPLE_TEXT),
+        "prompt": shown(sample["prompt"], SAMPLE_TEXT),
         "reference": None if reference is None else shown(reference, SAMPLE_TEXT),
         "failed": [name for name, passed in sample["tuned"]["checks"].items() if not passed],
         "answers": [("base", before, sample["base"]), ("tuned", after, sample["tuned"])],
@@ -227,8 +226,8 @@ def fates_of(ledger: dict, tokens: dict) -> list[dict]:
     fates += [{"what": name, "count": -count, "kind": "lost"} for name, count in losses.items() if count]
     rest = train["written"] - sum(losses.values())
     if more := found["sequences"] - rest:
-        fates.append({"what": "sequences of rows with several" if more > 0 else "no token to train", "count": more,
-                      "kind": "used" if more > 0 else "lost"})  # fmt: skip
+        what, kind = ("sequences of rows with several", "used") if more > 0 else ("no token to train", "lost")
+        fates.append({"what": what, "count": more, "kind": kind})
     return [*fates, {"what": "sequences trained", "count": found["sequences"], "kind": "have"}]
 
 
@@ -309,12 +308,6 @@ def gigabytes(size: float) -> str:
 
 def percent(share: float | None) -> str:
     return "not known" if share is None else f"{100 * share:.3g} %"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def config_of(run: str, settings: dict) -> str:

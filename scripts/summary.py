@@ -14,6 +14,7 @@ from typing import Any
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_text, write_text
 from moult.measuring.answer_ranking import rank_answers
+from moult.measuring.cost import cost_of
 from moult.measuring.measured import Measured, measured
 from moult.measuring.paired import counted
 from moult.measuring.ranking import rank
@@ -82,10 +83,7 @@ def summarise(settings: dict, args, log) -> None:
 def read_run(name: str, folder: Path, dataset: str) -> dict[str, Any]:
     """One line of the table."""
     metrics, adapter = read_json(folder / "metrics.json"), read_json(folder / "adapter.json")
-    train, throughput = adapter["settings"]["train"], adapter["throughput"]
-    on_cpu = adapter["hardware"]["device"] == "cpu"
-    gpus = 0 if on_cpu else train.get("gpu", 1)
-    speed = throughput["tokens_per_second"]
+    train, cost = adapter["settings"]["train"], cost_of(adapter)
     by_steps = train.get("max_steps", -1) > 0
     seeds = metrics["seeds"]
     return {
@@ -100,10 +98,10 @@ def read_run(name: str, folder: Path, dataset: str) -> dict[str, Any]:
         "steps": adapter["ended"]["step"],
         "seeds": 1 if seeds is None else len(seeds["trained"]),
         "between_seeds": between_seeds(seeds).strip().split("\n") if seeds else [],
-        "gpus": gpus,
-        "hours": throughput["seconds"] * max(1, gpus) / 3600,
-        "hours_of": "CPU" if on_cpu else "GPU",
-        "tokens": None if speed is None else round(speed * throughput["seconds"]),
+        "gpus": cost.gpus,
+        "hours": cost.seconds / 3600,
+        "hours_of": cost.device,
+        "tokens": None if cost.speed is None else round(cost.speed * adapter["throughput"]["seconds"]),
         "metrics": metrics,
     }
 

@@ -14,10 +14,11 @@ import json
 from statistics import mean
 
 from moult.files import read_json, read_jsonl, write_json
+from moult.measuring.cost import cost_of
 from moult.measuring.ranking import rank
 from moult.measuring.table import ROWS
 from moult.measuring.verdict import PARTS
-from moult.pages.page import write_page
+from moult.pages.page import duration, write_page
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 
@@ -64,9 +65,7 @@ def ranked(sweep: str, settings: dict, args) -> dict:
             "values": settings["runs"][run]["values"],
             "verdict": metrics[run]["verdict"]["verdict"],
             "passed": passed(metrics[run]),
-            "device_seconds": sum(
-                adapter["throughput"]["seconds"] * adapter["settings"]["train"]["gpu"] for adapter in adapters[run]
-            ),
+            "device_seconds": sum(cost_of(adapter).seconds for adapter in adapters[run]),
         }
         for run in names
     }
@@ -184,12 +183,6 @@ def point(place: dict, key: str, keys: list[str], best: str) -> dict:
         "line": ", ".join(others),
         "best": place["run"] == best,
     }
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:,.1f} h"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from browser import needs_chromium, problems
 from configs import SCHEMA, config
 from workflow import ROOT, checkout, set_key, snakemake
 
-import sweep
 from moult.files import read_json, write_json, write_jsonl
+from moult.pages.page import duration
 from moult.workflow.config import ConfigError, resolve
 from moult.workflow.stages import STAGES, encoded_as, measured_as, stage_settings
 from moult.workflow.sweeps import asked_for, combinations, shortened, sweep_settings
@@ -203,7 +203,12 @@ def made(folder, settings: dict, loss, noise: float = 0.001) -> list[str]:
             paths["likelihoods"].append(str(folder / trained / "likelihood.jsonl"))
             write_jsonl(paths["likelihoods"][-1], rows)
             paths["adapters"].append(str(folder / trained / "adapter.json"))
-            adapter = {"throughput": {"seconds": 5.0}, "settings": {"train": {"gpu": 2}}, "steps": 9}
+            adapter = {
+                "throughput": {"seconds": 5.0, "tokens_per_second": 100.0},
+                "settings": {"train": {"gpu": 2}},
+                "hardware": {"device": "cuda"},
+                "steps": 9,
+            }
             write_json(paths["adapters"][-1], adapter)
     return [text for name, own in paths.items() for text in (f"--{name}", *own)]
 
@@ -278,7 +283,7 @@ def test_the_page_in_a_browser(over, tmp_path):
 
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (600, "10 min"), (100_000, "27.8 h")])
 def test_device_time(seconds, text):
-    assert sweep.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 # --- the workflow -----------------------------------------------------------------------------------------------------

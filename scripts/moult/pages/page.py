@@ -7,6 +7,7 @@ cuts what is too long.
 
 import base64
 import hashlib
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -40,8 +41,9 @@ def render(template: str, **values) -> str:
 
 
 def shown(text: object, limit: int = LONGEST_TEXT) -> str:
-    """`text` as a person can see all of it: what is invisible as its code point, what is too long cut, with how much is left."""
-    text = str(text)
+    """`text` as a person can see all of it: what is invisible as its code point, what is too long cut, with how much is left.
+    A list or a mapping is shown as JSON."""
+    text = json.dumps(text, ensure_ascii=False) if isinstance(text, list | dict) else str(text)
     left = len(text) - limit
     text = visible(text[:limit].replace("\r\n", "\n"))
     return f"{text} … ({left:,} more characters)" if left > 0 else text
@@ -51,6 +53,12 @@ def visible(text: str) -> str:
     """What is invisible as its code point. Whole pages go through this, so that no template can forget it."""
     text = _INVISIBLE.sub(lambda hit: f"⟨U+{ord(hit.group()):04X}⟩", text)
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:,.1f} h"
 
 
 @cache
