@@ -1,6 +1,6 @@
 """Train the LoRA adapter.
 
-Reads:  tokens, base model, plan
+Reads:  tokens, base model, plan; the checkpoints of the run that this one goes on from (start_from)
 Writes: results/<run>/adapter/, adapter.json (hashes, losses, versions), training_log.jsonl
 Keeps:  results/<run>/trainer_state/, the checkpoints. It is not an output, because Snakemake deletes outputs
 """
@@ -55,6 +55,7 @@ rule finetune:
     shell:
         """
         {params.launch} {params.script:q} --settings {params.settings:q} --model {input.model:q} --tokens {params.tokens:q} \
-            --plan {input.plan:q} --state {params.state:q} {params.start:q} --adapter {output.adapter:q} --summary {output.summary:q} \
-            --training-log {output.training_log:q} --image {params.image:q} --threads {params.threads} --log-file {log:q}
+            --plan {input.plan:q} --state {params.state:q} {params.start:q} --adapter {output.adapter:q} \
+            --summary {output.summary:q} --training-log {output.training_log:q} --image {params.image:q} \
+            --threads {params.threads} --log-file {log:q}
         """

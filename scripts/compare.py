@@ -7,6 +7,7 @@
 It reads what was made, not the config: settings are those that the stages have kept with their results.
 """
 
+import json
 import math
 from itertools import chain
 from pathlib import Path
@@ -224,7 +225,8 @@ def caution(found: list[Difference]) -> str:
 
 
 def value(thing: object) -> str:
-    return "not set" if thing is None else shown(thing, 200)
+    """As YAML has it."""
+    return "not set" if thing is None else shown(thing if isinstance(thing, str) else json.dumps(thing), 200)
 
 
 # --- the parts of the page --------------------------------------------------------------------------------------------

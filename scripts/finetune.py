@@ -143,9 +143,9 @@ def tune(settings: dict, args, state: Path, fingerprint: dict, device: str, stop
     def find_checkpoint() -> Path | None:
         if args.resume_from:
             return adopt(Path(args.resume_from), state, keep_best)
-        resume = newest_whole(state, fingerprint, keep_best)
-        if resume or not args.start_from:
-            return resume
+        own = newest_whole(state, fingerprint, keep_best)
+        if own or not args.start_from:
+            return own
         return started_from(Path(args.start_from), state, fingerprint, keep_best, log)
 
     last = min(total, settings.get("stop_after") or total)

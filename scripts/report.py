@@ -103,18 +103,11 @@ def write_report(args, log) -> None:
 
 
 def measures_of(metrics: dict) -> list[dict]:
-    """What the forest plots show. Each measure on other text has a plot of its own: their differences are of different sizes."""
+    """What the forest plots show. Each measure but the rates has a plot of its own: they differ in size."""
+    from moult.pages.run_charts import line
+
     return [
-        {
-            "name": name,
-            "unit": f"{one['unit']}, {name}" if one["unit"] != POINTS else POINTS,
-            "base": one["base"]["value"],
-            "tuned": one["tuned"]["value"],
-            "value": one["difference"]["value"],
-            "low": one["difference"]["interval"][0],
-            "high": one["difference"]["interval"][1],
-            "change": one["change"],
-        }
+        line(name, POINTS if one["unit"] == POINTS else f"{one['unit']}, {name}", one)
         for name, one in measured(metrics).items()
     ]
 

@@ -9,7 +9,7 @@ the rungs: a run that is as good as the best is dropped at any of them in at mos
 """
 
 from moult.files import read_jsonl, write_json
-from moult.measuring.ranking import rank
+from moult.measuring.ranking import of_runs, rank
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 
@@ -22,9 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with stage("rung", args.log_file, args.settings) as log:
-        seeds = len(args.likelihoods) // len(args.runs)
-        rows = [list(read_jsonl(path)) for path in args.likelihoods]
-        runs = {run: rows[seeds * place : seeds * (place + 1)] for place, run in enumerate(args.runs)}
+        runs = of_runs(args.runs, [list(read_jsonl(path)) for path in args.likelihoods])
         settings = args.settings
         confidence = 1 - (1 - settings["confidence"]) / len(settings["rungs"])
         found = rank(runs, confidence, settings["resamples"], settings["seed"])

@@ -41,7 +41,7 @@ def main() -> None:
 
 def summarise(settings: dict, args, log) -> None:
     from moult.pages.charts import figure
-    from moult.pages.run_charts import forest
+    from moult.pages.run_charts import forest, line
 
     folders = {Path(folder).name: Path(folder) for folder in args.runs}
     runs = [read_run(name, folder, settings[name]["dataset"]) for name, folder in folders.items()]
@@ -55,7 +55,8 @@ def summarise(settings: dict, args, log) -> None:
         datasets.append({"name": dataset, "runs": own, "ranked": ranked, "told": told})
     runs = [run for dataset in datasets for run in dataset["runs"]]
     measures = list(dict.fromkeys(name for run in runs for name in run["measures"]))
-    bars = [bar(run) for run in runs if "loss" in run["measures"]]
+    losses = {run["run"]: run["measures"]["loss"] for run in runs if "loss" in run["measures"]}
+    bars = [line(run, loss["unit"], loss) for run, loss in losses.items()]
     write_text(args.table, table(runs, measures))
     write_page(
         args.page,
@@ -178,23 +179,6 @@ def in_words(ranking: dict, confidence: float) -> str:
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------------
-
-
-def bar(run: dict) -> dict:
-    """A line of the chart."""
-    loss: Measured = run["measures"]["loss"]
-    difference = loss["difference"]
-    low, high = difference["interval"]
-    return {
-        "name": run["run"],
-        "unit": loss["unit"],
-        "base": loss["base"]["value"],
-        "tuned": loss["tuned"]["value"],
-        "value": difference["value"],
-        "low": low,
-        "high": high,
-        "change": loss["change"],
-    }
 
 
 def table(runs: list[dict], measures: list[str]) -> str:

@@ -15,7 +15,7 @@ from statistics import mean
 
 from moult.files import read_json, read_jsonl, write_json
 from moult.measuring.cost import cost_of
-from moult.measuring.ranking import rank
+from moult.measuring.ranking import of_runs, rank
 from moult.measuring.table import ROWS
 from moult.measuring.verdict import PARTS
 from moult.pages.page import duration, write_page
@@ -92,12 +92,6 @@ def rung_of(step: int, found: dict) -> dict:
         "losses": {run: place["loss"] for run, place in places.items()},
         "dropped": [place for run, place in places.items() if run not in found["level"]],
     }
-
-
-def of_runs(names: list[str], items: list) -> dict[str, list]:
-    """{run: its own items}, of as many for each run, in the order of the runs."""
-    each = len(items) // len(names)
-    return {name: items[each * place : each * (place + 1)] for place, name in enumerate(names)}
 
 
 def passed(metrics: dict) -> dict[str, float]:

@@ -12,6 +12,7 @@ from workflow import ROOT, snakemake
 
 import report
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.pages.run_charts import forests
 from moult.workflow.config import load_schema, resolve
 from moult.workflow.stages import STAGES, stage_settings
 
@@ -125,6 +126,29 @@ def test_what_each_language_lost_and_won(tmp_path):
         {"name": "en", "train": 5, "val": 0, "test": 2, "measured": {"base": 2.5, "tuned": 0.75}},
         {"name": "de", "train": 0, "val": 0, "test": 1, "measured": {"base": 1.0, "tuned": 0.5}},
     ]
+
+
+def figures(base: float, tuned: float) -> dict:
+    sides = {name: {"value": value, "interval": [value, value]} for name, value in (("base", base), ("tuned", tuned))}
+    return {**sides, "difference": {"value": tuned - base, "interval": [tuned - base, tuned - base], "p": 0.01}}
+
+
+def test_each_plot_says_in_which_direction_it_is_better(demo):
+    """A benchmark's metric that is no rate is better if it is more, as a rate is."""
+    metrics = read_json(demo / "results/demo/metrics.json")
+    mean = {"is_rate": False, "n": 9, **figures(2.0, 3.0)}
+    metrics["benchmarks"] = {"bleu": {"metric": "bleu", "metrics": {"bleu": mean}, "questions": 9}}
+    plots = forests(report.measures_of(metrics), "95 %")
+    told = {
+        re.search(r"the difference in (.*?), with", plot)[1]: re.search(r"(More|Less) is better", plot)[1]
+        for plot in plots
+    }
+    assert told == {
+        "nats per token, loss": "Less",
+        "points": "More",
+        "nats per token, general text": "Less",
+        "on average, benchmark bleu": "More",
+    }
 
 
 SWEEP = {

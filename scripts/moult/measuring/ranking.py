@@ -141,6 +141,12 @@ def rank(runs: dict[str, list[list[dict]]], confidence: float, resamples: int, s
     }
 
 
+def of_runs(names: list[str], items: list) -> dict[str, list]:
+    """{run: its own items}, of as many for each run (one for each seed), in the order of the runs."""
+    each = len(items) // len(names)
+    return {name: items[each * place : each * (place + 1)] for place, name in enumerate(names)}
+
+
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 

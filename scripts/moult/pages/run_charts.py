@@ -5,6 +5,8 @@ from functools import partial
 
 from markupsafe import Markup
 
+from moult.measuring.measured import Measured
+from moult.measuring.paired import NATS
 from moult.pages.charts import CHANGES, COLOUR, LABELS, NARROW, WORDS, figure
 
 # What the verdict says of a measure, in words; how that looks.
@@ -17,13 +19,21 @@ KINDS = {
 }
 
 
+def line(name: str, unit: str, one: Measured) -> dict:
+    """What a forest plot shows of a measure."""
+    low, high = one["difference"]["interval"]
+    values = {side: one[side]["value"] for side in ("base", "tuned")}
+    difference = {"value": one["difference"]["value"], "low": low, "high": high}
+    return {"name": name, "unit": unit, **values, **difference, "change": one["change"]}
+
+
 def forests(measures: list[dict], confidence: str) -> list[Markup]:
     """A forest plot for each unit: the difference of each measure, with its interval, and what base and tuned have."""
     units = dict.fromkeys(measure["unit"] for measure in measures)
     return [
         figure(
             f"Tuned against base: the difference in {unit}, with its {confidence} interval. "
-            + ("More is better." if unit == "points" else "Less is better.")
+            + ("Less is better." if unit.startswith(NATS) else "More is better.")
             + " A difference whose interval contains 0 may be chance.",
             partial(forest, [one for one in measures if one["unit"] == unit], unit),
         )
@@ -102,15 +112,15 @@ def curve_panels(steps: list[dict], adapter: dict, width: int):
         for entry in steps
         if key in entry and math.isfinite(entry[key])
     ]
-    positive = all(entry["value"] > 0 for entry in losses) and losses
-    spread = positive and max(e["value"] for e in losses) > 20 * min(e["value"] for e in losses)
-    scale = alt.Scale(type="log") if spread else alt.Scale(zero=False)
+    values = [entry["value"] for entry in losses] or [1.0]
+    wide = min(values) > 0 and max(values) > 20 * min(values)
+    scale = alt.Scale(type="log") if wide else alt.Scale(zero=False)
     colour = alt.Color(
         "of:N",
         scale=alt.Scale(domain=["train", "validation"], range=[COLOUR["base"], COLOUR["tuned"]]),
         legend=alt.Legend(title=None, symbolType="stroke"),
     )
-    title = "loss, log scale" if spread else "loss"
+    title = "loss, log scale" if wide else "loss"
     chart = alt.Chart(alt.Data(values=losses))
     loss_y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=4))
     dash = alt.StrokeDash("of:N", scale=alt.Scale(domain=["train", "validation"], range=[[1, 0], [6, 3]]), legend=None)
