@@ -14,6 +14,7 @@ PAGES = [
         "sweep_charts.py",
         "pair_charts.py",
         "look/layout.html",
+        "look/parts.html",
         "look/style.css",
         "look/page.js",
         "look/preview.html",

@@ -27,7 +27,7 @@ MADE_FROM = FOLDER / "made_from.json"
 PICTURES = {"report.png": "results/demo/report.html", "summary.png": "results/summary.html"}
 LOOK = (
     *("charts.py", "run_charts.py", "look/layout.html", "look/style.css"),
-    *("look/report.html", "look/summary.html"),
+    *("look/parts.html", "look/report.html", "look/summary.html"),
 )
 WIDTH, HEIGHT = 1120, 840
 LARGEST = 150_000
