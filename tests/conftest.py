@@ -147,7 +147,7 @@ def run_demo(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo(watched_demo):
-    """A checkout in which the demo has run."""
+    """A checkout in which the demo has run. Nothing may run in it, since other processes copy it meanwhile: see `again`."""
     return watched_demo[0]
 
 
