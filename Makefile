@@ -11,8 +11,8 @@
 # make schema update the files that are generated from config/schema.yaml and the libraries
 # make image  build the image of the training stages for Apptainer; make docker-image: for Docker
 #             make serve-image and make docker-serve-image: the image of the server
-#             make benchmark-image: the image of the benchmarks, for Apptainer
-# make benchmark-env  create .venv-benchmark, the environment of the benchmarks
+#             make benchmark-image: the image of the benchmarks, for Apptainer; make export-image: of the exports
+# make benchmark-env  create .venv-benchmark, the environment of the benchmarks; make export-env: .venv-export, of the exports
 #
 # The environment is .venv, created with the interpreter PYTHON. BASE_IMAGE is another base for an image: an image in a registry,
 # or for `make image` a .sif file or a folder.
@@ -37,7 +37,7 @@ BASE = $(if $(BASE_IMAGE),BASE_IMAGE=$(BASE_IMAGE))
 CONFIGFILE = $(if $(CONFIG),--configfile $(CONFIG))
 
 .PHONY: demo test test-all serve explain publish lint bench pictures schema env image serve-image docker-image \
-    docker-serve-image benchmark-image benchmark-env
+    docker-serve-image benchmark-image benchmark-env export-image export-env
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/workflow.stamp
@@ -84,11 +84,15 @@ serve-image: containers/moult-serve-$(VERSION).sif
 
 benchmark-image: containers/moult-benchmark-$(VERSION).sif
 
+export-image: containers/moult-export-$(VERSION).sif
+
 benchmark-env: .venv-benchmark/stamp
 
-.venv-benchmark/stamp: envs/benchmark.txt envs/benchmark-constraints.txt
-	$(PYTHON) -m venv .venv-benchmark
-	.venv-benchmark/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c envs/benchmark-constraints.txt
+export-env: .venv-export/stamp
+
+.venv-benchmark/stamp .venv-export/stamp: .venv-%/stamp: envs/%.txt envs/%-constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c envs/$*-constraints.txt
 	@touch $@
 
 containers/moult-%-$(VERSION).sif: containers/%.def containers/install.sh $(wildcard envs/*.txt)

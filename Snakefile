@@ -21,6 +21,7 @@ include: "rules/containers.smk"
 include: "rules/cluster.smk"
 include: "rules/questions.smk"
 include: "rules/pages.smk"
+include: "rules/exports.smk"
 
 
 container: image
@@ -32,6 +33,7 @@ report: "rules/captions/workflow.rst"
 wildcard_constraints:
     run="|".join(map(re.escape, config["runs"])) or "(?!)",
     ds="|".join(map(re.escape, config["datasets"])) or "(?!)",
+    format="|".join(FORMATS),
 
 
 include: "rules/fetch.smk"
@@ -50,18 +52,20 @@ include: "rules/report.smk"
 include: "rules/summary.smk"
 include: "rules/compare.smk"
 include: "rules/smoke_test.smk"
+include: "rules/export.smk"
 include: "rules/model_card.smk"
 include: "rules/rung.smk"
 include: "rules/sweep.smk"
 
 
 rule all:
-    """The metrics of every run in the config, its page, and the cards of its models. Not of the runs of sweeps."""
+    """The metrics of every run in the config, its page, its exports, and the cards of its models. Not of the runs of sweeps."""
     default_target: True
     input:
         expand(at.metrics, run=asked_for(config)),
         expand(at.run_report, run=asked_for(config)),
         expand(at.merged_card, run=asked_for(config)),
+        [path for run in asked_for(config) for path in exports_of(run, at.export_metrics)],
 
 
 onstart:

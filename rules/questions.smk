@@ -1,6 +1,7 @@
 """Input functions and params of the benchmarks, and of the search for questions in the training rows."""
 
-from moult.workflow.benchmarks import benchmarks_by_slug, benchmarks_of, check_python, files_of
+from moult.workflow.benchmarks import benchmarks_by_slug, benchmarks_of, files_of
+from moult.workflow.environments import LM_EVAL, check_python
 
 benchmarks = benchmarks_by_slug(config["runs"])
 
@@ -19,7 +20,7 @@ def lm_eval_image(wildcards):
     """Container of the benchmarks. Without containers, this checks the Python before a job runs."""
     if workflow.executor_plugin is not None and not (workflow.dryrun or workflow.touch or in_containers):
         try:
-            check_python(lm_eval_python(wildcards))
+            check_python(lm_eval_python(wildcards), *LM_EVAL)
         except MoultError as error:
             raise SystemExit(str(error)) from None
     return shown(benchmark_run(wildcards)["eval"]["lm_eval"]["container"])

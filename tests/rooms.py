@@ -8,6 +8,7 @@ MAY_IMPORT = {
     "model": set(),
     "training": {"data", "measuring", "model"},
     "measuring": {"data", "model"},
+    "exporting": {"data", "model", "workflow"},
     "pages": {"measuring"},
     "serving": {"data", "measuring", "model", "workflow"},
 }

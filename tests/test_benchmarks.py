@@ -16,8 +16,9 @@ from moult.files import write_json, write_jsonl
 from moult.measuring.benchmarks import Answered, compare_benchmark, read_answers
 from moult.measuring.intervals import PairedDifference
 from moult.measuring.samples import question_in, rows_of
-from moult.workflow.benchmarks import benchmarks_of, check_python, files_of
+from moult.workflow.benchmarks import benchmarks_of, files_of
 from moult.workflow.config import ConfigError
+from moult.workflow.environments import LM_EVAL, check_python
 from moult.workflow.stages import benchmarked_as
 
 TASK = """
@@ -116,10 +117,10 @@ def test_runs_share_the_base_whatever_their_data():
 
 
 def test_a_python_without_lm_eval_is_told(tmp_path):
-    with pytest.raises(MoultError, match=r"needs lm-eval, and .* does not have it"):
-        check_python(sys.executable)
+    with pytest.raises(MoultError, match="does not have lm_eval"):
+        check_python(sys.executable, *LM_EVAL)
     with pytest.raises(MoultError, match="No such file"):
-        check_python(str(tmp_path / "python"))
+        check_python(str(tmp_path / "python"), *LM_EVAL)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

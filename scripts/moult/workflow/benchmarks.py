@@ -7,7 +7,6 @@ read: which data files it has (the inputs of its rules, and what a container has
 import functools
 import glob
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -154,22 +153,3 @@ def _read_task(path: str, modified: int | None) -> dict:
 
 def _listed(value) -> list:
     return value if isinstance(value, list) else [value] if value is not None else []
-
-
-HOW = (
-    "make its environment (config/README.md, Benchmarks) and set eval.lm_eval.python to its Python, or use "
-    "--use-singularity, or empty eval.benchmarks"
-)
-
-
-@functools.lru_cache
-def check_python(python: str) -> None:
-    """Raises MoultError if there is no such Python, or it has no lm-eval. It is asked once."""
-    try:
-        command = [python, "-c", "import importlib.metadata; importlib.metadata.version('lm_eval')"]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = error.strerror if isinstance(error, OSError) else "it does not answer"
-        raise MoultError(f"eval.lm_eval.python: {python}: {why}", HOW) from None
-    if done.returncode:
-        raise MoultError(f"eval.benchmarks needs lm-eval, and {python} does not have it", HOW)

@@ -82,6 +82,16 @@ class Places(NamedTuple):
     samples: str = "{run}/samples.jsonl"
     # smoke_test; where a check fails it is smoke_test.failed.json, and no output
     smoke_test: str = "{run}/smoke_test.json"
+    # export_gguf, export_compressed: {format} is a name of moult/workflow/exports.py
+    export: str = "{run}/exports/{format}/model"
+    export_made: str = "{run}/exports/{format}/made.json"
+    # evaluate_export; where a check fails it is check.failed.json, and no output
+    export_likelihood: str = "{run}/exports/{format}/likelihood.jsonl"
+    export_answers: str = "{run}/exports/{format}/answers.jsonl"
+    export_general: str = "{run}/exports/{format}/general.jsonl"
+    export_check: str = "{run}/exports/{format}/check.json"
+    # score_export
+    export_metrics: str = "{run}/exports/{format}/export.json"
     # model_card
     cards: str = "{run}/cards"
     adapter_card: str = "{run}/cards/adapter.md"
@@ -117,7 +127,7 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
     # These stay: a run has several of them.
-    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep", "step")}
+    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep", "step", "format")}
     folders = [place.removeprefix("{run}/").split("/")[0] for place in Places()]
     filled = [
         place.format(run=owners.get(folder, name), **known) for place, folder in zip(Places(), folders, strict=True)
@@ -327,7 +337,7 @@ def _model_card(config: dict, run: dict, dataset: dict) -> dict:
 
 def _report(config: dict, run: dict, dataset: dict) -> dict:
     # What makes the run, as a config that can be used again. Trained from its first step it has the same bytes.
-    own = {key: value for key, value in run.items() if key not in ("serve", "start_from")}
+    own = {key: value for key, value in run.items() if key not in ("serve", "start_from", "export")}
     return {"run": own, "dataset": dataset, "seed": config["seed"]}
 
 
@@ -348,6 +358,24 @@ def _smoke_test(config: dict, run: dict, dataset: dict) -> dict:
     settings = serve_settings(run)
     own = {key: value for key, value in settings["serve"].items() if key not in ("host", "port", "api_key_env")}
     return {**settings, "serve": own, "eval": _pick(run["eval"], "prompts", "max_new_tokens")}
+
+
+def _export_gguf(config: dict, run: dict, dataset: dict) -> dict:
+    own = _pick(run["export"], "llama_cpp", "imatrix")
+    # Without a matrix no rows are read.
+    rows = _pick(run["export"], "calibration_rows") if own["imatrix"] else {}
+    return {**own, **rows, **_pick(run["model"], "trust_remote_code")}
+
+
+def _export_compressed(config: dict, run: dict, dataset: dict) -> dict:
+    return {**_pick(run["export"], "calibration_rows"), **_pick(run["model"], "trust_remote_code")}
+
+
+def _evaluate_export(config: dict, run: dict, dataset: dict) -> dict:
+    """What smoke_test and evaluate read: it is served, asked and measured as these do."""
+    settings = _smoke_test(config, run, dataset)
+    asked = _pick(run["eval"], "perplexity", "forgetting", "merge_check_rows")
+    return {**settings, "eval": {**settings["eval"], **asked}, "export": _pick(run["export"], "llama_cpp", "kl_limit")}
 
 
 def _nothing(config: dict, run: dict, dataset: dict) -> dict:
@@ -374,6 +402,10 @@ STAGES: dict[str, Callable] = {
     "report": _report,
     "summary": _compared,
     "compare": _compared,
+    "export_gguf": _export_gguf,
+    "export_compressed": _export_compressed,
+    "evaluate_export": _evaluate_export,
+    "score_export": _score,
     "model_card": _model_card,
     "smoke_test": _smoke_test,
 }

@@ -1,0 +1,42 @@
+"""Input functions and params of the exports."""
+
+from moult.workflow.environments import EXPORTS, check_python
+from moult.workflow.exports import COMPRESSED, FORMATS, GGUF
+
+
+def exports_of(run, place):
+    """A file of each export that the config names for the run."""
+    return [place.format(run=run, format=format) for format in config["runs"][run]["exports"]]
+
+
+def of_exports(place):
+    """Input: a file of each export that the config names for the run."""
+    return known(lambda wildcards: exports_of(wildcards.run, place))
+
+
+def export_python(wildcards):
+    """Param: the Python that has llama.cpp and llmcompressor."""
+    return "python" if in_containers else config["runs"][wildcards.run]["export"]["python"] or "python"
+
+
+def export_image(wildcards):
+    """Container of the exports. Without containers, this checks the Python before a job runs."""
+    if workflow.executor_plugin is not None and not (workflow.dryrun or workflow.touch or in_containers):
+        try:
+            check_python(export_python(wildcards), *EXPORTS)
+        except MoultError as error:
+            raise SystemExit(str(error)) from None
+    return shown(config["runs"][wildcards.run]["export"]["container"])
+
+
+def export_engine_image(wildcards):
+    """Container of what measures an export: that of its server."""
+    if wildcards.format in COMPRESSED and config["runs"][wildcards.run]["serve"]["engine"] == "vllm":
+        return server_image(wildcards)
+    return export_image(wildcards)
+
+
+def calibration(wildcards):
+    """Input: the training tokens, for the formats that are calibrated on them."""
+    calibrated = wildcards.format in ("w8a8", "w4a16") or config["runs"][wildcards.run]["export"]["imatrix"]
+    return [at.train_tokens.format(run=encoders[wildcards.run])] if calibrated else []

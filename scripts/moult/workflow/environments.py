@@ -1,0 +1,33 @@
+"""The environments beside the workflow's own, which hold what cannot be in it."""
+
+import functools
+import subprocess
+
+from moult.errors import MoultError
+
+
+@functools.lru_cache
+def check_python(python: str, package: str, key: str, fix: str) -> None:
+    """Raises MoultError if there is no such Python, or it does not have the package. It is asked once. `key`: of the config."""
+    try:
+        command = [python, "-c", f"import importlib.metadata; importlib.metadata.version({package!r})"]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = error.strerror if isinstance(error, OSError) else "it does not answer"
+        raise MoultError(f"{key}: {python}: {why}", fix) from None
+    if done.returncode:
+        raise MoultError(f"{python} does not have {package}", fix)
+
+
+LM_EVAL = (
+    "lm_eval",
+    "eval.lm_eval.python",
+    "make its environment (config/README.md, Benchmarks) and set eval.lm_eval.python to its Python, or use "
+    "--use-singularity, or empty eval.benchmarks",
+)
+EXPORTS = (
+    "llmcompressor",
+    "export.python",
+    "make its environment (make export-env) and set export.python: .venv-export/bin/python, or use --use-singularity, or empty "
+    "exports",
+)
