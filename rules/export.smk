@@ -9,6 +9,9 @@ neither. Each format is a job of its own. Adding one reruns nothing else.
 """
 
 
+OLLAMA_TEMPLATES = "scripts/moult/exporting/ollama_templates.json"
+
+
 rule export_gguf:
     """Merged model, or adapter -> GGUF, for llama.cpp, Ollama and LM Studio, with a Modelfile."""
     input:
@@ -37,7 +40,7 @@ rule export_gguf:
     params:
         settings=settings("export_gguf"),
         script=script_of("export_gguf"),
-        code=code_of("export_gguf"),
+        code=code_of("export_gguf", OLLAMA_TEMPLATES),
         python=untracked(export_python),
     shell:
         """

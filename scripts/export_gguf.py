@@ -23,7 +23,6 @@ from moult.data.token_file import every_nth
 from moult.errors import MoultError, some
 from moult.exporting.adapter import same_adapter
 from moult.exporting.gguf import (
-    FTYPES,
     LlamaCpp,
     check_imatrix_programs,
     find_llama_cpp,
@@ -36,6 +35,7 @@ from moult.exporting.gguf import (
 from moult.exporting.header import Expected, Header, check_header, ends_generation
 from moult.exporting.ollama import template_check, write_modelfile
 from moult.exporting.pretokenizer import name_of
+from moult.exporting.quantize import FTYPES
 from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
 from moult.model.manifest import open_model
 from moult.model.safetensors import weight_files

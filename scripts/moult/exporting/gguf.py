@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moult.errors import MoultError
-from moult.exporting import convert, quantize
+from moult.exporting.convert import UNKNOWN
 from moult.exporting.header import Expected, Header, check_header, problems, read_header
+from moult.exporting.quantize import FTYPES
 from moult.run.console import log, progress
 
-# llama.h: LLAMA_FTYPE_MOSTLY_*
-FTYPES = {"Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15}
+# They run in processes of their own.
+CONVERT, QUANTIZE = (str(Path(__file__).with_name(name)) for name in ("convert.py", "quantize.py"))
 
 # The models whose special tokens take the space behind them. llama.cpp knows them by `general.name` alone (llama-vocab.cpp).
 PHI_3 = re.compile(r"phi-?3", re.IGNORECASE)
@@ -135,12 +136,12 @@ def run_converter(llama: LlamaCpp, arguments: list[str], tokenizer: str | MoultE
     """
     name = tokenizer if isinstance(tokenizer, str) else ""
     try:
-        lines = run_program([sys.executable, convert.__file__, str(llama.folder), name, *arguments], what)
+        lines = run_program([sys.executable, CONVERT, str(llama.folder), name, *arguments], what)
     except MoultError as error:
-        if isinstance(tokenizer, MoultError) and convert.UNKNOWN in error.what:
+        if isinstance(tokenizer, MoultError) and UNKNOWN in error.what:
             raise tokenizer from None
         raise
-    return convert.UNKNOWN in lines
+    return UNKNOWN in lines
 
 
 def run_quantizer(llama: LlamaCpp, source: Path, target: Path, shown: str, threads: int, matrix: Path | None) -> None:
@@ -150,7 +151,7 @@ def run_quantizer(llama: LlamaCpp, source: Path, target: Path, shown: str, threa
         weights = ["--imatrix", str(matrix)] if matrix else []
         run_program([program, *weights, str(source), str(target), shown, str(threads)], what)
     else:
-        command = [sys.executable, quantize.__file__, str(source), str(target), str(FTYPES[shown]), str(threads)]
+        command = [sys.executable, QUANTIZE, str(source), str(target), str(FTYPES[shown]), str(threads)]
         run_program(command, what)
     # cyllama 0.2.18 returns without an error where the file cannot be written.
     if not target.exists():

@@ -7,6 +7,9 @@ A process of its own, so that it can be ended.
 
 import sys
 
+# The formats, as llama.h numbers them (LLAMA_FTYPE_MOSTLY_*).
+FTYPES = {"Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15}
+
 
 def main() -> None:
     source, target, number, threads = sys.argv[1:]
