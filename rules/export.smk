@@ -8,7 +8,6 @@ They run in the Python, or the image, that has llama.cpp and llmcompressor (expo
 neither. Each format is a job of its own. Adding one reruns nothing else.
 """
 
-
 OLLAMA_TEMPLATES = "scripts/moult/exporting/ollama_templates.json"
 
 
