@@ -46,14 +46,14 @@ def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int
     base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
     own = [row["group"] for row in base]
     tokens, size = sums(base, own, "tokens"), sums(base, own, "bytes")
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    options = (confidence, resamples, seed)
     result: dict = {"base": {}, "tuned": {}, "difference": {}}
     for name, field in (("nll_per_token", "nll"), ("token_accuracy", "correct")):
-        found = compare_ratios(sums(base, own, field), sums(tuned, own, field), tokens, **options)
+        found = compare_ratios(sums(base, own, field), sums(tuned, own, field), tokens, *options)
         for side, figure in found.items():
             result[side][name] = figure
-    bits = [sums(rows, own, "nll") / math.log(2) for rows in (base, tuned)]
-    found = compare_ratios(*bits, np.maximum(size, 1e-9), **options)
+    before, after = (sums(rows, own, "nll") / math.log(2) for rows in (base, tuned))
+    found = compare_ratios(before, after, np.maximum(size, 1e-9), *options)
     for side in ("base", "tuned"):
         result[side]["bits_per_byte"] = found[side]
         nll = result[side]["nll_per_token"]
@@ -142,12 +142,12 @@ def compare_answers(sides: dict, settings: dict, left_out: Collection[str] = ())
 
 def summarise(samples: list[dict], confidence: float) -> dict:
     def compared(part: list[dict], holds) -> dict:
-        passed = [[holds(sample[side]) for sample in part] for side in ("base", "tuned")]
-        return compare_rates(*passed, [sample["group"] for sample in part], confidence)
+        base, tuned = ([holds(sample[side]) for sample in part] for side in ("base", "tuned"))
+        return compare_rates(base, tuned, [sample["group"] for sample in part], confidence)
 
     checked = [sample for sample in samples if sample["base"]["checks"]]
     names = sorted({name for sample in checked for name in sample["base"]["checks"]})
-    result = {"n": len(samples), "stopped": compared(samples, lambda side: side["stopped"])}
+    result: dict = {"n": len(samples), "stopped": compared(samples, lambda side: side["stopped"])}
     if checked:
         result["passed"] = compared(checked, lambda side: all(side["checks"].values()))
         result["checks"] = {
