@@ -55,6 +55,7 @@ def score_export(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
     made, checked, metrics = read_json(args.made), read_json(args.check), read_json(args.metrics)
+    merge = read_json(args.merge)
     base, merged, export = (read_side(folder) for folder in (args.base, args.tuned, args.export))
     measured = measured_of(export, checked, settings["eval"])
     fix = f"delete {args.export} and run again"
@@ -76,7 +77,8 @@ def score_export(settings: dict, args, log) -> None:
         "format": args.format,
         "shown": shown,
         "bytes": made["bytes"],
-        "merged_bytes": sum(Path(args.merged, name).stat().st_size for name in read_json(args.merge)["files"]),
+        "merged_bytes": sum(Path(args.merged, name).stat().st_size for name in merge["files"]),
+        "merged_files": merge["files"],
         "files": made["files"],
         "kl": checked["kl"],
         "kl_limit": checked["kl_limit"],

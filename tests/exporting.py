@@ -9,7 +9,8 @@ from planning import Log
 from scoring import EVAL, make_sides, run
 
 import score_export
-from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from moult.workflow.exports import GGUF
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-export" / "bin" / "python"
@@ -25,6 +26,7 @@ def export_python() -> str:
 
 # --- made-up exports --------------------------------------------------------------------------------------------------
 
+FILES = {"model.gguf": "GGUF weights", "Modelfile": "FROM ./model.gguf\nPARAMETER num_ctx 512\n"}
 NO_KL = "this engine tells no probabilities"
 
 
@@ -47,7 +49,11 @@ def make_export(folder: Path, format: str = "gguf-q8_0", lost: float = 0.0, wron
     for answer in [answer for answer in answers if answer["kind"] == "row"][:wrong]:
         answer["answer"] = "nothing"
     write_jsonl(out / "answers.jsonl", answers)
-    made = {"files": {"demo-Q8_0.gguf": "0", "Modelfile": "1"}, "bytes": 530, "tensors": {"Q8_0": 32, "F32": 13}}
+    (out / "model").mkdir()
+    for name, content in (FILES if format in GGUF else {"model.safetensors": "weights", "config.json": "{}"}).items():
+        (out / "model" / name).write_text(content)
+    files = {path.name: sha256_file(path) for path in (out / "model").iterdir()}
+    made = {"files": files, "bytes": 530, "tensors": {"Q8_0": 32, "F32": 13}}
     made |= {"fallback": 0, "calibration": None, "ollama": None, "versions": {"llama.cpp": "b1"}}
     write_json(out / "made.json", made)
     kl = {"mean_kl": 3.9e-5, "max_kl": 1e-3, "top1_agreement": 1.0, "rows": 8, "positions": 50}

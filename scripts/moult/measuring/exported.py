@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+from tabulate import tabulate
+
 from moult.measuring.paired import (
     PairedLikelihood,
     Shift,
@@ -93,9 +95,58 @@ def _interval(difference: Shift, points: bool) -> str:
 
 def sentence_of(shown: str, export: str, merged: str, against_merged: str) -> str:
     """All of it in a sentence. export, merged: the two verdicts, by the same measurements."""
-    word = f"still {export}" if export == merged else f"now {export} (the merged model: {merged})"
-    return f"{shown}: {word}; {against_merged}"
+    return f"{shown}: {verdict_in_words(export, merged)}; {against_merged}"
+
+
+def verdict_in_words(export: str, merged: str) -> str:
+    return f"still {export}" if export == merged else f"now {export} (the merged model: {merged})"
 
 
 def worse_verdict(export: str, merged: str) -> bool:
     return VERDICTS.index(export) < VERDICTS.index(merged)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+# Of rows_of.
+COLUMNS = (
+    "format",
+    "size",
+    "of the merged model",
+    "mean KL",
+    "verdict",
+    "against the merged model",
+    "tokens/s",
+    "checks",
+)
+
+
+def rows_of(exports: list[dict]) -> list[tuple[str, ...]]:
+    """A row for each export.json, the largest first; the cells as people read them."""
+    return [
+        (
+            one["shown"],
+            size(one["bytes"]),
+            f"{100 * one['bytes'] / one['merged_bytes']:.3g} %",
+            f"{one['kl']['mean_kl']:.1e}" if one["kl"] else "not told",
+            verdict_in_words(one["verdict"]["verdict"], one["merged_verdict"]),
+            one["against_merged"]["sentence"],
+            f"{one['speed']['tokens_per_second']:,.0f}" if one["speed"] else "not measured",
+            checks_of(one["checks"]),
+        )
+        for one in sorted(exports, key=lambda one: -one["bytes"])
+    ]
+
+
+def markdown_table(exports: list[dict]) -> str:
+    return tabulate(rows_of(exports), headers=COLUMNS, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def checks_of(checks: dict[str, bool | None]) -> str:
+    """An export of which a check fails has no export.json: what does not hold could not be told."""
+    holds = list(checks.values()).count(True)
+    return f"{holds} of {len(checks)}" + (f", {len(checks) - holds} not told" if holds < len(checks) else "")
