@@ -34,20 +34,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moult.errors import MoultError
-from moult.files import read_json, read_jsonl, sha256_folder, write_json
-from moult.model.chat import FROZEN_DATE, Chat, date_variable, messages_of, prints_date, shows_date
+from moult.files import read_json, sha256_folder, write_json
+from moult.model.chat import FROZEN_DATE, Chat, prints_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.serving.checks import ServerTest
-from moult.serving.client import Client, Failed, Question
+from moult.serving.client import Client, Failed
 from moult.serving.launch import Run, Server, address, engine_command, free_port, text_of, what_to_serve
-
-# Test rows that are asked besides eval.prompts.
-ROWS = 8
-
-# What evaluate writes of an answer.
-MEASURED = ("kind", "id", "prompt_ids", "prompt_nll", "answer", "token_ids", "margins", "stopped")
+from moult.serving.questions import read_questions
 
 # By the coarser dtype of evaluate and server, in nats: by how much the best token may have led where a served answer
 # leaves the measured one (bfloat16 has 8 bits: a logit of 20 comes in steps of 0.125), and how far the prompts' likelihood
@@ -166,47 +161,6 @@ def tolerance(settings: dict, measured_in: str, adapted: bool) -> tuple[float, f
     dtypes = {measured_in} | ({settings["model"]["dtype"]} if settings["serve"]["engine"] == "vllm" else set())
     dtypes |= {"bfloat16"} if adapted else set()
     return max(TOLERANCE[dtype] for dtype in dtypes)
-
-
-def read_questions(
-    answers: str, rows: str, prompts: list[dict], has_template: bool, chat: Chat | None
-) -> list[Question]:
-    """All prompts and some rows that evaluate asked, with their messages and the measured answers.
-
-    Rows with tools or reasoning are left out: an API has its own form of those, which a template may show otherwise.
-    `chat` finds out where the date makes a difference; None if it makes none.
-    """
-    by_id = {row["id"]: row for row in read_jsonl(rows)}
-    entries = {prompt["id"]: prompt for prompt in prompts}
-    questions, from_rows = [], 0
-    for answer in read_jsonl(answers):
-        if answer["kind"] == "instruction":
-            continue
-        expect: dict = {}
-        if answer["kind"] == "prompt":
-            entry = entries[answer["id"]]
-            messages = messages_of(entry)
-            expect = entry.get("expect", {})
-        else:
-            row = by_id[answer["id"]]
-            messages = [{key: part[key] for key in part if key != "train"} for part in row["messages"][:-1]]
-            plain = not row.get("tools") and all(set(message) == {"role", "content"} for message in messages)
-            if not plain or from_rows == ROWS:
-                continue
-            from_rows += 1
-        dated = chat is not None and shows_date(chat, messages)
-        questions.append(
-            Question(
-                **{key: answer[key] for key in MEASURED},
-                messages=messages if has_template else None,
-                expect=expect,
-                prints_date=dated,
-                variables=date_variable(chat, messages) if dated else {},
-            )
-        )
-    if not questions:
-        raise MoultError("nothing to ask: evaluate has asked nothing", "set eval.prompts or eval.answer_rows")
-    return questions
 
 
 def check_files(args, adapted: bool) -> str:
