@@ -154,8 +154,7 @@ def export_model(
     convert_model(llama, source, whole, "bf16", expected, log)
     matrix, calibration = None, None
     if needs_matrix(settings, args.format):
-        matrix = work / "imatrix.gguf"
-        calibration = calibrate(settings, llama, args, source, whole, matrix)
+        matrix, calibration = calibrate(settings, llama, args, source, whole)
         log.info("importance matrix of %d training rows (%s tokens)", calibration["rows"], f"{calibration['tokens']:,}")
     run_quantizer(llama, whole, folder / name, shown, args.threads, matrix)
     return name, check_header(folder / name, expected), calibration
@@ -188,15 +187,14 @@ def convert_model(llama: LlamaCpp, source: Path, target: Path, outtype: str, exp
     return header
 
 
-def calibrate(settings: dict, llama: LlamaCpp, args, source: Path, model: Path, matrix: Path) -> dict:
-    """Write the importance matrix of the model on training rows, spread over the file. Returns {"rows", "tokens"}."""
+def calibrate(settings: dict, llama: LlamaCpp, args, source: Path, model: Path) -> tuple[Path, dict]:
+    """The importance matrix of the model on training rows, spread over the file, and {"rows", "tokens"} of these."""
     tokenizer = load_tokenizer(str(source), settings.get("trust_remote_code", False))
     rows = [row["input_ids"] for row in every_nth(Path(args.train[0]), settings["calibration_rows"])]
-    text = matrix.with_name("calibration.txt")
+    text = model.with_name("calibration.txt")
     text.write_text("\n".join(tokenizer.decode(row) for row in rows), encoding="utf-8")
     tokens = sum(map(len, rows))
-    importance_matrix(llama, model, text, matrix, tokens, args.threads)
-    return {"rows": len(rows), "tokens": tokens}
+    return importance_matrix(llama, model, text, tokens, args.threads), {"rows": len(rows), "tokens": tokens}
 
 
 # --- beside them ------------------------------------------------------------------------------------------------------
