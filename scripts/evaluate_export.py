@@ -33,8 +33,9 @@ from typing import NamedTuple
 from moult.data.token_file import rows_of
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_folder, write_json, write_jsonl
-from moult.measuring import divergence, gguf_logits
 from moult.measuring.answers import window_of
+from moult.measuring.divergence import divergence, kept_logits, one_logits
+from moult.measuring.gguf_logits import GgufModel
 from moult.measuring.likelihood import Likelihood, likelihood
 from moult.measuring.rows import chosen, general_sequences, measured_rows, measured_texts
 from moult.model.chat import Chat, prints_date
@@ -173,12 +174,12 @@ def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measu
     with enough_memory(
         f"comparing rows of up to {longest:,} tokens", "lower datasets.<name>.max_length, or use a GPU with more memory"
     ):
-        compared, of_merged = divergence.kept_logits(merged, compared, pad_id)
+        compared, of_merged = kept_logits(merged, compared, pad_id)
         merged.to("meta")  # the models need not fit into memory together
         export = open_export(args, served, longest, pad_id, device)
         lengths = [len(logits) for logits in of_merged]
         pairs = counted(zip(compared, lengths, strict=True), len(compared), "rows against the merged model")
-        kl = divergence.divergence(of_merged, (export.logits(row, most) for row, most in pairs))
+        kl = divergence(of_merged, (export.logits(row, most) for row, most in pairs))
         found = Measured(
             {**kl, "rows": len(compared), "positions": sum(lengths)},
             measured_rows(measured, export.likelihood(measured, "test rows: likelihood")),
@@ -193,11 +194,11 @@ def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measu
 def open_export(args, served: Served, longest: int, pad_id: int, device: str) -> Export:
     """By the engine that it is for; of those for vLLM, transformers and compressed-tensors compute the same."""
     if args.format in GGUF:
-        gguf = gguf_logits.GgufModel(served.model, longest, args.threads)
-        return Export(partial(gguf_logits.one_logits, gguf), partial(gguf_logits.likelihood, gguf))
+        gguf = GgufModel(served.model, longest, args.threads)
+        return Export(gguf.one_logits, gguf.likelihood)
     model = load_model(served.model, device, args.settings["model"]).eval()
     return Export(
-        lambda row, most: divergence.one_logits(model, row, pad_id, most),
+        lambda row, most: one_logits(model, row, pad_id, most),
         lambda sequences, what: likelihood(model, sequences, pad_id, what),
     )
 

@@ -1,7 +1,4 @@
-"""What llama.cpp finds likely after each token of a sequence: the logits of a GGUF, in this process, by the package cyllama.
-
-The functions do for a GGUF what those of the same names (likelihood.py, divergence.py) do for a model of transformers.
-"""
+"""What llama.cpp finds likely after each token of a sequence: the logits of a GGUF, in this process, by the package cyllama."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,10 @@ AT_ONCE = 512
 
 
 class GgufModel:
-    """A GGUF, for sequences of up to `longest` tokens, on the CPU."""
+    """A GGUF, for sequences of up to `longest` tokens, on the CPU.
+
+    Its methods do what the functions of these names (likelihood.py, divergence.py) do with a model of transformers.
+    """
 
     def __init__(self, path: str | Path, longest: int, threads: int):
         import cyllama.llama.llama_cpp as llama
@@ -62,31 +62,31 @@ class GgufModel:
                 found = numpy.array([self.context.get_logits_ith(place - start) for place in scored], numpy.float32)
                 yield torch.from_numpy(found), torch.tensor([targets[place] for place in scored])
 
+    def one_logits(self, row: dict, most: int):
+        """Of the first trained positions, at most `most`: float32 (positions, vocabulary)."""
+        import torch
 
-def one_logits(model: GgufModel, row: dict, most: int):
-    """Of the first trained positions, at most `most`: float32 (positions, vocabulary)."""
-    import torch
+        parts: list = []
+        for logits, _ in self.scored_logits(row):
+            parts.append(logits[: most - sum(map(len, parts))])
+            if sum(map(len, parts)) == most:
+                break
+        return torch.cat(parts)
 
-    parts: list = []
-    for logits, _ in model.scored_logits(row):
-        parts.append(logits[: most - sum(map(len, parts))])
-        if sum(map(len, parts)) == most:
-            break
-    return torch.cat(parts)
+    def likelihood(self, sequences: list[dict], what: str) -> list[Likelihood]:
+        """The likelihood of each sequence (dicts with input_ids and labels), in their order."""
+        import torch
 
-
-def likelihood(model: GgufModel, sequences: list[dict], what: str) -> list[Likelihood]:
-    """The likelihood of each sequence (dicts with input_ids and labels), in their order."""
-    import torch
-
-    results = []
-    with progress(len(sequences), what) as bar:
-        for sequence in sequences:
-            found = Likelihood(0.0, 0, 0)
-            for logits, targets in model.scored_logits(sequence):
-                found.nll += torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().item()
-                found.tokens += len(targets)
-                found.correct += int((logits.argmax(dim=-1) == targets).sum())
-            results.append(found)
-            bar.update(1)
-    return results
+        results = []
+        with progress(len(sequences), what) as bar:
+            for sequence in sequences:
+                found = Likelihood(0.0, 0, 0)
+                for logits, targets in self.scored_logits(sequence):
+                    found.nll += (
+                        torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().item()
+                    )
+                    found.tokens += len(targets)
+                    found.correct += int((logits.argmax(dim=-1) == targets).sum())
+                results.append(found)
+                bar.update(1)
+        return results
