@@ -4,7 +4,8 @@
 #             PYTEST_ARGS is passed to pytest. CI runs `make test`, and then make test-all PYTEST_ARGS='-m slow'
 # make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml
 # make explain  say of each run which stages would run again, and why: CONFIG=mine.yaml
-# make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1 PUBLIC=1
+# make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1
+#             PUBLIC=1. WHAT: merged, adapter, or of the exports gguf, fp8, w8a8, w4a16
 # make lint   formatting and lint, as CI runs them
 # make bench  measure training on this CPU beside TRL's defaults and a bare loop, and write the table into BENCHMARKS.md
 # make pictures  make the screenshots of the README anew; it needs Chromium
