@@ -20,7 +20,6 @@ export_gguf has compared its tensors with the adapter's.
 """
 
 import gc
-import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,7 @@ from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.console import progress
 from moult.run.stage import stage
-from moult.serving.checks import CannotTell, ServerTest
+from moult.serving.checks import CannotTell, ServerTest, tolerance_of_export
 from moult.serving.client import Client, Failed
 from moult.serving.launch import (
     SLOTS,
@@ -58,10 +57,6 @@ from moult.serving.launch import (
 )
 from moult.serving.questions import read_questions
 from moult.workflow.exports import FORMATS, GGUF, kl_limit
-
-# Formats whose answers are the merged model's, but where the best token led by no more than LEAD nats: llama.cpp computes in
-# bfloat16 or 8 bits. On the demo 104 (gguf-bf16) and 103 (gguf-q8_0) of 105 answers are the same; the others part at near ties.
-EXACT, LEAD = ("gguf-bf16", "gguf-q8_0", "adapter-gguf"), 0.5
 
 NO_KL = "llama.cpp applies an adapter in its server only, which tells no logits"
 
@@ -119,7 +114,7 @@ def evaluate_export(args, log) -> None:
         str(Path(args.tuned, "answers.jsonl")), args.rows, settings["eval"]["prompts"], template is not None, dated
     )
     served = export_to_serve(args.export, args.format, args.run, settings["serve"]["served_model_name"] or args.run)
-    lead, drift = (LEAD if args.format in EXACT else math.inf), math.inf
+    lead, drift = tolerance_of_export(args.format)
     port, key = free_port(), secrets.token_urlsafe(24)
     test = ServerTest(Client(address("127.0.0.1", port), key, served.name), questions, lead, drift, dated)
     if not test.check("files", partial(check_files, args.export, args.format, made, merge), log):
