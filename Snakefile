@@ -54,6 +54,7 @@ include: "rules/compare.smk"
 include: "rules/smoke_test.smk"
 include: "rules/export.smk"
 include: "rules/model_card.smk"
+include: "rules/export_card.smk"
 include: "rules/rung.smk"
 include: "rules/sweep.smk"
 
@@ -65,7 +66,7 @@ rule all:
         expand(at.metrics, run=asked_for(config)),
         expand(at.run_report, run=asked_for(config)),
         expand(at.merged_card, run=asked_for(config)),
-        [path for run in asked_for(config) for path in exports_of(run, at.export_metrics)],
+        [path for run in asked_for(config) for path in exports_of(run, at.export_metrics) + export_cards_of(run)],
 
 
 onstart:

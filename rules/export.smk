@@ -8,6 +8,8 @@ They run in the Python, or the image, that has llama.cpp and llmcompressor (expo
 neither. Each format is a job of its own. Adding one reruns nothing else.
 """
 
+OLLAMA_TEMPLATES = "scripts/moult/exporting/ollama_templates.json"
+
 
 rule export_gguf:
     """Merged model, or adapter -> GGUF, for llama.cpp, Ollama and LM Studio, with a Modelfile."""
@@ -37,7 +39,7 @@ rule export_gguf:
     params:
         settings=settings("export_gguf"),
         script=script_of("export_gguf"),
-        code=code_of("export_gguf"),
+        code=code_of("export_gguf", OLLAMA_TEMPLATES),
         python=untracked(export_python),
     shell:
         """
@@ -117,7 +119,12 @@ rule evaluate_export:
     params:
         settings=settings("evaluate_export"),
         script=script_of("evaluate_export"),
-        code=code_of("evaluate_export", GENERAL_TEXT, starts="moult/serving/transformers_server.py"),
+        code=code_of(
+            "evaluate_export",
+            GENERAL_TEXT,
+            "scripts/moult/serving/llamacpp_server.py",
+            starts="moult/serving/transformers_server.py",
+        ),
         python=untracked(export_python),
         tokens=folder_of("report"),
         tuned=folder_of("tuned"),
@@ -146,6 +153,7 @@ rule score_export:
         check=at.export_check,
         made=at.export_made,
         merge=at.merge_summary,
+        merged=ancient(at.merged),
         metrics=at.metrics,
     output:
         metrics=at.export_metrics,
@@ -159,7 +167,12 @@ rule score_export:
     params:
         settings=settings("score_export"),
         script=script_of("score_export"),
-        code=code_of("score_export", INSTRUCTIONS),
+        code=code_of(
+            "score_export",
+            "scripts/moult/measuring/export.schema.json",
+            "scripts/moult/measuring/metrics.schema.json",
+            INSTRUCTIONS,
+        ),
         base=folder_of("base"),
         tuned=folder_of("tuned"),
         export=folder_of("export"),
@@ -167,5 +180,5 @@ rule score_export:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --format {wildcards.format:q} \
             --base {params.base:q} --tuned {params.tuned:q} --export {params.export:q} --made {input.made:q} --check {input.check:q} \
-            --merge {input.merge:q} --metrics {input.metrics:q} --out {output.metrics:q} --log-file {log:q}
+            --merge {input.merge:q} --merged {input.merged:q} --metrics {input.metrics:q} --out {output.metrics:q} --log-file {log:q}
         """

@@ -1,7 +1,7 @@
 """Input functions and params of the exports."""
 
 from moult.workflow.environments import EXPORTS, check_python
-from moult.workflow.exports import COMPRESSED, FORMATS, GGUF
+from moult.workflow.exports import COMPRESSED, FORMATS, GGUF, UPLOADS, listed_for
 
 
 def exports_of(run, place):
@@ -14,9 +14,29 @@ def of_exports(place):
     return known(lambda wildcards: exports_of(wildcards.run, place))
 
 
+def export_cards_of(run):
+    """The cards of all that can be uploaded of the exports of a run."""
+    listed = config["runs"][run]["exports"]
+    return [at.export_card.format(run=run, what=what) for what, formats in UPLOADS.items() if {*formats} & {*listed}]
+
+
+@known
+def of_upload(wildcards):
+    """Input: export.json of each format that is uploaded together. Snakemake would take another error for a rule that does not
+    apply."""
+    try:
+        formats = listed_for(wildcards.what, config["runs"][wildcards.run])
+    except MoultError as error:
+        raise SystemExit(f"{wildcards.run}: {error}") from None
+    return [at.export_metrics.format(run=wildcards.run, format=format) for format in formats]
+
+
 def export_python(wildcards):
-    """Param: the Python that has llama.cpp and llmcompressor."""
-    return "python" if in_containers else config["runs"][wildcards.run]["export"]["python"] or "python"
+    """Param: the Python that has llama.cpp and llmcompressor: the one of the config, or else that of `make export-env`, or else
+    the one that runs Snakemake."""
+    own = config["runs"][wildcards.run]["export"]["python"]
+    made = ".venv-export/bin/python"
+    return "python" if in_containers else own or (made if Path(made).exists() else "python")
 
 
 def export_image(wildcards):

@@ -14,11 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 
 from moult.errors import MoultError, some
-from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.files import read_json, write_json, write_jsonl
 from moult.measuring.benchmarks import compare_benchmark, read_answers
-from moult.measuring.checks import PART, check, expectations
+from moult.measuring.comparison import (
+    check_same_questions,
+    compare_answers,
+    compare_general,
+    compare_likelihood,
+    read_side,
+)
 from moult.measuring.contamination import Contamination
-from moult.measuring.intervals import compare_rates, p_value, quantiles, resample, wilson
+from moult.measuring.intervals import wilson
 from moult.measuring.seeds import spread, with_seeds
 from moult.measuring.verdict import Measure, measures_of, verdict
 from moult.model.manifest import public_name
@@ -65,7 +71,7 @@ def score(settings: dict, args, log) -> None:
     from jsonschema import Draft202012Validator
 
     sides = {side: read_side(folder) for side, folder in (("base", args.base), ("tuned", args.tuned))}
-    check_same_questions(sides["base"], sides["tuned"])
+    check_same_questions(sides["base"], sides["tuned"], *BOTH)
     merge_check = read_json(Path(args.tuned) / "merge_check.json")
     check_merge(merge_check, settings["eval"])
     prepared, report = read_json(args.prepared), read_json(Path(args.tokens) / "report.json")
@@ -73,9 +79,11 @@ def score(settings: dict, args, log) -> None:
 
     options = {name: settings["eval"][name] for name in ("confidence", "resamples")} | {"seed": settings["seed"]}
     likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
-    general = compare_general(sides, report["vocabulary"], **options) if settings["eval"]["forgetting"] else None
+    guess = math.log(report["vocabulary"]) if report["vocabulary"] else None
+    general = compare_general(sides, guess, **options) if settings["eval"]["forgetting"] else None
     contamination = contaminated(args.contamination, settings["eval"], report)
-    answers, samples = compare_answers(sides, settings["eval"], contamination)
+    left_out = contamination.prompts_left_out() if contamination else ()
+    answers, samples = compare_answers(sides, settings["eval"], left_out)
     benchmarks = compare_benchmarks(args.benchmarks, settings["eval"]["benchmarks"], contamination, options)
     rows = sides["base"]["likelihood"]
     # finetune measures on all rows of val.
@@ -142,31 +150,10 @@ def score(settings: dict, args, log) -> None:
     log.info("%s. %s", metrics["verdict"]["verdict"], "; ".join(metrics["verdict"]["reasons"]))
 
 
-def read_side(folder: str) -> dict[str, list[dict]]:
-    """What was measured of one model."""
-    return {name: list(read_jsonl(Path(folder) / f"{name}.jsonl")) for name in QUESTIONS}
-
-
 # --- gates ------------------------------------------------------------------------------------------------------------
 
-# The file of a measurement: what it has a row for.
-QUESTIONS = {"likelihood": "sequences", "answers": "questions", "general": "texts"}
-
-
-def check_same_questions(base: dict, tuned: dict) -> None:
-    """Base and tuned were measured on the same sequences and asked with the same token ids."""
-    for name, fields in (
-        ("likelihood", ("id", "tokens")),
-        ("answers", ("kind", "id", "prompt_ids")),
-        ("general", ("id", "tokens")),
-    ):
-        both = [[[row[field] for field in fields] for row in side[name]] for side in (base, tuned)]
-        if both[0] != both[1]:
-            differ = [a[1 if name == "answers" else 0] for a, b in zip(*both, strict=False) if a != b]
-            raise MoultError(
-                f"base and tuned model were measured on different {QUESTIONS[name]} ({some(differ) or 'their numbers differ'})",
-                "delete results/<run>/base and run again",
-            )
+# Of check_same_questions: who they are, and what to do.
+BOTH = ("base and tuned model", "delete results/<run>/base and run again")
 
 
 def check_merge(check: dict, settings: dict) -> None:
@@ -244,82 +231,7 @@ def contaminated(files: list[str], settings: dict, report: dict) -> Contaminatio
     return Contamination.of(found, settings)
 
 
-# --- likelihood -------------------------------------------------------------------------------------------------------
-
-
-def compare_likelihood(sides: dict, confidence: float, resamples: int, seed: int) -> dict:
-    """Base, tuned and their paired difference, with intervals from a bootstrap over groups."""
-    import numpy as np
-
-    base, tuned = sides["base"]["likelihood"], sides["tuned"]["likelihood"]
-    own = [row["group"] for row in base]
-    tokens, size = sums(base, own, "tokens"), sums(base, own, "bytes")
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    result: dict = {"base": {}, "tuned": {}, "difference": {}}
-    for name, field in (("nll_per_token", "nll"), ("token_accuracy", "correct")):
-        found = compare_ratios(sums(base, own, field), sums(tuned, own, field), tokens, **options)
-        for side, figure in found.items():
-            result[side][name] = figure
-    bits = [sums(rows, own, "nll") / math.log(2) for rows in (base, tuned)]
-    found = compare_ratios(*bits, np.maximum(size, 1e-9), **options)
-    for side in ("base", "tuned"):
-        result[side]["bits_per_byte"] = found[side]
-        nll = result[side]["nll_per_token"]
-        result[side]["perplexity"] = {
-            "value": math.exp(nll["value"]),
-            "interval": [math.exp(limit) for limit in nll["interval"]],
-        }
-    result["rows_better"] = sum(t["nll"] < b["nll"] for b, t in zip(base, tuned, strict=True)) / len(base)
-    return result
-
-
-def sums(rows: list[dict], groups: list[str], field: str):
-    """(groups,) array: of each group, in the order of the first rows, the sum over its rows."""
-    import numpy as np
-
-    place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
-    total = np.zeros(len(place))
-    for row, group in zip(rows, groups, strict=True):
-        total[place[group]] += row[field]
-    return total
-
-
-def compare_ratios(base, tuned, weights, confidence: float, resamples: int, seed: int) -> dict:
-    """Of sums over clusters, (clusters,) arrays, the ratios base / weights and tuned / weights, and their difference."""
-    import numpy as np
-
-    columns, clusters = np.stack([base, tuned], axis=1), len(weights)
-    ratios = resample(columns, weights, resamples, seed)
-    values = (columns.sum(axis=0) / weights.sum()).tolist()
-    intervals = quantiles(ratios, confidence, clusters)
-    found = {
-        side: {"value": value, "interval": interval}
-        for side, value, interval in zip(
-            ("base", "tuned", "difference"), [*values, values[1] - values[0]], intervals, strict=True
-        )
-    }
-    found["difference"]["p"] = p_value(lambda level: quantiles(ratios[:, -1:], level, clusters)[0])
-    return found
-
-
-def compare_general(sides: dict, vocabulary: int | None, **options) -> dict | None:
-    """The likelihood of the general text: each text is a cluster. None if the tokenizer can write none of them."""
-    base, tuned = sides["base"]["general"], sides["tuned"]["general"]
-    if not base:
-        return None
-    own = [row["id"] for row in base]
-    tokens = sums(base, own, "tokens")
-    result = compare_ratios(sums(base, own, "nll"), sums(tuned, own, "nll"), tokens, **options)
-    kinds = [row["id"].split("-")[0] for row in base]
-    shift = sums(tuned, kinds, "nll") - sums(base, kinds, "nll")
-    by_kind = dict(zip(dict.fromkeys(kinds), (shift / sums(base, kinds, "tokens")).tolist(), strict=True))
-    return {
-        "texts": len(base),
-        "tokens": int(tokens.sum()),
-        "guess": math.log(vocabulary) if vocabulary else None,
-        **result,
-        "by_kind": by_kind,
-    }
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def by_source(sides: dict, prepared: dict) -> dict:
@@ -343,58 +255,6 @@ def by_source(sides: dict, prepared: dict) -> dict:
 def data_name(file: dict) -> str:
     """The hub id, or the part of a path that may be published."""
     return file.get("hub") or public_name(file["path"])
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def compare_answers(sides: dict, settings: dict, contamination: Contamination | None = None) -> tuple[dict, list[dict]]:
-    """The pass rates of every check for prompts, rows, instructions and all together, and each question with both answers.
-    Prompts that are in the training rows do not count if `contamination` says so."""
-    expected = expectations(settings)
-    samples = []
-    for base, tuned in zip(sides["base"]["answers"], sides["tuned"]["answers"], strict=True):
-        expect = expected(base["kind"], base["id"])
-        sample = {name: base[name] for name in ("kind", "id", "group", "prompt", "reference")}
-        for side, row in (("base", base), ("tuned", tuned)):
-            checks = check(row["answer"], expect, row["reference"])
-            sample[side] = {"answer": row["answer"], "stopped": row["stopped"], "checks": checks}
-        samples.append(sample)
-    left_out = contamination.prompts_left_out() if contamination else ()
-    counted = [s for s in samples if s["kind"] != "prompt" or s["id"] not in left_out]
-    parts = {
-        **{part: [s for s in counted if s["kind"] == kind] for kind, part in PART.items()},
-        "all": counted,
-    }
-    return {name: summarise(part, settings["confidence"]) for name, part in parts.items() if part}, samples
-
-
-def summarise(samples: list[dict], confidence: float) -> dict:
-    def compared(part: list[dict], holds) -> dict:
-        passed = [[holds(sample[side]) for sample in part] for side in ("base", "tuned")]
-        return compare_rates(*passed, [sample["group"] for sample in part], confidence)
-
-    checked = [sample for sample in samples if sample["base"]["checks"]]
-    names = sorted({name for sample in checked for name in sample["base"]["checks"]})
-    result = {"n": len(samples), "stopped": compared(samples, lambda side: side["stopped"])}
-    if checked:
-        result["passed"] = compared(checked, lambda side: all(side["checks"].values()))
-        result["checks"] = {
-            name: compared(
-                [s for s in checked if name in s["base"]["checks"]],
-                lambda side, name=name: side["checks"][name],
-            )
-            for name in names
-        }
-    for side in ("base", "tuned"):
-        lengths = sorted(len(sample[side]["answer"]) for sample in samples)
-        result.setdefault("characters", {})[side] = {
-            "mean": sum(lengths) / len(lengths),
-            "median": lengths[len(lengths) // 2],
-            "max": lengths[-1],
-        }
-        result.setdefault("empty", {})[side] = sum(not sample[side]["answer"].strip() for sample in samples)
-    return result
 
 
 def compare_benchmarks(samples: list[str], asked: dict, contamination: Contamination | None, options: dict) -> dict:
@@ -428,11 +288,12 @@ def compare_seeds(
     values = {measure.name: [measure.difference["value"]] for measure in own}
     for number, folder in enumerate(args.seed_tuned):
         sides = {"base": base, "tuned": read_side(folder)}
-        check_same_questions(base, sides["tuned"])
+        check_same_questions(base, sides["tuned"], *BOTH)
         check_merge(read_json(Path(folder) / "merge_check.json"), settings["eval"])
         samples = args.benchmarks[: len(asked)] + args.seed_benchmarks[number * len(asked) : (number + 1) * len(asked)]
         likelihood = compare_likelihood(sides, **options) if settings["eval"]["perplexity"] else None
-        answers = compare_answers(sides, settings["eval"], contamination)[0]
+        left_out = contamination.prompts_left_out() if contamination else ()
+        answers = compare_answers(sides, settings["eval"], left_out)[0]
         benchmarks = compare_benchmarks(samples, asked, contamination, options)
         for measure in measures_of(likelihood, answers, benchmarks, groups, options["confidence"]):
             values[measure.name].append(measure.difference["value"])

@@ -292,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def large(file: str) -> bool:
-    return file.endswith((".safetensors", ".parquet", ".bin"))
+    return file.endswith((".safetensors", ".gguf", ".parquet", ".bin"))
 
 
 def etag(file: str, data: bytes) -> str:

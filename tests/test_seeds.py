@@ -15,6 +15,7 @@ from workflow import checkout, planned, set_key, snakemake
 import score
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, write_json, write_jsonl
+from moult.measuring import comparison
 from moult.measuring.seeds import is_larger, spread, student, with_seeds
 from moult.measuring.table import between_seeds
 from moult.workflow.config import ConfigError, resolve
@@ -48,7 +49,7 @@ def test_only_training_score_and_the_page_know_of_the_seed():
     differ = {
         stage for stage in STAGES if stage_settings(resolved, stage, "a") != stage_settings(resolved, stage, "a-seed1")
     }
-    assert differ == {"finetune", "score", "report"}
+    assert differ == {"finetune", "score", "score_export", "report"}
 
 
 def test_they_share_tokens_and_the_measurement_of_the_base():
@@ -190,7 +191,7 @@ def measured(folder, gain: float, right: float) -> str:
 
 def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tuple[dict, dict]:
     """What metrics.json says of runs with such gains, and the verdict of the first one's rows alone."""
-    base = score.read_side(measured(folder / "base", 0.0, 0.0))
+    base = comparison.read_side(measured(folder / "base", 0.0, 0.0))
     pairs = enumerate(zip(gains, rights, strict=True))
     folders = [measured(folder / str(seed), gain, right) for seed, (gain, right) in pairs]
     adapters = [str(folder / str(seed) / "adapter.json") for seed in range(len(gains))]
@@ -198,9 +199,9 @@ def seeds_of(folder, gains: list[float], rights: list[float], change=None) -> tu
         write_json(path, {"step": 10 + seed, "adapter_sha256": f"hash{seed}"})
     if change:
         change(Path(folders[1]))
-    sides = {"base": base, "tuned": score.read_side(folders[0])}
-    likelihood = score.compare_likelihood(sides, 0.95, 500, 0)
-    answers = score.compare_answers(sides, EVAL)[0]
+    sides = {"base": base, "tuned": comparison.read_side(folders[0])}
+    likelihood = comparison.compare_likelihood(sides, 0.95, 500, 0)
+    answers = comparison.compare_answers(sides, EVAL)[0]
     asked = [str(folder / side / "quiz.jsonl") for side in ("base", *map(str, range(len(gains))))]
     arguments = Namespace(adapter=adapters[0], seed_tuned=folders[1:], seed_adapters=adapters[1:])
     arguments.benchmarks, arguments.seed_benchmarks = asked[:2], asked[2:]

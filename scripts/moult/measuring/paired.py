@@ -197,10 +197,15 @@ def compare_all_answers(samples: dict[str, list[dict]], confidence: float) -> di
 
 
 def counted(samples: Iterable[dict], metrics: dict) -> list[dict]:
-    """The samples without the prompts that score has left out, because they are in the training rows (metrics.json)."""
+    """The samples without the prompts that score has left out."""
+    without = left_out(metrics)
+    return [sample for sample in samples if sample["kind"] != "prompt" or sample["id"] not in without]
+
+
+def left_out(metrics: dict) -> set[str]:
+    """The ids of the prompts that do not count, because they are in the training rows (metrics.json)."""
     found = metrics["contamination"]
-    left_out = set(found["prompts"]) if found and found["policy"] == "exclude" else set()
-    return [sample for sample in samples if sample["kind"] != "prompt" or sample["id"] not in left_out]
+    return set(found["prompts"]) if found and found["policy"] == "exclude" else set()
 
 
 def passes(sample: dict) -> bool:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from moult.errors import MoultError
+
 LLAMA_CPP, OF_THE_RUN = "llama.cpp", "of the run"
 
 
@@ -32,9 +34,22 @@ FORMATS = {
 }
 GGUF = [name for name, format in FORMATS.items() if format.engine == LLAMA_CPP]
 COMPRESSED = [name for name in FORMATS if name not in GGUF]
+# What `make publish` uploads together, and its card describes: all GGUF files in one repository, each of the others in its own.
+UPLOADS = {"gguf": GGUF, **{name: [name] for name in COMPRESSED}}
 
 
 def kl_limit(format: str, export: dict) -> float | None:
     """The limit of the run (export.kl_limit), or else of the format."""
     own = FORMATS[format].kl_limit
     return own if own is None or export["kl_limit"] is None else export["kl_limit"]
+
+
+def listed_for(what: str, run: dict) -> list[str]:
+    """The formats of an upload that the config lists for a run. Raises MoultError if there are none."""
+    listed = [name for name in run["exports"] if name in UPLOADS[what]]
+    if not listed:
+        raise MoultError(
+            f"the run has no exports for {what} (exports: {run['exports']})",
+            f"add to its `exports` in the config: {', '.join(UPLOADS[what])}",
+        )
+    return listed

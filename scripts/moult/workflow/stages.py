@@ -96,6 +96,8 @@ class Places(NamedTuple):
     cards: str = "{run}/cards"
     adapter_card: str = "{run}/cards/adapter.md"
     merged_card: str = "{run}/cards/merged.md"
+    # export_card: {what} is a name of UPLOADS (moult/workflow/exports.py)
+    export_card: str = "{run}/cards/{what}.md"
     # report, summary, compare, sweep: pages for people
     run_report: str = "{run}/report.html"
     summary: str = "summary.html"
@@ -127,7 +129,7 @@ def _filled(config: dict, name: str, owners: dict[str, str]) -> Places:
     run = config["runs"][name]
     known = {"ds": run["dataset"], "model": model_slug(run["model"])}
     # These stay: a run has several of them.
-    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep", "step", "format")}
+    known |= {name: f"{{{name}}}" for name in ("dataset", "benchmark", "a", "b", "sweep", "step", "format", "what")}
     folders = [place.removeprefix("{run}/").split("/")[0] for place in Places()]
     filled = [
         place.format(run=owners.get(folder, name), **known) for place, folder in zip(Places(), folders, strict=True)
@@ -374,7 +376,7 @@ def _export_compressed(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate_export(config: dict, run: dict, dataset: dict) -> dict:
     """What smoke_test and evaluate read: it is served, asked and measured as these do."""
     settings = _smoke_test(config, run, dataset)
-    asked = _pick(run["eval"], "perplexity", "forgetting", "merge_check_rows")
+    asked = _pick(run["eval"], "perplexity", "max_rows", "forgetting", "merge_check_rows")
     return {**settings, "eval": {**settings["eval"], **asked}, "export": _pick(run["export"], "llama_cpp", "kl_limit")}
 
 
@@ -407,5 +409,6 @@ STAGES: dict[str, Callable] = {
     "evaluate_export": _evaluate_export,
     "score_export": _score,
     "model_card": _model_card,
+    "export_card": _model_card,
     "smoke_test": _smoke_test,
 }
