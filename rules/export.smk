@@ -8,6 +8,8 @@ They run in the Python, or the image, that has llama.cpp and llmcompressor (expo
 neither. Each format is a job of its own. Adding one reruns nothing else.
 """
 
+OLLAMA_TEMPLATES = "scripts/moult/exporting/ollama_templates.json"
+
 
 rule export_gguf:
     """Merged model, or adapter -> GGUF, for llama.cpp, Ollama and LM Studio, with a Modelfile."""
@@ -37,7 +39,7 @@ rule export_gguf:
     params:
         settings=settings("export_gguf"),
         script=script_of("export_gguf"),
-        code=code_of("export_gguf"),
+        code=code_of("export_gguf", OLLAMA_TEMPLATES),
         python=untracked(export_python),
     shell:
         """
@@ -117,7 +119,12 @@ rule evaluate_export:
     params:
         settings=settings("evaluate_export"),
         script=script_of("evaluate_export"),
-        code=code_of("evaluate_export", GENERAL_TEXT, starts="moult/serving/transformers_server.py"),
+        code=code_of(
+            "evaluate_export",
+            GENERAL_TEXT,
+            "scripts/moult/serving/llamacpp_server.py",
+            starts="moult/serving/transformers_server.py",
+        ),
         python=untracked(export_python),
         tokens=folder_of("report"),
         tuned=folder_of("tuned"),

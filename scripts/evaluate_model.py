@@ -12,29 +12,27 @@ compares the two. Both models get the same token ids, from encode. Decoding is g
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from moult.data.sequence import IGNORE
 from moult.data.token_file import rows_of
-from moult.files import read_json, sha256_text, write_json, write_jsonl
+from moult.files import read_json, write_json, write_jsonl
 from moult.measuring.answers import KeptAnswers, answer, window_of
 from moult.measuring.checks import PART, check, expectations
+from moult.measuring.divergence import divergence, kept_logits, one_logits
 from moult.measuring.foresight import rows_apart, tell_power
-from moult.measuring.forgetting import general_texts, instructions
-from moult.measuring.likelihood import likelihood, scored_logits
+from moult.measuring.forgetting import instructions
+from moult.measuring.likelihood import likelihood
+from moult.measuring.rows import chosen, general_sequences, measured_rows, measured_texts
 from moult.model.chat import Chat, Unrenderable, messages_of, prompt_of
 from moult.model.device import enough_memory, limit_threads, load_model, pick, versions
 from moult.model.manifest import open_model
 from moult.model.quantization import bitsandbytes_for
-from moult.model.tokenizer import text_ids
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.workflow.code import hash_of_script
-
-# Most logits kept for the comparison of merged model and adapter, in elements of float32: 512 MiB.
-KEPT_LOGITS = 2**27
 
 MORE_GPU = "use a GPU with more memory, or several (eval.gpu)"
 
@@ -130,50 +128,15 @@ def depends_on(settings: dict, manifest: dict, report: dict, device: str) -> dic
     }
 
 
-def chosen(rows: list[dict], count: int | None) -> list[dict]:
-    """`count` of the rows, in their order. The choice is always the same."""
-    if count is None or count >= len(rows):
-        return rows
-    order = sorted(range(len(rows)), key=lambda index: sha256_text(f"{rows[index]['id']}:{index}"))
-    return [rows[index] for index in sorted(order[:count])]
-
-
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
 def measure(model, rows: list[dict], pad_id: int) -> list[dict]:
-    results = likelihood(model, rows, pad_id, "test rows: likelihood")
-    return [
-        {
-            "id": row["id"],
-            "group": row["group"],
-            "source": row["source"],
-            "nll": result.nll,
-            "tokens": result.tokens,
-            "correct": result.correct,
-            "bytes": row["trained_bytes"],
-        }
-        for row, result in zip(rows, results, strict=True)
-    ]
-
-
-def general_sequences(chat, window: int) -> list[dict]:
-    """The general text as tokens: of each text the first `window`, of which all but the first are scored. Texts with characters
-    that the tokenizer has no tokens for are left out."""
-    sequences = []
-    for id, text in general_texts().items():
-        if not chat.lost_characters(text):
-            ids = text_ids(chat.tokenizer, text)[:window]
-            sequences.append({"id": id, "input_ids": ids, "labels": [IGNORE, *ids[1:]]})
-    return sequences
+    return measured_rows(rows, likelihood(model, rows, pad_id, "test rows: likelihood"))
 
 
 def measure_texts(model, texts: list[dict], pad_id: int) -> list[dict]:
-    results = likelihood(model, texts, pad_id, "general text: likelihood")
-    return [
-        {"id": text["id"], "nll": result.nll, "tokens": result.tokens, "correct": result.correct}
-        for text, result in zip(texts, results, strict=True)
-    ]
+    return measured_texts(texts, likelihood(model, texts, pad_id, "general text: likelihood"))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -265,48 +228,6 @@ def compare_with_adapter(merged, rows: list[dict], pad_id: int, device: str, set
     with model.disable_adapter():
         result["quantization"]["base_vs_quantized"] = divergence(of_base, logits(model))
     return result
-
-
-def one_logits(model, row: dict, pad_id: int, most: int):
-    """Of the first trained positions, at most `most`: float32 (positions, vocabulary), on the CPU."""
-    import torch
-
-    parts: list = []
-    with torch.inference_mode():
-        for logits, _, _ in scored_logits(model, [row], pad_id):
-            parts.append(logits[: most - sum(map(len, parts))].cpu())
-            if sum(map(len, parts)) == most:
-                break
-    return torch.cat(parts)
-
-
-def kept_logits(model, rows: list[dict], pad_id: int) -> tuple[list[dict], list]:
-    """As many of the rows as KEPT_LOGITS has room for, and the logits of each, the last perhaps cut off."""
-    room = max(1, KEPT_LOGITS // model.config.get_text_config().vocab_size)
-    kept: list = []
-    for row in rows:
-        kept.append(one_logits(model, row, pad_id, room))
-        room -= len(kept[-1])
-        if room == 0:
-            break
-    return rows[: len(kept)], kept
-
-
-def divergence(ours: Iterable, theirs: Iterable) -> dict[str, float]:
-    """KL(ours || theirs) in nats per token, mean and largest, and how often the two have the same first choice.
-
-    Args:
-        ours, theirs: logits of each row, float32 (positions, vocabulary), the same shapes.
-    """
-    total, worst, agreed, positions = 0.0, 0.0, 0, 0
-    for a, b in zip(ours, theirs, strict=True):
-        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-        each = (p.exp() * (p - q)).sum(-1)
-        total += each.sum().item()
-        worst = max(worst, each.max().item())
-        agreed += (a.argmax(-1) == b.argmax(-1)).sum().item()
-        positions += len(each)
-    return {"mean_kl": max(0.0, total / positions), "max_kl": worst, "top1_agreement": agreed / positions}
 
 
 if __name__ == "__main__":

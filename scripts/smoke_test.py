@@ -3,6 +3,7 @@
     python scripts/smoke_test.py --run demo                                      # starts a server, tests it, stops it
     python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:8080     # tests one that runs
     python scripts/smoke_test.py --run demo --configfile mine.yaml
+    python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:11434 --format gguf-q4_k_m     # an export, in Ollama
 
 The rule smoke_test gives all paths and settings; by hand they come from the config. The server is this process's own: it
 listens on a free port of this machine, wants a key that nobody else knows, and is gone when this ends. All of
@@ -24,30 +25,29 @@ A template that prints today's date (`strftime_now`) prints it when it is served
 measured. So prompt_tokens holds the server's tokens against those of its own day; and the answers are asked for with the
 measured date where the template has a variable for it (Llama's `date_string`), or else cannot be compared.
 
+--base-url may also be llama.cpp's server, or Ollama's API. What these cannot tell does not fail.
+
 The result is a JSON with `passed` of each check: true, false, or null where the server cannot tell. If one failed, the exit
 code is 1, and the JSON is not --result but <its name>.failed.json beside it, which Snakemake leaves alone.
 """
 
+import math
 import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
 
 from moult.errors import MoultError
-from moult.files import read_json, read_jsonl, sha256_folder, write_json
-from moult.model.chat import FROZEN_DATE, Chat, date_variable, messages_of, prints_date, shows_date
+from moult.files import read_json, sha256_folder, write_json
+from moult.model.chat import FROZEN_DATE, Chat, prints_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.serving.checks import ServerTest
-from moult.serving.client import Client, Failed, Question
+from moult.serving.checks import ServerTest, tolerance_of_export
+from moult.serving.client import Client, Failed
 from moult.serving.launch import Run, Server, address, engine_command, free_port, text_of, what_to_serve
-
-# Test rows that are asked besides eval.prompts.
-ROWS = 8
-
-# What evaluate writes of an answer.
-MEASURED = ("kind", "id", "prompt_ids", "prompt_nll", "answer", "token_ids", "margins", "stopped")
+from moult.serving.questions import read_questions
+from moult.workflow.exports import FORMATS
 
 # By the coarser dtype of evaluate and server, in nats: by how much the best token may have led where a served answer
 # leaves the measured one (bfloat16 has 8 bits: a logit of 20 comes in steps of 0.125), and how far the prompts' likelihood
@@ -60,6 +60,9 @@ def main() -> None:
     parser = stage_parser(__doc__, "smoke_test", optional=True)
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--base-url", help="a server that runs already, with or without /v1")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="with --base-url: what it serves is this export, whose answers may be others"
+    )
     parser.add_argument(
         "--configfile", nargs="+", default=[], help="by hand: config files laid over config/config.yaml"
     )
@@ -110,6 +113,8 @@ def smoke_test(args, log) -> None:
     lead, drift = tolerance(settings, read_json(args.merge_check)["dtype"], bool(served.adapters))
     if args.base_url:
         url = args.base_url if "://" in args.base_url else f"http://{args.base_url}"
+        if args.format:
+            lead, drift = tolerance_of_export(args.format)
         client = Client(url.rstrip("/").removesuffix("/v1"), args.key, name)
         test = ServerTest(client, questions, lead, drift, chat)
         test.run(client.wait, log)
@@ -134,7 +139,7 @@ def keep(args, served, test: ServerTest, log) -> None:
         "engine": args.settings["serve"]["engine"] if not args.base_url else None,
         "serves": "adapter" if served.adapters else "merged",
         "model": test.client.name,
-        "tolerance": {"lead": test.lead, "likelihood": test.drift},
+        "tolerance": {"lead": finite(test.lead), "likelihood": finite(test.drift)},
         "date": date,
         "checks": {name: asdict(check) for name, check in test.checks.items()},
         "answers": test.answers,
@@ -160,53 +165,16 @@ def keep(args, served, test: ServerTest, log) -> None:
     )
 
 
+def finite(tolerance: float) -> float | None:
+    return None if math.isinf(tolerance) else tolerance
+
+
 def tolerance(settings: dict, measured_in: str, adapted: bool) -> tuple[float, float]:
     """Moult's own server computes in the dtype of evaluate, vLLM in the configured one. What was measured is the merged
     model, whose weights are rounded to the base's dtype: an adapter beside the base is not."""
     dtypes = {measured_in} | ({settings["model"]["dtype"]} if settings["serve"]["engine"] == "vllm" else set())
     dtypes |= {"bfloat16"} if adapted else set()
     return max(TOLERANCE[dtype] for dtype in dtypes)
-
-
-def read_questions(
-    answers: str, rows: str, prompts: list[dict], has_template: bool, chat: Chat | None
-) -> list[Question]:
-    """All prompts and some rows that evaluate asked, with their messages and the measured answers.
-
-    Rows with tools or reasoning are left out: an API has its own form of those, which a template may show otherwise.
-    `chat` finds out where the date makes a difference; None if it makes none.
-    """
-    by_id = {row["id"]: row for row in read_jsonl(rows)}
-    entries = {prompt["id"]: prompt for prompt in prompts}
-    questions, from_rows = [], 0
-    for answer in read_jsonl(answers):
-        if answer["kind"] == "instruction":
-            continue
-        expect: dict = {}
-        if answer["kind"] == "prompt":
-            entry = entries[answer["id"]]
-            messages = messages_of(entry)
-            expect = entry.get("expect", {})
-        else:
-            row = by_id[answer["id"]]
-            messages = [{key: part[key] for key in part if key != "train"} for part in row["messages"][:-1]]
-            plain = not row.get("tools") and all(set(message) == {"role", "content"} for message in messages)
-            if not plain or from_rows == ROWS:
-                continue
-            from_rows += 1
-        dated = chat is not None and shows_date(chat, messages)
-        questions.append(
-            Question(
-                **{key: answer[key] for key in MEASURED},
-                messages=messages if has_template else None,
-                expect=expect,
-                prints_date=dated,
-                variables=date_variable(chat, messages) if dated else {},
-            )
-        )
-    if not questions:
-        raise MoultError("nothing to ask: evaluate has asked nothing", "set eval.prompts or eval.answer_rows")
-    return questions
 
 
 def check_files(args, adapted: bool) -> str:

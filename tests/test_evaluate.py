@@ -14,8 +14,9 @@ from tiny import copy, make_adapter, make_model, make_tokens
 import evaluate_model
 from moult.data.token_file import rows_of
 from moult.errors import HOPELESS, MoultError
-from moult.measuring import answers
+from moult.measuring import answers, divergence
 from moult.measuring import likelihood as module
+from moult.measuring import rows as measured
 from moult.measuring.likelihood import Likelihood, batches, likelihood
 from moult.model.device import load_model
 from moult.model.estimates import cache_bytes
@@ -248,14 +249,14 @@ def test_answers_stay_within_the_models_window(model, kept):
 
 
 def test_the_general_text_is_measured_as_far_as_the_model_can_read_it(monkeypatch, model):
-    monkeypatch.setattr(evaluate_model, "general_texts", lambda: {"en-a": "abc" * 40, "fr-b": "été", "zh-c": "猫"})
-    (sequence,) = evaluate_model.general_sequences(Chat(), 100)
+    monkeypatch.setattr(measured, "general_texts", lambda: {"en-a": "abc" * 40, "fr-b": "été", "zh-c": "猫"})
+    (sequence,) = measured.general_sequences(Chat(), 100)
     assert sequence["id"] == "en-a" and sequence["input_ids"] == list(("abc" * 40).encode()[:100])
     assert sequence["labels"] == [-100, *sequence["input_ids"][1:]]
-    (measured,) = evaluate_model.measure_texts(model, [sequence], 0)
+    (found,) = evaluate_model.measure_texts(model, [sequence], 0)
     (expected,) = plain_loop(model, [sequence])
-    assert (measured["tokens"], measured["correct"]) == (99, expected[2])
-    assert measured["nll"] == pytest.approx(expected[0], rel=1e-5)
+    assert (found["tokens"], found["correct"]) == (99, expected[2])
+    assert found["nll"] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_the_same_rows_are_chosen_each_time(rows):
@@ -325,7 +326,7 @@ def test_the_logits_kept_for_it_are_limited(tmp_path, monkeypatch):
     base = make_model(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", LORA)
     make_tokens(tmp_path / "tokens")
-    monkeypatch.setattr(evaluate_model, "KEPT_LOGITS", 20 * 128)
+    monkeypatch.setattr(divergence, "KEPT_LOGITS", 20 * 128)
     assert merge_check(tmp_path, base, base, adapter)["positions"] == 20
 
 
@@ -366,7 +367,7 @@ def test_running_out_of_memory_is_one_message_and_not_tried_again(place, tmp_pat
         "load_model": lambda *_, **__: Namespace(eval=lambda: None),
         "depends_on": lambda *_: {},
         "window_of": lambda model: 100,
-        "general_texts": lambda: {"en": "some"},
+        "general_sequences": lambda *_: [],
         "measure": lambda *_: [],
         "measure_texts": lambda *_: [],
         "prompt_questions": lambda *_: [{"ids": [3] * 9}],
