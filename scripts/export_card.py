@@ -126,7 +126,7 @@ OLLAMA = """With Ollama:
 ollama run hf.co/{place}:{shown}
 ```
 """
-MODELFILE = """Ollama then chooses a context length, and perhaps a chat template, by itself. The Modelfile has the model's own{but}:
+MODELFILE = """Ollama then chooses a context length, and perhaps a chat template, by itself. The Modelfile has the model's{but}:
 
 ```bash
 hf download {place} {gguf} {modelfile} --local-dir {run}

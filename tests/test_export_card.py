@@ -169,7 +169,7 @@ def test_the_files_have_the_names_that_are_looked_for(made):
     assert set(uploaded("fp8")) == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("named", ["/home/me/demo-Q8_0.gguf", "../demo-Q8_0.gguf", "llama3", "./base-BF16.gguf"])
+@pytest.mark.parametrize("named", ["/models/demo-Q8_0.gguf", "../demo-Q8_0.gguf", "llama3", "./base-BF16.gguf"])
 def test_a_modelfile_that_names_other_files_stays_here(named, tmp_path):
     (tmp_path / "Modelfile").write_text(f"FROM {named}\nPARAMETER stop x\n")
     assert set(upload_of("demo", "gguf-q8_0", tmp_path, {"Modelfile": "0"})) == {"demo-Q8_0.gguf"}
