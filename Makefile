@@ -3,6 +3,7 @@
 # make test-all   all tests: also kills at random instants, containers and Slurm where they are installed, many whole runs.
 #             PYTEST_ARGS is passed to pytest. CI runs `make test`, and then make test-all PYTEST_ARGS='-m slow'
 # make serve  start a server with the model of a run: RUN=demo CONFIG=mine.yaml
+#             FORMAT=gguf-q8_0: with an export of it, by the engine that it is for
 # make explain  say of each run which stages would run again, and why: CONFIG=mine.yaml
 # make publish  upload the model of a run to the hub: RUN=demo REPO=name/model WHAT=adapter CONFIG=mine.yaml YES=1
 #             PUBLIC=1. WHAT: merged, adapter, or of the exports gguf, fp8, w8a8, w4a16
@@ -51,7 +52,8 @@ test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 serve: $(VENV)/workflow.stamp
-	@$(BIN)/python scripts/tools/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) $(CONFIGFILE)
+	@$(BIN)/python scripts/tools/serve.py --run $(or $(RUN),$(error which run? make serve RUN=<run>)) \
+	    $(addprefix --format ,$(FORMAT)) $(CONFIGFILE)
 
 explain: $(VENV)/workflow.stamp
 	@$(BIN)/python scripts/tools/explain.py $(CONFIGFILE)

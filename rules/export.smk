@@ -119,7 +119,12 @@ rule evaluate_export:
     params:
         settings=settings("evaluate_export"),
         script=script_of("evaluate_export"),
-        code=code_of("evaluate_export", GENERAL_TEXT, starts="moult/serving/transformers_server.py"),
+        code=code_of(
+            "evaluate_export",
+            GENERAL_TEXT,
+            "scripts/moult/serving/llamacpp_server.py",
+            starts="moult/serving/transformers_server.py",
+        ),
         python=untracked(export_python),
         tokens=folder_of("report"),
         tuned=folder_of("tuned"),

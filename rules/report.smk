@@ -19,6 +19,7 @@ rule report:
         tuned=at.tuned_likelihood,
         tokens=of_encoder(at.report),
         preview=of_encoder(at.preview_rows),
+        exports=of_exports(at.export_metrics),
     output:
         report(at.run_report, caption="captions/report.rst", category="Runs", labels=labels_of_run("report")),
     log:
@@ -36,5 +37,5 @@ rule report:
         """
         python {params.script:q} --settings {params.settings:q} --run {wildcards.run:q} --results {params.results:q} \
             --ledger {input.ledger:q} --tokens {params.tokens:q} --rows {input.rows:q} --base-likelihood {input.base:q} \
-            --tuned-likelihood {input.tuned:q} --out {output:q} --log-file {log:q}
+            --tuned-likelihood {input.tuned:q} --exports {input.exports:q} --out {output:q} --log-file {log:q}
         """

@@ -11,7 +11,7 @@ After score_export. `make publish WHAT=gguf` uploads the files of the exports, w
 
 from pathlib import Path
 
-from moult.exporting.upload import gguf_name, modelfile_name
+from moult.exporting.upload import gguf_file, modelfile_name
 from moult.files import read_json, write_text
 from moult.measuring.card import (
     at,
@@ -104,11 +104,13 @@ def use_of_gguf(run: str, exports: list[dict], settings: dict) -> str:
         parts.append(LLAMA_CPP.format(place=PLACE, shown=shown, option=option, also=also))
         parts.append(OLLAMA.format(place=PLACE, shown=shown))
         if "Modelfile" in whole[0]["files"]:
-            files = {"gguf": gguf_name(run, whole[0]["format"]), "modelfile": modelfile_name(run, whole[0]["format"])}
-            parts.append(MODELFILE.format(place=PLACE, run=run, **files))
+            files = {"gguf": gguf_file(run, whole[0]["format"]), "modelfile": modelfile_name(run, whole[0]["format"])}
+            found = whole[0]["ollama"]  # what `ollama create` does with the template (moult/exporting/ollama.py)
+            but = "" if found["kept"] else f"; but Ollama may replace the template by its own {found['nearest']}"
+            parts.append(MODELFILE.format(place=PLACE, run=run, but=but, **files))
         parts.append(LM_STUDIO.format(place=PLACE))
     if len(whole) < len(exports):
-        parts.append(BESIDE_THE_BASE.format(place=PLACE, file=gguf_name(run, ADAPTER), option=option))
+        parts.append(BESIDE_THE_BASE.format(place=PLACE, file=gguf_file(run, ADAPTER), option=option))
     return "\n".join(parts)
 
 
@@ -124,7 +126,7 @@ OLLAMA = """With Ollama:
 ollama run hf.co/{place}:{shown}
 ```
 """
-MODELFILE = """Ollama then chooses a context length, and perhaps a chat template, by itself. The Modelfile has those of the model:
+MODELFILE = """Ollama then chooses a context length, and perhaps a chat template, by itself. The Modelfile has the model's{but}:
 
 ```bash
 hf download {place} {gguf} {modelfile} --local-dir {run}

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from moult.files import read_json, read_jsonl
+from moult.measuring import exported
 from moult.measuring.measured import measured
 from moult.measuring.table import ROWS, between_seeds, rows_of
 from moult.measuring.verdict import POINTS
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="test.jsonl: the languages of the measured rows")
     parser.add_argument("--base-likelihood", required=True, help="likelihood.jsonl of evaluate_base")
     parser.add_argument("--tuned-likelihood", required=True, help="likelihood.jsonl of evaluate_tuned")
+    parser.add_argument("--exports", nargs="*", default=[], help="export.json of each format that the config lists")
     parser.add_argument("--out", required=True, help="the page to write")
     args = parser.parse_args()
 
@@ -91,6 +93,8 @@ def write_report(args, log) -> None:
         sources=sources_of(metrics, ledger),
         languages=languages_of(ledger, args.rows, args.base_likelihood, args.tuned_likelihood),
         predicted=predicted(plan, adapter),
+        exports=exported.rows_of([read_json(path) for path in args.exports]),
+        export_columns=exported.COLUMNS,
         config=config_of(args.run, args.settings),
         folder=folder,
         target=folder / "metrics.json",

@@ -3,6 +3,7 @@
     python scripts/smoke_test.py --run demo                                      # starts a server, tests it, stops it
     python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:8080     # tests one that runs
     python scripts/smoke_test.py --run demo --configfile mine.yaml
+    python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:11434 --format gguf-q4_k_m     # an export, in Ollama
 
 The rule smoke_test gives all paths and settings; by hand they come from the config. The server is this process's own: it
 listens on a free port of this machine, wants a key that nobody else knows, and is gone when this ends. All of
@@ -24,10 +25,13 @@ A template that prints today's date (`strftime_now`) prints it when it is served
 measured. So prompt_tokens holds the server's tokens against those of its own day; and the answers are asked for with the
 measured date where the template has a variable for it (Llama's `date_string`), or else cannot be compared.
 
+--base-url may also be llama.cpp's server, or Ollama's API. What these cannot tell does not fail.
+
 The result is a JSON with `passed` of each check: true, false, or null where the server cannot tell. If one failed, the exit
 code is 1, and the JSON is not --result but <its name>.failed.json beside it, which Snakemake leaves alone.
 """
 
+import math
 import os
 import secrets
 from dataclasses import asdict
@@ -39,10 +43,11 @@ from moult.model.chat import FROZEN_DATE, Chat, prints_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.serving.checks import ServerTest
+from moult.serving.checks import ServerTest, tolerance_of_export
 from moult.serving.client import Client, Failed
 from moult.serving.launch import Run, Server, address, engine_command, free_port, text_of, what_to_serve
 from moult.serving.questions import read_questions
+from moult.workflow.exports import FORMATS
 
 # By the coarser dtype of evaluate and server, in nats: by how much the best token may have led where a served answer
 # leaves the measured one (bfloat16 has 8 bits: a logit of 20 comes in steps of 0.125), and how far the prompts' likelihood
@@ -55,6 +60,9 @@ def main() -> None:
     parser = stage_parser(__doc__, "smoke_test", optional=True)
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--base-url", help="a server that runs already, with or without /v1")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="with --base-url: what it serves is this export, whose answers may be others"
+    )
     parser.add_argument(
         "--configfile", nargs="+", default=[], help="by hand: config files laid over config/config.yaml"
     )
@@ -105,6 +113,8 @@ def smoke_test(args, log) -> None:
     lead, drift = tolerance(settings, read_json(args.merge_check)["dtype"], bool(served.adapters))
     if args.base_url:
         url = args.base_url if "://" in args.base_url else f"http://{args.base_url}"
+        if args.format:
+            lead, drift = tolerance_of_export(args.format)
         client = Client(url.rstrip("/").removesuffix("/v1"), args.key, name)
         test = ServerTest(client, questions, lead, drift, chat)
         test.run(client.wait, log)
@@ -129,7 +139,7 @@ def keep(args, served, test: ServerTest, log) -> None:
         "engine": args.settings["serve"]["engine"] if not args.base_url else None,
         "serves": "adapter" if served.adapters else "merged",
         "model": test.client.name,
-        "tolerance": {"lead": test.lead, "likelihood": test.drift},
+        "tolerance": {"lead": finite(test.lead), "likelihood": finite(test.drift)},
         "date": date,
         "checks": {name: asdict(check) for name, check in test.checks.items()},
         "answers": test.answers,
@@ -153,6 +163,10 @@ def keep(args, served, test: ServerTest, log) -> None:
     log.info(
         "%s: served as measured: %d checks hold, %d could not be told", args.run, passed.count(True), passed.count(None)
     )
+
+
+def finite(tolerance: float) -> float | None:
+    return None if math.isinf(tolerance) else tolerance
 
 
 def tolerance(settings: dict, measured_in: str, adapted: bool) -> tuple[float, float]:

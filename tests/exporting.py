@@ -10,7 +10,7 @@ from scoring import EVAL, make_sides, run
 
 import score_export
 from moult.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
-from moult.workflow.exports import GGUF
+from moult.workflow.exports import FORMATS, GGUF
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-export" / "bin" / "python"
@@ -26,8 +26,18 @@ def export_python() -> str:
 
 # --- made-up exports --------------------------------------------------------------------------------------------------
 
-FILES = {"model.gguf": "GGUF weights", "Modelfile": "FROM ./model.gguf\nPARAMETER num_ctx 512\n"}
 NO_KL = "this engine tells no probabilities"
+
+
+def files_of(format: str) -> dict[str, str]:
+    """{name: content}, as the stages name them."""
+    if format == "adapter-gguf":
+        modelfile = "FROM ./base-BF16.gguf\nADAPTER ./demo-adapter.gguf\n"
+        return {"demo-adapter.gguf": "GGUF adapter", "base-BF16.gguf": "GGUF base", "Modelfile": modelfile}
+    if format in GGUF:
+        name = f"demo-{FORMATS[format].shown}.gguf"
+        return {name: "GGUF weights", "Modelfile": f"FROM ./{name}\nPARAMETER num_ctx 512\n"}
+    return {"model.safetensors": "weights", "config.json": "{}"}
 
 
 def make_export(folder: Path, format: str = "gguf-q8_0", lost: float = 0.0, wrong: int = 0, **sides) -> Path:
@@ -50,11 +60,11 @@ def make_export(folder: Path, format: str = "gguf-q8_0", lost: float = 0.0, wron
         answer["answer"] = "nothing"
     write_jsonl(out / "answers.jsonl", answers)
     (out / "model").mkdir()
-    for name, content in (FILES if format in GGUF else {"model.safetensors": "weights", "config.json": "{}"}).items():
+    for name, content in files_of(format).items():
         (out / "model" / name).write_text(content)
     files = {path.name: sha256_file(path) for path in (out / "model").iterdir()}
     made = {"files": files, "bytes": 530, "tensors": {"Q8_0": 32, "F32": 13}}
-    made |= {"fallback": 0, "calibration": None, "ollama": None, "versions": {"llama.cpp": "b1"}}
+    made |= {"fallback": 0, "calibration": None, "ollama": {"kept": True}, "versions": {"llama.cpp": "b1"}}
     write_json(out / "made.json", made)
     kl = {"mean_kl": 3.9e-5, "max_kl": 1e-3, "top1_agreement": 1.0, "rows": 8, "positions": 50}
     check = {"kl": kl, "kl_limit": 0.005, "why_no_kl": None, "speed": {"tokens_per_second": 120.0}, "device": "cpu"}

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Poses as the Python that has vLLM (serve.python): a server that knows the measured answers, and fails as it is told.
 
-In the environment: FAKE_ANSWERS, answers.jsonl; FAKE, how it fails ("" does not); FAKE_PIDS, a file for its process ids.
+In the environment: FAKE_ANSWERS, answers.jsonl; FAKE, how it fails ("" does not); FAKE_PIDS, a file for its process ids;
+FAKE_KIND, whose API it has: vLLM's if it is empty, or that of `llama.cpp` or `ollama`.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ARGUMENTS = dict(zip(sys.argv, sys.argv[1:], strict=False))
 FAKE = os.environ.get("FAKE", "")
+KIND = os.environ.get("FAKE_KIND", "")
 KEY = os.environ.get("VLLM_API_KEY")
 ANSWERS = [json.loads(line) for line in Path(os.environ["FAKE_ANSWERS"]).read_text().splitlines()]
 LENGTH = 128
@@ -29,25 +31,43 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
+            if KIND == "ollama":
+                return self.send({}, 404)
             return self.send({}, 503 if FAKE in ("never ready", "deaf") else 200)
         name = "other" if FAKE == "other name" else ARGUMENTS["--served-model-name"]
-        self.send({"data": [{"id": name, "max_model_len": LENGTH}]})
+        entries = {
+            "": {"max_model_len": LENGTH},
+            "llama.cpp": {"owned_by": "llamacpp", "meta": {"n_ctx": LENGTH, "n_ctx_train": 10 * LENGTH}},
+            "ollama": {"id": f"{name}:latest", "owned_by": "library"},
+        }
+        self.send({"data": [{"id": name, **entries[KIND]}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if KEY and FAKE != "open" and self.headers.get("Authorization") != f"Bearer {KEY}":
             return self.send({"error": "Unauthorized"}, 401)
+        if KIND == "llama.cpp":  # it does not look at the name; and what /apply-template gives comes back as content
+            body["model"] = ARGUMENTS["--served-model-name"]
+            body |= {"prompt": json.loads(body["content"])} if "content" in body else {}
+        if KIND == "ollama" and (self.path == "/tokenize" or isinstance(body.get("prompt"), list)):
+            return self.send({"error": "?"}, 404 if self.path == "/tokenize" else 400)
         if body["model"] != ARGUMENTS["--served-model-name"]:
             return self.send({"error": "no such model"}, 200 if FAKE == "any model" else 404)
         said = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         if isinstance(said, str) and len(said.split()) >= LENGTH:
             return self.send({"error": "too long"}, 500 if FAKE == "chokes" else 400)
         row = next((row for row in ANSWERS if self.is_about(row, body)), None)
+        if self.path == "/apply-template":
+            return self.send({"prompt": json.dumps(row["prompt_ids"])})
         if self.path == "/tokenize":
             ids = row["prompt_ids"]
             ids = [*ids[:2], 9, *ids[3:]] if FAKE == "other template" else ids
+            if KIND == "llama.cpp" and "messages" in body:
+                return self.send({"tokens": []})
             return self.send({"tokens": ids} if FAKE != "no tokenize" else {}, 404 if FAKE == "no tokenize" else 200)
         if body.get("echo"):
+            if KIND == "llama.cpp":
+                return self.send({"choices": [{"text": "", "logprobs": None}]})
             if FAKE == "no echo":
                 return self.send({"error": "echo?"}, 400)
             nll = row["prompt_nll"] * (1.5 if FAKE == "other weights" else 1) / (len(row["prompt_ids"]) - 1)
@@ -78,6 +98,9 @@ class Handler(BaseHTTPRequestHandler):
             reason = "length"
         if FAKE.startswith("no ids"):
             text, ids = text.upper() if "other text" in FAKE else text, None
+        if self.path == "/completion":
+            return self.send({"content": text, "tokens": ids, "stop_type": "eos" if reason == "stop" else "limit"})
+        ids = None if KIND else ids
         usage = {"prompt_tokens": len(row["prompt_ids"]) + (FAKE == "double BOS"), "completion_tokens": 3}
         if not body.get("stream"):
             content = {"message": {"content": text}} if "messages" in body else {"text": text}

@@ -153,6 +153,11 @@ def test_every_stage_has_a_script_a_rule_a_log_and_a_benchmark_of_its_name():
                 "benchmark_tuned": "{run}/benchmark_tuned_{benchmark}",
                 "summary": "summary",
                 "compare": "compare/{a}..{b}",
+                "export_gguf": "{run}/export_{format}",
+                "export_compressed": "{run}/export_{format}",
+                "evaluate_export": "{run}/evaluate_export_{format}",
+                "score_export": "{run}/score_export_{format}",
+                "export_card": "{run}/export_card_{what}",
             }
             of_dataset = stage in ("prepare", "contamination")
             place = folder.get(stage, f"{{ds}}/{stage}" if of_dataset else f"{{run}}/{stage}")

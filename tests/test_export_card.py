@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exporting import FILES, PYTHON, judge, make_export, without_likelihood
+from exporting import PYTHON, files_of, judge, make_export, without_likelihood
 from fake_hub import TOKEN, FakeHub, environment
 from workflow import ROOT, checkout, snakemake
 
 from export_card import card
 from moult.errors import MoultError
-from moult.exporting.upload import modelfile, upload_of
+from moult.exporting.upload import upload_of
 from moult.files import read_json, write_json
 from moult.measuring.exported import checks_of, rows_of, size
 from moult.workflow.exports import listed_for
@@ -96,6 +96,13 @@ def test_the_card_says_how_to_run_gguf(made):
         assert export["against_merged"]["sentence"] in body
 
 
+def test_a_template_that_ollama_may_replace_is_told(made):
+    (export,) = exports_of(made, "gguf-q8_0")
+    export["ollama"] = {"kept": None, "nearest": "chatml"}
+    text = card("gguf", "demo", [export], metrics_of(made), "", {}, SETTINGS)
+    assert "but Ollama may replace the template by its own chatml:" in text
+
+
 def test_a_card_of_the_adapter_alone_names_the_base(made):
     text = card("gguf", "demo", exports_of(made, "adapter-gguf"), metrics_of(made), "", {}, SETTINGS)
     assert "llama-server -m base.gguf --lora demo-adapter.gguf" in text
@@ -149,23 +156,23 @@ def test_snakemake_knows_the_cards(tmp_path):
 # --- the upload -------------------------------------------------------------------------------------------------------
 
 
-def test_a_modelfile_goes_up_if_it_names_the_file_beside_it():
-    files = {"model.gguf", "Modelfile"}
-    assert modelfile("FROM ./model.gguf\nPARAMETER stop x\n", files, "a.gguf") == "FROM ./a.gguf\nPARAMETER stop x\n"
-    assert modelfile("FROM model.gguf\n", files, "a.gguf") == "FROM ./a.gguf\n"
-    for other in ("/home/me/model.gguf", "../model.gguf", "llama3", "./base.gguf"):
-        assert modelfile(f"FROM {other}\n", files, "a.gguf") is None
-    assert modelfile("FROM /models/base.gguf\nADAPTER ./model.gguf\n", files, "a.gguf") is None
-
-
 def test_the_files_have_the_names_that_are_looked_for(made):
+    def uploaded(format: str) -> dict:
+        return upload_of("demo", format, made / "exports" / format / "model", dict.fromkeys(files_of(format), "0"))
+
     folder = made / "exports" / "gguf-q4_k_m" / "model"
-    found = upload_of("demo", "gguf-q4_k_m", folder, dict.fromkeys(FILES, "0"))
-    assert found == {
-        "demo-Q4_K_M.gguf": folder / "model.gguf",
-        "demo-Q4_K_M.Modelfile": b"FROM ./demo-Q4_K_M.gguf\nPARAMETER num_ctx 512\n",
+    assert uploaded("gguf-q4_k_m") == {
+        "demo-Q4_K_M.gguf": folder / "demo-Q4_K_M.gguf",
+        "demo-Q4_K_M.Modelfile": folder / "Modelfile",
     }
-    assert upload_of("demo", "fp8", folder, {"config.json": "0"}) == {"config.json": folder / "config.json"}
+    assert set(uploaded("adapter-gguf")) == {"demo-adapter.gguf"}  # the base is not the model of the run
+    assert set(uploaded("fp8")) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("named", ["/models/demo-Q8_0.gguf", "../demo-Q8_0.gguf", "llama3", "./base-BF16.gguf"])
+def test_a_modelfile_that_names_other_files_stays_here(named, tmp_path):
+    (tmp_path / "Modelfile").write_text(f"FROM {named}\nPARAMETER stop x\n")
+    assert set(upload_of("demo", "gguf-q8_0", tmp_path, {"Modelfile": "0"})) == {"demo-Q8_0.gguf"}
 
 
 @pytest.fixture
@@ -200,7 +207,7 @@ def test_all_gguf_files_go_up_with_their_card(published):
         there = repository.commits[repository.refs["main"]]
     own = {f"demo-{shown}.{kind}" for shown in ("Q8_0", "Q4_K_M") for kind in ("gguf", "Modelfile")}
     assert set(there) == {"README.md", "model.safetensors", "LICENSE", *own}
-    assert there["demo-Q8_0.gguf"] == FILES["model.gguf"].encode()
+    assert there["demo-Q8_0.gguf"] == b"GGUF weights"
     assert there["demo-Q8_0.Modelfile"].startswith(b"FROM ./demo-Q8_0.gguf\n")
     assert there["README.md"] == b"# run it: llama-server -hf tester/demo:Q8_0\n"
     assert "Q4_K_M: still helped; " in done.stderr
@@ -230,8 +237,8 @@ def test_only_what_was_measured_goes_up(published):
         card = published / "results/demo/cards/gguf.md"
         card.rename(card.with_suffix(".old"))
         refused("results/demo/cards/gguf.md does not exist", fix)
-        (exports / "gguf-q8_0/model/model.gguf").write_text("other weights")
-        refused("gguf-q8_0/model/model.gguf was changed after it was measured")
+        (exports / "gguf-q8_0/model/demo-Q8_0.gguf").write_text("other weights")
+        refused("gguf-q8_0/model/demo-Q8_0.gguf was changed after it was measured")
         write_json(published / "results/demo/merge.json", {"files": {"model.safetensors": "newer"}})
         refused("is not the export that was measured, or the merged model is a newer one", fix)
         (exports / "gguf-q8_0/export.json").unlink()

@@ -15,6 +15,7 @@ from tokenizers_for_tests import CHATML, DEMO, make_tokenizer
 
 from moult.errors import MoultError
 from moult.exporting.adapter import alpha_of, check_plain
+from moult.exporting.calibration import calibration_rows
 from moult.exporting.gguf import check_imatrix_programs, find_llama_cpp, gguf_name
 from moult.exporting.header import Expected, check_header, ends_generation, problems, read_header
 from moult.exporting.ollama import least_distance, template_check, write_modelfile
@@ -525,7 +526,7 @@ def test_the_importance_matrix_is_of_training_rows(exported, export_python, tmp_
         (folder / "bin" / name).chmod(0o755)
     ids = [[1, 20 + row, 2] * 20 for row in range(12)]
     train = tmp_path / "train.parquet"
-    pq.write_table(pa.table({"id": [str(row) for row in range(12)], "input_ids": ids, "labels": ids}), train)
+    pq.write_table(pa.table({"id": [str(row) for row in range(12)], "input_ids": ids}), train)
     settings = {"imatrix": True, "calibration_rows": 4, "llama_cpp": str(folder)}
     with pytest.raises(MoultError, match="the training rows have 60 tokens together"):
         exported("gguf-q4_k_m", DEMO, settings={**settings, "calibration_rows": 1}, train=train)
@@ -537,8 +538,8 @@ def test_the_importance_matrix_is_of_training_rows(exported, export_python, tmp_
     assert given[2:6] == ["-f", "calibration.txt", "-o", "imatrix.gguf"] and "--parse-special" in given
     assert (tmp_path / "quantize").read_text().split()[:2] == ["--imatrix", "imatrix.gguf"]  # no path of this machine
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    wanted = [tokenizer.decode(ids[row], skip_special_tokens=False) for row in (0, 3, 6, 9)]
-    assert (tmp_path / "calibration.txt").read_text().splitlines() == "\n".join(wanted).splitlines()
+    wanted = [tokenizer.decode(row, skip_special_tokens=False) for row in calibration_rows(train, 4)]
+    assert (tmp_path / "calibration.txt").read_text() == "\n".join(wanted)
 
 
 TEXT = (

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from exporting import judge, make_export
 from workflow import ROOT, snakemake
 
 import report
@@ -183,7 +184,7 @@ def test_the_config_on_the_page_is_that_of_the_run(config, run):
 # --- the whole page ---------------------------------------------------------------------------------------------------
 
 
-def make(folder, out) -> str:
+def make(folder, out, exports=()) -> str:
     config = {"model": {"name": str(ROOT / "config/demo/base")}, "datasets": {"demo": {"source": "x.jsonl"}}}
     config = resolve(config, load_schema(str(ROOT / "config")))
     results = folder / "results"
@@ -196,6 +197,7 @@ def make(folder, out) -> str:
         base_likelihood=str(results / "demo/base/likelihood.jsonl"),
         tuned_likelihood=str(results / "demo/tuned/likelihood.jsonl"),
         settings=stage_settings(config, "report", "demo"),
+        exports=list(map(str, exports)),
         out=str(out),
     )
     report.write_report(arguments, SimpleNamespace(info=lambda *_: None))
@@ -247,6 +249,21 @@ def test_five_thousand_rows_of_any_text_make_a_small_and_harmless_page(measured)
     assert len(page.encode()) < 3_000_000
     assert page.count("<script>") == 1 and "<img" not in page and "\u202e" not in page and "\x00" not in page
     assert "All 5,000 are in samples.jsonl" in page and "⟨U+202E⟩" in page and "more characters)" in page
+
+
+def test_the_exports_are_in_a_table_of_their_own(measured):
+    assert 'id="exports"' not in make(measured, measured / "report.html")
+    paths = []
+    for format, wrong in (("gguf-q8_0", 0), ("gguf-q4_k_m", 12)):
+        out = make_export(measured / "made" / "demo", format, wrong=wrong)
+        judge(out)
+        paths.append(out / "export.json")
+    page = make(measured, measured / "report.html", paths)
+    assert page.count('href="#exports"') == 1
+    text = unescape(re.sub(r"<[^>]*>", " ", page))
+    for path in paths:
+        export = read_json(path)
+        assert export["shown"] in text and export["against_merged"]["sentence"] in text
 
 
 def test_an_interrupted_training_is_marked(measured):

@@ -13,17 +13,25 @@ from pathlib import Path
 
 import pytest
 import requests
-from serving import CHECKS, demo_smoke_test, result_of, settings_for
+from serving import (
+    CHECKS,
+    demo_smoke_test,
+    is_alive,
+    make_run,
+    measured_run,
+    result_of,
+    settings_for,
+    smoke_test,
+    start_smoke_test,
+)
 from tiny import change_tensors
-from workflow import ROOT, hear_sigint, planned, set_key, snakemake
+from workflow import ROOT, planned, set_key, snakemake
 
 from moult.errors import MoultError
-from moult.files import sha256_folder, write_json, write_jsonl
 from moult.serving.checks import CannotTell, Failed, ServerTest
 from moult.serving.client import Client, Question
-from moult.serving.launch import Run, Served, check_exposed, check_port, free_port, vllm_command, what_to_serve
+from moult.serving.launch import Served, check_exposed, check_port, free_port, vllm_command, what_to_serve
 
-FAKE_ENGINE = ROOT / "tests" / "fake_engine.py"
 DEMO_BASE = ROOT / "config" / "demo" / "base"
 
 
@@ -45,15 +53,6 @@ def test_vllm_is_told_all_that_the_config_says():
         *("--max-model-len", "4096", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
         *("--trust-remote-code", "--no-enable-prefix-caching", "--enforce-eager", "--tensor-parallel-size", "2"),
     ]
-
-
-def make_run(folder: Path, name: str, reasons=(), rank: int = 16, template: str = "<{{ messages }}>") -> Run:
-    run = Run(name, "base", *(str(folder / part) for part in ("adapter", "merged", "plan.json")))
-    write_json(Path(run.merged, "config.json"), {})
-    write_json(Path(run.adapter, "adapter_config.json"), {})
-    Path(run.adapter, "chat_template.jinja").write_text(template)
-    write_json(run.plan, {"serve": {"reasons": list(reasons), "max_lora_rank": rank}})
-    return run
 
 
 @pytest.mark.parametrize(
@@ -124,64 +123,7 @@ def test_a_taken_port_is_told_with_who_has_it():
 
 @pytest.fixture
 def measured(tmp_path):
-    """A run as evaluate leaves it: two prompts, a row and an instruction, measured. The fake engine knows the answers. The
-    instruction is none of the config's, and not asked."""
-    rows = []
-    kinds = [("prompt", "one"), ("prompt", "two"), ("row", "three"), ("instruction", "four")]
-    for number, (kind, text) in enumerate(kinds):
-        rows.append(
-            {
-                "kind": kind,
-                "id": text,
-                "prompt": text,
-                "reference": None,
-                "answer": f"answer {text}",
-                "token_ids": [4, 5, 6, 2],
-                "stopped": True,
-                "prompt_ids": [1, 7, number + 10, 3],
-                "prompt_nll": 9.5,
-                "margins": [5.0, 0.2, 4.0, 3.0],
-            }
-        )
-    write_jsonl(tmp_path / "answers.jsonl", rows)
-    messages = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "?"}]
-    write_jsonl(tmp_path / "test.jsonl", [{"id": "three", "messages": messages}])
-    make_run(tmp_path, "run")
-    write_json(tmp_path / "merge.json", {"files": sha256_folder(tmp_path / "merged"), "adapter": {}})
-    write_json(tmp_path / "merge_check.json", {"dtype": "float32"})
-    return tmp_path
-
-
-def start_smoke_test(folder: Path, fake: str, serve: dict | None = None, dtype: str = "bfloat16") -> subprocess.Popen:
-    settings = settings_for({"python": str(FAKE_ENGINE), "start_timeout": 5, **(serve or {})}, dtype=dtype)
-    prompts = [{"id": text, "prompt": text, "expect": {"contains": f"answer {text}"}} for text in ("one", "two")]
-    settings["eval"] = {"prompts": prompts, "max_new_tokens": 8}
-    command = [sys.executable, ROOT / "scripts" / "smoke_test.py", "--run", "run", "--settings", json.dumps(settings)]
-    for name, file in (
-        *(("answers", "answers.jsonl"), ("merge-check", "merge_check.json"), ("rows", "test.jsonl"), ("base", "base")),
-        *(("adapter", "adapter"), ("merged", "merged"), ("merge", "merge.json"), ("plan", "plan.json")),
-        *(("result", "smoke_test.json"), ("log-file", "smoke_test.log")),
-    ):
-        command += [f"--{name}", file]
-    environment = {**os.environ, "FAKE": fake, "FAKE_ANSWERS": "answers.jsonl", "FAKE_PIDS": "pids"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint
-    )
-
-
-def smoke_test(folder: Path, fake: str = "", **options) -> tuple[int, dict, str]:
-    """Exit code, {check: passed}, and what was said."""
-    process = start_smoke_test(folder, fake, **options)
-    said = process.communicate(timeout=120)[1]
-    checks = result_of(folder, process.returncode)["checks"]
-    for pid in (folder / "pids").read_text().split() if (folder / "pids").exists() else []:
-        assert not is_alive(int(pid)), "a process was left behind"
-    return process.returncode, {name: check["passed"] for name, check in checks.items()}, said
-
-
-def is_alive(pid: int) -> bool:
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+    return measured_run(tmp_path)
 
 
 def test_a_good_server_passes_and_leaves_nothing(measured):

@@ -13,7 +13,9 @@ from moult.workflow.stages import STAGES, encoded_as, measured_as, stage_setting
 # --- what each stage reads --------------------------------------------------------------------------------------------
 
 BOTH = {"evaluate_base", "evaluate_tuned"}
-ASKING = {*BOTH, "smoke_test"}
+ASKING = {*BOTH, "smoke_test", "evaluate_export"}
+SCORING = {"score", "score_export"}
+CARDS = {"model_card", "export_card"}
 BENCHMARKS = {"benchmark_base", "benchmark_tuned"}
 PROMPT = "eval: {prompts: [{id: p, prompt: q, expect: {contains: x}}]}\n"
 
@@ -39,19 +41,19 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("runs: {a: {lora: {r: 8}}}", {"plan", "finetune"}),
         ("runs: {b: {lora: {r: 8}}}", set()),
         ("runs: {v: {dataset: a, lora: {r: 8}}}", set()),
-        ("seed: 5", {"prepare", "finetune", "score"}),
-        ("runs: {a: {seed: 5}}", {"finetune", "score"}),
-        ("runs: {a: {seeds: [0, 5]}}", {"score"}),
-        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "contamination", "score"}),
-        ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {"score", "smoke_test"}),
-        ("eval: {row_expect: {exact: true}}", {"score"}),
-        ("eval: {confidence: 0.9}", {"score"}),
+        ("seed: 5", {"prepare", "finetune", *SCORING}),
+        ("runs: {a: {seed: 5}}", {"finetune", *SCORING}),
+        ("runs: {a: {seeds: [0, 5]}}", SCORING),
+        ("eval: {prompts: [{id: p, prompt: other, expect: {contains: x}}]}", {*ASKING, "contamination", *SCORING}),
+        ("eval: {prompts: [{id: p, prompt: q, expect: {contains: y}}]}", {*SCORING, "smoke_test", "evaluate_export"}),
+        ("eval: {row_expect: {exact: true}}", SCORING),
+        ("eval: {confidence: 0.9}", SCORING),
         ("eval: {max_new_tokens: 9}", ASKING),
-        ("eval: {forgetting: false}", {*BOTH, "score"}),
-        ("eval: {forgetting_limit: 0.2}", {"score"}),
-        ("eval: {merge_check_rows: 4}", {"evaluate_tuned"}),
+        ("eval: {forgetting: false}", {*BOTH, *SCORING, "evaluate_export"}),
+        ("eval: {forgetting_limit: 0.2}", SCORING),
+        ("eval: {merge_check_rows: 4}", {"evaluate_tuned", "evaluate_export"}),
         ("datasets: {a: {max_length: 64}}", {"encode"}),
-        ("datasets: {a: {languages: [en]}}", {"prepare", "model_card"}),
+        ("datasets: {a: {languages: [en]}}", {"prepare", *CARDS}),
         ("datasets: {a: {val_size: 0.2}}", {"prepare"}),
         ("datasets: {a: {test_size: null}}", {"prepare"}),
         ("datasets: {a: {test_source: held.jsonl}}", {"prepare"}),
@@ -62,18 +64,25 @@ def read_by_stages(resolved: dict, run: str = "a") -> dict[str, str]:
         ("eval: {gpu: 2}", set()),
         (
             "eval: {benchmarks: [{task: gsm8k}]}",
-            {"contamination", "score"},
+            {"contamination", *SCORING},
         ),  # its rules have a param for each benchmark
-        ("eval: {contamination: report}", {"score"}),  # `drop` reaches encode by a param of its rule
+        ("eval: {contamination: report}", SCORING),  # `drop` reaches encode by a param of its rule
         ("eval: {lm_eval: {batch_size: 4}}", BENCHMARKS),
         ("eval: {lm_eval: {python: /opt/python, container: other.sif}}", set()),
-        ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, *BENCHMARKS, "model_card"}),
+        ("model: {chat_template_kwargs: {thinking: false}}", {"encode", "plan", *ASKING, *BENCHMARKS, *CARDS}),
         ("model: {chat_template: null}", {"encode"}),
         ("model: {revision: v2}", {"fetch_model", "inspect_model"}),
-        ("serve: {max_model_len: 64}", {"smoke_test"}),
-        ("serve: {mode: adapter}", {"smoke_test"}),
+        ("serve: {max_model_len: 64}", {"smoke_test", "evaluate_export"}),
+        ("serve: {mode: adapter}", {"smoke_test", "evaluate_export"}),
         ("serve: {host: 0.0.0.0, port: 9000, api_key_env: KEY}", set()),
         ("serve: {container: other.sif}", set()),
+        ("exports: [gguf-q8_0, fp8]", set()),
+        ("export: {llama_cpp: /opt/llama.cpp}", {"export_gguf", "evaluate_export"}),
+        ("export: {imatrix: true}", {"export_gguf"}),
+        ("export: {calibration_rows: 8}", {"export_compressed"}),
+        ("export: {imatrix: true, calibration_rows: 8}", {"export_gguf", "export_compressed"}),
+        ("export: {kl_limit: 0.3}", {"evaluate_export"}),
+        ("export: {python: /opt/python, container: other.sif}", set()),
         ("network: {tls: off}", set()),
         ("container: other.sif", set()),
         ("paths: {results: elsewhere}", set()),

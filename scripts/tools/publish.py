@@ -71,13 +71,13 @@ def publish(args, log) -> None:
         there = api.model_info(args.repo) if api.repo_exists(args.repo) else None
     others = {file.rfilename for file in there.siblings} - {"README.md", *files} if there else set()
     stale = sorted(name for name in others if is_loaded(name, LOADED_GGUF if args.what == "gguf" else LOADED))
-    size = sum(size_of(file) for file in files.values())
+    size = sum(path.stat().st_size for path in files.values())
     public = args.public if there is None else not there.private
     state = "new repository" if there is None else "existing repository"
     log.info("upload to %s/%s (%s, %s):", endpoint(), args.repo, state, "PUBLIC" if public else "private")
     log.info("  %-40s %15s", "README.md", f"{len(card.encode()):,}")
-    for name, file in files.items():
-        log.info("  %-40s %15s", name, f"{size_of(file):,}")
+    for name, path in files.items():
+        log.info("  %-40s %15s", name, f"{path.stat().st_size:,}")
     for name in stale:
         log.info("  %-40s %15s", name, "will be deleted")
     log.info("%d files, %s bytes", len(files) + 1, f"{size + len(card.encode()):,}")
@@ -85,7 +85,7 @@ def publish(args, log) -> None:
         ask(args.repo, log)
     operations = [
         CommitOperationAdd("README.md", card.encode()),
-        *(CommitOperationAdd(name, file) for name, file in files.items()),
+        *(CommitOperationAdd(name, path) for name, path in files.items()),
         *(CommitOperationDelete(name) for name in stale),
     ]
     with hub_errors("--repo", args.repo):
@@ -107,9 +107,9 @@ def files_of(folder: Path, made_by: dict[str, str]) -> dict[str, Path]:
     return {name: folder / name for name in sorted({*made_by, "metadata.json"}) if (folder / name).is_file()}
 
 
-def of_exports(args, run: dict, places, log) -> tuple[str, dict[str, Path | bytes]]:
+def of_exports(args, run: dict, places, log) -> tuple[str, dict[str, Path]]:
     """The card and the files of the exports that the config lists. Raises MoultError if they are not what was measured."""
-    files: dict[str, Path | bytes] = {}
+    files: dict[str, Path] = {}
     target = places.export_card.format(what=args.what)
     for format in listed_for(args.what, run):
         folder, found = Path(places.export.format(format=format)), places.export_metrics.format(format=format)
@@ -123,15 +123,11 @@ def of_exports(args, run: dict, places, log) -> tuple[str, dict[str, Path | byte
         check_whole(folder, export["files"], target)
         own = upload_of(args.run, format, folder, export["files"])
         if "Modelfile" in export["files"] and len(own) == 1:
-            log.info("the Modelfile of %s names other files: it is not uploaded", FORMATS[format].shown)
+            log.info("the Modelfile of %s names other files, and is not uploaded", FORMATS[format].shown)
         log.info("%s", export["sentence"])
         files |= own
     check_whole(Path(target).parent, {Path(target).name: None}, target)
     return Path(target).read_text(encoding="utf-8"), files
-
-
-def size_of(file: Path | bytes) -> int:
-    return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
 def is_loaded(name: str, patterns: tuple[str, ...] = LOADED) -> bool:

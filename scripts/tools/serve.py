@@ -3,9 +3,11 @@
     make serve RUN=demo                                                    # http://127.0.0.1:8080/v1
     python scripts/tools/serve.py --run demo --configfile mine.yaml
     python scripts/tools/serve.py --run gsm8k gsm8k-r64              # serve.mode: adapter; the API has these names
+    make serve RUN=demo FORMAT=gguf-q8_0                                   # an export, by the engine that it is for
 
 No rule calls it: smoke_test starts a server of its own. The engine is serve.engine of the config: vLLM, which has an
-environment of its own (serve.python), or Moult's small server on transformers. It says when the server is ready, with a
+environment of its own (serve.python), or Moult's small server on transformers. A GGUF is served by llama.cpp, of the
+environment of the exports (export.python) or your own (export.llama_cpp). It says when the server is ready, with a
 first request to try. If the engine fails, its last lines are shown. Nothing of it is left behind.
 """
 
@@ -18,13 +20,17 @@ from moult.run.cli import tool_parser
 from moult.run.stage import stage
 from moult.serving.launch import (
     Run,
+    Served,
     Server,
     address,
     check_exposed,
     check_port,
     engine_command,
+    export_to_serve,
+    settings_of_export,
     what_to_serve,
 )
+from moult.workflow.exports import FORMATS
 from moult.workflow.runtime import read_config, the_run
 from moult.workflow.stages import places_of, serve_settings
 
@@ -32,6 +38,7 @@ from moult.workflow.stages import places_of, serve_settings
 def main() -> None:
     parser = tool_parser(__doc__)
     parser.add_argument("--run", nargs="+", required=True, help="the run; several are served as adapters of one base")
+    parser.add_argument("--format", choices=FORMATS, help="serve this export of the run")
     parser.add_argument("--configfile", nargs="+", default=[], help="config files laid over config/config.yaml")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--log-file", help="log file (default: logs/serve.log)")
@@ -40,8 +47,13 @@ def main() -> None:
     with stage("serve", args.log_file) as log:
         config = read_config(args.configfile)
         runs = [as_served(config, the_run(config, name)) for name in args.run]
-        log.debug("settings: %s", settings := serve_settings(config["runs"][args.run[0]]))
-        serve(settings, runs, args.threads, log)
+        settings = serve_settings(config["runs"][args.run[0]])
+        if args.format:
+            settings, served = of_export(config, args.run, args.format, settings)
+        else:
+            served = what_to_serve(settings, runs)
+        log.debug("settings: %s", settings)
+        serve(settings, served, args.threads, log)
 
 
 def as_served(config: dict, name: str) -> Run:
@@ -49,11 +61,20 @@ def as_served(config: dict, name: str) -> Run:
     return Run(name, places.model, places.adapter, places.merged, places.plan)
 
 
-def serve(settings: dict, runs: list[Run], threads: int, log) -> None:
+def of_export(config: dict, runs: list[str], format: str, settings: dict) -> tuple[dict, Served]:
+    """The settings, and what is served, of an export of a run."""
+    run, *others = runs
+    if others:
+        raise MoultError("exports are served one at a time", "name one run")
+    settings = settings_of_export({**settings, "export": config["runs"][run]["export"]}, format)
+    folder = places_of(config, run).export.format(format=format)
+    return settings, export_to_serve(folder, format, run, settings["serve"]["served_model_name"] or run)
+
+
+def serve(settings: dict, served: Served, threads: int, log) -> None:
     host, port, variable = (settings["serve"][key] for key in ("host", "port", "api_key_env"))
     key = os.environ.get(variable)
     check_exposed(host, key, variable)
-    served = what_to_serve(settings, runs)
     check_port(host, port)
     names = [*served.adapters] or [served.name]
     url = address(host, port)

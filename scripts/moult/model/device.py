@@ -299,14 +299,26 @@ def read_model(
     return model
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+# What the training stages depend on.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Versions of what a result depends on: Moult, Python and these packages."""
     from importlib.metadata import version
 
     from moult import __version__
 
-    training = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-    packages = (*training, "datasets", "tokenizers", "safetensors")
     return {
         "moult": __version__,
         "python": platform.python_version(),

@@ -17,11 +17,19 @@ from pathlib import Path
 from moult.errors import MoultError
 from moult.files import read_json
 from moult.model.manifest import public_name
+from moult.workflow.environments import EXPORTS
+from moult.workflow.exports import COMPRESSED, FORMATS, LLAMA_CPP
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # Seconds between a polite signal and one that cannot be refused.
 PATIENCE = 20
+
+# Requests that llama.cpp's server answers at a time. They share its context.
+SLOTS = 8
+
+# Engines' variables with the API key.
+KEYS = ("VLLM_API_KEY", "LLAMA_API_KEY")
 
 # The template for conversations with tools, where a model has one of its own for these.
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
@@ -42,7 +50,8 @@ class Run:
 class Served:
     """What a server has: a model folder under a name of the API, and adapters on top of it.
 
-    adapters: {name in the API: folder}. max_lora_rank: the largest rank of them, as vLLM wants it rounded up.
+    model: a folder, or a GGUF file. adapters: {name in the API: folder, or GGUF file}. max_lora_rank: the largest rank of them,
+    as vLLM wants it rounded up.
     """
 
     name: str
@@ -97,15 +106,34 @@ def what_to_serve(settings: dict, runs: list[Run]) -> Served:
     return Served(base if base not in adapters else f"{base}-base", first.base, adapters, max(ranks))
 
 
+def export_to_serve(folder: str, format: str, run: str, name: str) -> Served:
+    """The export of a run in its folder (`exports/<format>/model`), under a name of the API."""
+    target = f"results/{run}/exports/{format}/export.json"
+    if format in COMPRESSED:
+        return Served(name, need(folder, "config.json", run, target))
+    shown = FORMATS[format].shown
+    need(folder, f"{run}-{shown}.gguf", run, target)
+    made = f"{folder}/{run}-{shown}.gguf"
+    return Served(name, f"{folder}/base-BF16.gguf", {name: made}) if format == "adapter-gguf" else Served(name, made)
+
+
+def settings_of_export(settings: dict, format: str) -> dict:
+    """The settings of a run, with the engine that serves an export of this format."""
+    own = {} if format in COMPRESSED else {"engine": LLAMA_CPP}
+    return {**settings, "serve": {**settings["serve"], **own}}
+
+
 def text_of(folder: str, file: str) -> str | None:
     """The text of a file that need not be there."""
     path = Path(folder, file)
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def need(folder: str, file: str, run: str) -> str:
+def need(folder: str, file: str, run: str, target: str | None = None) -> str:
     if not Path(folder, file).exists():
-        raise MoultError(f"{folder} is not there", f"make it: snakemake --cores 1 results/{run}/metrics.json")
+        raise MoultError(
+            f"{folder} is not there", f"make it: snakemake --cores 1 {target or f'results/{run}/metrics.json'}"
+        )
     return str(folder)
 
 
@@ -113,9 +141,8 @@ def need(folder: str, file: str, run: str) -> str:
 
 
 def engine_command(settings: dict, served: Served, host: str, port: int) -> Command:
-    return {"vllm": vllm_command, "transformers": transformers_command}[settings["serve"]["engine"]](
-        settings, served, host, port
-    )
+    engines = {"vllm": vllm_command, "transformers": transformers_command, LLAMA_CPP: llama_cpp_command}
+    return engines[settings["serve"]["engine"]](settings, served, host, port)
 
 
 def vllm_command(settings: dict, served: Served, host: str, port: int) -> Command:
@@ -175,12 +202,30 @@ def transformers_command(settings: dict, served: Served, host: str, port: int) -
         raise MoultError("the engine transformers serves one adapter", "set serve.engine: vllm, or name one run")
     for name, folder in served.adapters.items():
         arguments += ["--adapter", folder, "--adapter-name", name]
+    return own_command(settings, "transformers_server", arguments)
+
+
+def llama_cpp_command(settings: dict, served: Served, host: str, port: int) -> Command:
+    """The llama-server of an own llama.cpp if it is built there, or else that of the environment of the exports."""
+    arguments = ["--model", served.model, "--alias", served.name, "--host", host, "--port", str(port)]
+    arguments += ["--ctx-size", str(settings["serve"]["max_model_len"] or 0), "--parallel", str(SLOTS), "--kv-unified"]
+    for file in served.adapters.values():
+        arguments += ["--lora", file]
+    if settings["model"]["chat_template_kwargs"]:
+        arguments += ["--chat-template-kwargs", as_json(settings["model"]["chat_template_kwargs"])]
+    built = Path(settings["export"]["llama_cpp"] or "", "build", "bin", "llama-server")
+    if settings["export"]["llama_cpp"] and built.exists():
+        return Command([str(built), *arguments])
+    return own_command(settings, "llamacpp_server", arguments)
+
+
+def own_command(settings: dict, server: str, arguments: list[str]) -> Command:
+    """A server of this library. An export needs the Python of its environment."""
+    python = settings.get("export", {}).get("python") or sys.executable
     scripts = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
     # -P: no module is looked for in the working directory.
-    return Command(
-        [sys.executable, "-P", "-m", "moult.serving.transformers_server", *arguments], environment={"PYTHONPATH": path}
-    )
+    return Command([python, "-P", "-m", f"moult.serving.{server}", *arguments], environment={"PYTHONPATH": path})
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------
@@ -255,12 +300,12 @@ class Server:
 
     def __init__(self, command: Command, url: str, log, key: str | None = None, threads: int | None = None):
         self.command, self.url, self.log = command.arguments, url, log
-        self.environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in KEYS}
         self.environment |= {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1", **command.environment}
         if threads:
-            self.environment["OMP_NUM_THREADS"] = str(threads)
+            self.environment |= dict.fromkeys(("OMP_NUM_THREADS", "LLAMA_ARG_THREADS"), str(threads))
         if key:
-            self.environment["VLLM_API_KEY"] = key
+            self.environment |= dict.fromkeys(KEYS, key)
         self.last_lines: collections.deque[str] = collections.deque(maxlen=500)
 
     def __enter__(self) -> "Server":
@@ -314,6 +359,8 @@ class Server:
                     fix = (
                         "set serve.python to a Python that has vLLM, or serve.engine: transformers for a trial on a CPU"
                     )
+                if re.search("No module named '?(xllamacpp|compressed_tensors)", tail):
+                    fix = EXPORTS[-1]
                 raise MoultError(
                     f"the server ended with {self.end()} before it was ready. Its last lines:\n{tail}", fix
                 )

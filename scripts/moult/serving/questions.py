@@ -45,7 +45,7 @@ def read_questions(
                 messages=messages if has_template else None,
                 expect=expect,
                 prints_date=dated,
-                variables=date_variable(chat, messages) if dated else {},
+                variables=date_variable(chat, messages) if chat and dated else {},
             )
         )
     if not questions:

@@ -376,7 +376,7 @@ def _export_compressed(config: dict, run: dict, dataset: dict) -> dict:
 def _evaluate_export(config: dict, run: dict, dataset: dict) -> dict:
     """What smoke_test and evaluate read: it is served, asked and measured as these do."""
     settings = _smoke_test(config, run, dataset)
-    asked = _pick(run["eval"], "perplexity", "forgetting", "merge_check_rows")
+    asked = _pick(run["eval"], "perplexity", "max_rows", "forgetting", "merge_check_rows")
     return {**settings, "eval": {**settings["eval"], **asked}, "export": _pick(run["export"], "llama_cpp", "kl_limit")}
 
 
