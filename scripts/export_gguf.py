@@ -88,6 +88,7 @@ def export(settings: dict, args, log) -> None:
             main_file, header, calibration = export_model(settings, llama, args, source, expected, folder, work, log)
             base = None
         shutil.rmtree(work)
+        tell_towers(read_json(source / "config.json"), log)
         vocabulary = base or header
         tell_stops(vocabulary, expected, log)
         ollama = write_for_ollama(folder, main_file, vocabulary, expected, report, args.format, log)
@@ -199,6 +200,12 @@ def calibrate(settings: dict, llama: LlamaCpp, args, source: Path, model: Path) 
 
 
 # --- beside them ------------------------------------------------------------------------------------------------------
+
+
+def tell_towers(config: dict, log) -> None:
+    towers = [name.removesuffix("_config") for name in ("vision_config", "audio_config") if config.get(name)]
+    if towers:
+        log.warning("the file has the model's text part only: not what it has for %s (mmproj)", " and ".join(towers))
 
 
 def tell_stops(header: Header, expected: Expected, log) -> None:

@@ -1,4 +1,4 @@
-"""Small GGUF files, made on the spot."""
+"""Small GGUF files, and the parts of tokenizer.json, made on the spot."""
 
 import struct
 from pathlib import Path
@@ -52,3 +52,24 @@ def value_of(value) -> bytes:
     kind = 8 if isinstance(value[0], str) else 5
     items = b"".join(text(item) if kind == 8 else struct.pack("<i", item) for item in value)
     return struct.pack("<IIQ", 9, kind, len(value)) + items
+
+
+# Steps that split text, as tokenizer.json has them.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT_2 = {**BYTES, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def tokenizer_json(*steps: dict, normalizer=None, **model) -> dict:
+    pre = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
+    model = {"type": "BPE", "byte_fallback": False, "ignore_merges": False, **model}
+    return {"model": model, "pre_tokenizer": pre, "normalizer": normalizer, "decoder": {"type": "ByteLevel"}}
+
+
+def split(regex: str, behavior: str = "Isolated") -> dict:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False}
+
+
+def steps_of(names: tuple[str, ...]) -> list[dict]:
+    """The steps that moult/exporting/pretokenizer.py has these names for."""
+    return [{"ByteLevel": GPT_2, "bytes": BYTES, "Digits": DIGITS}.get(name) or split(name) for name in names]

@@ -1,197 +1,25 @@
-"""export_gguf: what it writes is the model that was measured, by its header; what is not is put right or refused."""
+"""export_gguf: the files that it writes are the model that was measured; what cannot be is refused."""
 
-import dataclasses
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from exporting import ROOT, export_python  # noqa: F401 (a fixture)
-from gguf_files import FIELDS, TEMPLATE, TOKENS, write_gguf
-from hypothesis import given
-from hypothesis import strategies as st
+from gguf_files import steps_of
+from planning import Log
 from tiny import change_tensors, make_adapter
 from tokenizers_for_tests import CHATML, DEMO, make_tokenizer
 
+import export_gguf
 from moult.errors import MoultError
 from moult.exporting.adapter import alpha_of, check_plain
 from moult.exporting.calibration import calibration_rows
-from moult.exporting.gguf import check_imatrix_programs, find_llama_cpp, gguf_name
-from moult.exporting.header import Expected, check_header, ends_generation, problems, read_header
-from moult.exporting.ollama import least_distance, template_check, write_modelfile
-from moult.exporting.pretokenizer import NAMES, name_of
+from moult.exporting.gguf import check_imatrix_programs, find_llama_cpp
+from moult.exporting.header import Expected, check_header, ends_generation, read_header
+from moult.exporting.pretokenizer import NAMES
 from moult.files import read_json
-
-EXPECTED = Expected(name="mine", template=TEMPLATE, stops=[2], padding=0, context=512)
-
-
-def header(tmp_path, changes=None, **more):
-    return read_header(write_gguf(tmp_path / "file.gguf", changes, **more))
-
-
-# --- the header -------------------------------------------------------------------------------------------------------
-
-
-def test_a_header_is_read_as_it_was_written(tmp_path):
-    found = header(tmp_path, {"a.number": 1.5, "a.switch": True, "a.list": [1, -2]})
-    assert found.fields == {**FIELDS, "a.number": 1.5, "a.switch": True, "a.list": [1, -2]}
-    assert found.tensors["token_embd.weight"][:2] == ("Q8_0", (8, 32))
-    first, second = (tensor.begin for tensor in found.tensors.values())
-    assert first % 32 == 0 and second - first == 4096
-    assert found.types() == {"Q8_0": 1, "F32": 1}
-
-
-@pytest.mark.parametrize("size", [0, 10, 200, 500])
-def test_half_a_file_is_refused(tmp_path, size):
-    path = write_gguf(tmp_path / "file.gguf")
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(MoultError, match="not a whole GGUF file"):
-        read_header(path)
-
-
-def test_the_file_of_the_run_passes(tmp_path):
-    assert problems(header(tmp_path), EXPECTED) == []
-
-
-GATES = {
-    "name": ({"general.name": "Merged"}, {"general.name": "mine"}),
-    "eos": ({"tokenizer.ggml.eos_token_id": 5}, {"tokenizer.ggml.eos_token_id": 2}),
-    "padding": ({"tokenizer.ggml.padding_token_id": 2}, {"tokenizer.ggml.padding_token_id": 0}),
-    "template": ({"tokenizer.chat_template": TEMPLATE + " "}, {"tokenizer.chat_template": TEMPLATE}),
-    "bos": ({"tokenizer.ggml.add_bos_token": True}, {"tokenizer.ggml.add_bos_token": False}),
-    "bos by the tokenizer": ({"tokenizer.ggml.pre": "llama-bpe"}, {"tokenizer.ggml.add_bos_token": False}),
-    "added_eos": ({"tokenizer.ggml.add_eos_token": True}, {"tokenizer.ggml.add_eos_token": False}),
-    "context": ({"llama.context_length": 2048}, {}),
-    "tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, {}),
-}
-
-
-@pytest.mark.parametrize("case", GATES)
-def test_each_gate_sees_what_is_not_the_run(tmp_path, case):
-    changes, right = GATES[case]
-    [problem] = problems(header(tmp_path, changes), EXPECTED)
-    assert (problem.gate, problem.change) == (case.split()[0], right)
-    with pytest.raises(MoultError, match="not the model that was measured"):
-        check_header(tmp_path / "file.gguf", EXPECTED)
-    if right:
-        assert problems(header(tmp_path, {**changes, **right}), EXPECTED) == []
-
-
-def test_a_missing_template_is_put_in(tmp_path):
-    [problem] = problems(header(tmp_path, {"tokenizer.chat_template": None}), EXPECTED)
-    assert problem.change == {"tokenizer.chat_template": TEMPLATE}
-
-
-def test_a_run_on_plain_text_keeps_the_bos_of_its_tokenizer(tmp_path):
-    plain = dataclasses.replace(EXPECTED, template="")
-    assert (
-        problems(header(tmp_path, {"tokenizer.chat_template": None, "tokenizer.ggml.add_bos_token": True}), plain) == []
-    )
-
-
-def test_every_stop_token_ends_generation(tmp_path):
-    """llama.cpp has keys for three of them: EOS, EOT, EOM."""
-    stops = dataclasses.replace(EXPECTED, stops=[2, 5, 6])
-    found = problems(header(tmp_path), stops)
-    changes = {key: value for problem in found for key, value in problem.change.items()}
-    assert {problem.gate for problem in found} == {"stops"}
-    assert changes == {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
-    fixed = header(tmp_path, changes)
-    assert problems(fixed, stops) == []
-    assert ends_generation(fixed.fields) == {2, 5, 6}
-    [left] = problems(fixed, dataclasses.replace(EXPECTED, stops=[2, 5, 6, 7]))
-    assert left.gate == "stops" and not left.change
-
-
-@pytest.mark.parametrize(
-    "tokens, ends",
-    [
-        (["a", "<|endoftext|>", "</s>"], {1, 2}),
-        (["a", "<|end|>", "<|return|>", "<|call|>"], {2, 3}),  # gpt-oss goes on behind <|end|>
-        (["a", "<|end|>", "<|return|>"], {1, 2}),
-        (["a", "</s>", "<|tool_response>"], {2}),  # gemma 4
-        (["a", "<|fim_pad|>", "<|file_sep|>"], {1, 2}),
-    ],
-)
-def test_the_texts_at_which_llama_cpp_stops(tokens, ends):
-    assert ends_generation({"tokenizer.ggml.tokens": tokens}) == ends
-
-
-def test_tensors_whose_rows_do_not_fit_are_counted(tmp_path):
-    kinds = {
-        "token_embd.weight": (14, (8, 256)),
-        "a": (6, (4, 384)),
-        "b": (8, (4, 128)),
-        "norm": (0, (128,)),
-        "c": (12, (4, 512)),
-    }
-    found = header(tmp_path, tensors=kinds)
-    assert found.fallback("Q4_K_M") == 2
-    assert found.fallback("BF16") == 0
-    assert found.types() == {"Q6_K": 1, "Q5_0": 1, "Q8_0": 1, "F32": 1, "Q4_K": 1}
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-GPT_2 = {**BYTES, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def tokenizer_json(*steps: dict, normalizer=None, **model) -> dict:
-    pre = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
-    model = {"type": "BPE", "byte_fallback": False, "ignore_merges": False, **model}
-    return {"model": model, "pre_tokenizer": pre, "normalizer": normalizer, "decoder": {"type": "ByteLevel"}}
-
-
-def split(regex: str, behavior: str = "Isolated") -> dict:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False}
-
-
-@pytest.mark.parametrize("structure", NAMES, ids=NAMES.values())
-def test_a_tokenizer_is_known_by_its_structure(structure):
-    steps, whole = structure
-    parts = {"ByteLevel": GPT_2, "bytes": BYTES, "Digits": DIGITS}
-    found = [parts.get(step) or split(step) for step in steps]
-    assert name_of(tokenizer_json(*found, ignore_merges=whole)) == NAMES[structure]
-    assert name_of(tokenizer_json(*found, ignore_merges=whole, normalizer={"type": "NFC"})) == NAMES[structure]
-
-
-def test_the_demo_is_smollm():
-    assert name_of(read_json(DEMO / "tokenizer.json")) == "smollm"
-
-
-@pytest.mark.parametrize(
-    "tokenizer, what",
-    [
-        (tokenizer_json(split(r"\w+"), BYTES), r"\\w\+ \+ bytes"),
-        (tokenizer_json(split(r"\w+", "Removed"), BYTES), "Removed"),
-        (tokenizer_json({**GPT_2, "add_prefix_space": True}), "add_prefix_space"),
-        (tokenizer_json({"type": "Digits", "individual_digits": False}, GPT_2), "individual_digits"),
-        (tokenizer_json(GPT_2, ignore_merges=True), "with ignore_merges"),
-        (tokenizer_json(GPT_2, normalizer={"type": "Lowercase"}), "normalizer"),
-        (tokenizer_json(GPT_2, byte_fallback=True), "byte_fallback"),
-        (tokenizer_json(GPT_2, type="Unigram"), "Unigram"),
-        ({**tokenizer_json(GPT_2), "decoder": None}, "decoder"),
-        ({**tokenizer_json(GPT_2), "pre_tokenizer": None}, "null"),
-    ],
-)
-def test_what_llama_cpp_does_not_have_is_not_guessed(tokenizer, what):
-    with pytest.raises(MoultError, match=what) as error:
-        name_of(tokenizer)
-    assert "export.llama_cpp" in error.value.fix
-
-
-def test_the_name_of_a_run_does_not_make_it_a_phi_3():
-    """llama.cpp reads how special tokens treat the space behind them from general.name."""
-    phi = {"added_tokens": [{"content": "</s>", "rstrip": True}]}
-    other = {"added_tokens": [{"content": "</s>", "rstrip": False}]}
-    assert gguf_name("demo", other) == gguf_name("demo", {}) == "demo"
-    assert gguf_name("demo", phi) == "demo (phi-3)"
-    assert gguf_name("my-Phi3", phi) == "my-Phi3"
-    with pytest.raises(MoultError, match="would take its tokenizer for that of Phi-3"):
-        gguf_name("phi-3-and-more", other)
-
 
 # --- llama.cpp of the user --------------------------------------------------------------------------------------------
 
@@ -245,80 +73,6 @@ def test_only_plain_lora_can_be_gguf(tmp_path):
         check_plain(tmp_path, [*names, "base_model.model.layers.0.q.lora_magnitude_vector"])
 
 
-# --- Ollama -----------------------------------------------------------------------------------------------------------
-
-
-def levenshtein(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for number, left in enumerate(a, 1):
-        above, row = row, [number]
-        for place, right in enumerate(b, 1):
-            row.append(min(above[place] + 1, row[-1] + 1, above[place - 1] + (left != right)))
-    return row[-1]
-
-
-TEXTS = st.text(alphabet="ab{%", max_size=12)
-
-
-@given(TEXTS.filter(bool), TEXTS, st.integers(1, 5))
-def test_the_bound_is_a_lower_bound(a, b, size):
-    pieces = ["".join(sorted(a[begin : begin + size])) for begin in range(0, len(a), size)]
-    distance = levenshtein(a, b)
-    assert least_distance(pieces, b, 100) <= distance
-    assert least_distance(pieces, a, 100) == 0
-    assert least_distance(pieces, b, 2) <= min(distance, 2)
-    if size == 1:  # then the text is known
-        assert least_distance(pieces, b, 100) == distance
-
-
-def test_no_text_of_ollamas_templates_is_shipped():
-    known = read_json(ROOT / "scripts" / "moult" / "exporting" / "ollama_templates.json")
-    assert known["commit"] in known["source"] and len(known["templates"]) == 37
-    for one in known["templates"]:
-        assert set(one) == {"name", "pieces"}
-        assert all(len(piece) == 64 for piece in one["pieces"][:-1])
-        assert all(list(piece) == sorted(piece) for piece in one["pieces"])
-
-
-def test_the_template_of_moult_stays_in_ollama():
-    own = (DEMO / "chat_template.jinja").read_text(encoding="utf-8")
-    for template in (CHATML, own):
-        assert template_check(template)["kept"] and template_check(template)["distance_at_least"] == 100
-    assert template_check("")["kept"]  # without one, Ollama asks nothing
-
-
-@pytest.mark.parametrize(
-    "file, kept",
-    [
-        ("meta-llama-Llama-3.1-8B-Instruct", None),  # Ollama replaces it
-        ("google-gemma-2-2b-it", None),  # this too
-        ("zephyr", True),
-        ("llama-2-chat", True),
-        ("Qwen-Qwen3-0.6B", True),
-        ("mistralai-Mistral-Nemo-Instruct-2407", True),
-    ],
-)
-def test_what_ollama_would_replace_is_told(shared, file, kept):
-    template = (shared / "chat_templates" / f"{file}.jinja").read_text(encoding="utf-8")
-    assert template_check(template)["kept"] is kept
-
-
-def test_the_modelfile(tmp_path):
-    write_modelfile(tmp_path, "mine-Q8_0.gguf", None, ["<|im_end|>", 'say "stop"'], context=32768, longest=6000)
-    lines = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines == [
-        "FROM ./mine-Q8_0.gguf",
-        "PARAMETER num_ctx 6000",
-        "PARAMETER temperature 0",
-        "PARAMETER repeat_penalty 1",
-        'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop """say "stop""""',
-    ]
-    write_modelfile(tmp_path, "base-BF16.gguf", "mine-adapter.gguf", ["</s>"], context=512, longest=256)
-    lines = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines[:3] == ["FROM ./base-BF16.gguf", "ADAPTER ./mine-adapter.gguf", "PARAMETER num_ctx 512"]
-
-
 # --- the stage, in the environment of the exports ---------------------------------------------------------------------
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -340,35 +94,40 @@ def make_model(folder: Path, kind: str, width: int) -> Path:
     return folder
 
 
+def command_of(python: str, work: Path, format: str, model: Path, stops=(2,), **more) -> list[str]:
+    """A command line of the stage. `model` stands for the base and for the merged one; `more` are other paths."""
+    (work / "chat_template.jinja").write_text(CHATML)
+    stop = {"generation_stop_ids": list(stops), "token_ids": [2]}
+    (work / "report.json").write_text(json.dumps({"stop": stop, "pad_token_id": 3, "max_length": 256}))
+    (work / "merge.json").write_text(json.dumps({"files": {"a": "b"}, "adapter": {"c": "d"}}))
+    paths = {
+        "base": model,
+        "merged": model,
+        "adapter": work,
+        "merge": work / "merge.json",
+        "template": work / "chat_template.jinja",
+        "report": work / "report.json",
+        "model": work / format / "model",
+        "made": work / format / "made.json",
+        "log-file": work / "export_gguf.log",
+        **more,
+    }
+    command = [python, str(ROOT / "scripts" / "export_gguf.py"), "--run", "mine", "--format", format, "--threads", "2"]
+    return [*command, *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
+
+
 @pytest.fixture
 def exported(export_python, tmp_path):  # noqa: F811
-    """`exported(format, model)`: runs the stage on a model that stands for the base and for the merged one. Returns what it
-    wrote beside made.json, and made.json."""
+    """`exported(format, model)` runs the stage. Returns the folder that it wrote, made.json, and what it said."""
 
-    def run(
-        format: str, model: Path, adapter: Path | None = None, settings: dict | None = None, stops=(2,), train=None
-    ):
-        (tmp_path / "chat_template.jinja").write_text(CHATML)
-        stop = {"generation_stop_ids": list(stops), "token_ids": [2]}
-        (tmp_path / "report.json").write_text(json.dumps({"stop": stop, "pad_token_id": 3, "max_length": 256}))
-        (tmp_path / "merge.json").write_text(json.dumps({"files": {"a": "b"}, "adapter": {"c": "d"}}))
-        out = tmp_path / format
-        paths = {
-            "base": model,
-            "merged": model,
-            "adapter": adapter or tmp_path,
-            "merge": tmp_path / "merge.json",
-            "template": tmp_path / "chat_template.jinja",
-            "report": tmp_path / "report.json",
-            "model": out / "model",
-            "made": out / "made.json",
-            "log-file": tmp_path / "export_gguf.log",
-        }
-        command = [export_python, str(ROOT / "scripts" / "export_gguf.py"), "--run", "mine", "--format", format]
-        command += ["--settings", json.dumps(settings or {}), "--threads", "2"]
-        paths |= {"train": train} if train else {}
-        command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    def run(format: str, model: Path, settings: dict | None = None, **more):
+        command = [
+            *command_of(export_python, tmp_path, format, model, **more),
+            "--settings",
+            json.dumps(settings or {}),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        out = tmp_path / format
         if done.returncode:
             assert not (out / "model").exists() and not list(out.glob("*.tmp-*"))  # nothing half-written
             raise MoultError(done.stderr)
@@ -446,7 +205,7 @@ def test_what_the_converter_writes_otherwise_is_put_right(exported, export_pytho
 def test_an_adapter_is_exported(exported, tmp_path, kind, more):
     base = make_model(tmp_path / "base", kind, 64)
     adapter = make_adapter(base, tmp_path / "adapter", {**LORA, **more})
-    model, made, _ = exported("adapter-gguf", base, adapter)
+    model, made, _ = exported("adapter-gguf", base, adapter=adapter)
     assert sorted(path.name for path in model.iterdir()) == ["Modelfile", "base-BF16.gguf", "mine-adapter.gguf"]
     found = read_header(model / "mine-adapter.gguf")
     alpha = 16 * 8**0.5 if more else 16
@@ -460,7 +219,7 @@ def test_an_adapter_is_exported(exported, tmp_path, kind, more):
 def test_an_adapter_with_another_number_is_caught(export_python, exported, tmp_path):  # noqa: F811
     base = make_model(tmp_path / "base", "llama", 64)
     adapter = make_adapter(base, tmp_path / "adapter", LORA)
-    model, _, _ = exported("adapter-gguf", base, adapter)
+    model, _, _ = exported("adapter-gguf", base, adapter=adapter)
 
     def change(tensors):
         name = next(name for name in tensors if name.endswith("q_proj.lora_B.weight"))
@@ -542,6 +301,29 @@ def test_the_importance_matrix_is_of_training_rows(exported, export_python, tmp_
     assert (tmp_path / "calibration.txt").read_text() == "\n".join(wanted)
 
 
+@pytest.mark.slow
+def test_an_interrupted_export_leaves_nothing(export_python, tmp_path):  # noqa: F811
+    log, command = tmp_path / "export_gguf.log", command_of(export_python, tmp_path, "gguf-bf16", DEMO)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and "llama.cpp: " not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.05)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "terminated" in said
+    assert list((tmp_path / "gguf-bf16").iterdir()) == []
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in running  # the converter
+
+
+def test_what_is_not_in_the_file_is_told():
+    log = Log()
+    export_gguf.tell_towers({"text_config": {}, "vision_config": {"depth": 2}}, log)
+    assert "not what it has for vision" in log.lines[0]
+    export_gguf.tell_towers({"vocab_size": 768}, silent := Log())
+    assert not silent.lines
+
+
 TEXT = (
     "It's 12345 o'clock, SHE'LL say:\n\n\t  don't! 3.14 x² ½ Ⅷ naïve Ünïcödé\r\n   多个汉字，テスト 한국어 हिन्दी ไทย "
     "עברית <tag attr='1'>{{x}}</tag>   end  \n \n x" + "\u00a0nbsp 🚀👍🏽 …—“q”"
@@ -558,10 +340,9 @@ def test_llama_cpp_makes_the_same_tokens(exported, export_python, tmp_path, stru
     from tokenizers.pre_tokenizers import ByteLevel
 
     steps, whole = structure
-    parts = {"ByteLevel": GPT_2, "bytes": BYTES, "Digits": DIGITS}
     base = make_model(tmp_path / "base", "llama", 64)
     made = json.loads(Tokenizer(models.BPE(ignore_merges=whole)).to_str())
-    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [parts.get(step) or split(step) for step in steps]}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps_of(steps)}
     tokenizer = Tokenizer.from_str(json.dumps(made))
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
