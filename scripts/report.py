@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from moult.files import read_json, read_jsonl
-from moult.measuring import exported
+from moult.measuring.exported import COLUMNS, rows_of_exports
 from moult.measuring.measured import measured
 from moult.measuring.table import ROWS, between_seeds, rows_of
 from moult.measuring.verdict import POINTS
@@ -93,8 +93,8 @@ def write_report(args, log) -> None:
         sources=sources_of(metrics, ledger),
         languages=languages_of(ledger, args.rows, args.base_likelihood, args.tuned_likelihood),
         predicted=predicted(plan, adapter),
-        exports=exported.rows_of([read_json(path) for path in args.exports]),
-        export_columns=exported.COLUMNS,
+        exports=rows_of_exports([read_json(path) for path in args.exports]),
+        export_columns=COLUMNS,
         config=config_of(args.run, args.settings),
         folder=folder,
         target=folder / "metrics.json",

@@ -15,7 +15,7 @@ from export_card import card
 from moult.errors import MoultError
 from moult.exporting.upload import upload_of
 from moult.files import read_json, write_json
-from moult.measuring.exported import checks_of, rows_of, size
+from moult.measuring.exported import checks_of, rows_of_exports, size
 from moult.workflow.exports import listed_for
 
 SETTINGS = {"languages": ["en"], "chat_template_kwargs": {}}
@@ -49,7 +49,7 @@ def metrics_of(made: Path) -> dict:
 
 def test_the_table_says_what_the_exports_say(made):
     small, large = exports_of(made, "gguf-q4_k_m", "gguf-q8_0")
-    rows = rows_of([{**small, "bytes": 1}, large])
+    rows = rows_of_exports([{**small, "bytes": 1}, large])
     assert rows[0] == (
         "Q8_0",
         "0.00053 MB",
@@ -65,7 +65,7 @@ def test_the_table_says_what_the_exports_say(made):
 
 def test_what_is_not_known_is_not_made_up(made):
     (adapter,) = exports_of(made, "adapter-gguf")
-    row = rows_of([{**adapter, "speed": None, "merged_verdict": "hurt"}])[0]
+    row = rows_of_exports([{**adapter, "speed": None, "merged_verdict": "hurt"}])[0]
     assert row[3:5] == ("not told", "now helped (the merged model: hurt)") and row[6] == "not measured"
     assert checks_of({"a": True, "b": True}) == "2 of 2" and size(2_340_000_000) == "2.34 GB"
 

@@ -108,7 +108,7 @@ def worse_verdict(export: str, merged: str) -> bool:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-# Of rows_of.
+# Of rows_of_exports.
 COLUMNS = (
     "format",
     "size",
@@ -121,7 +121,7 @@ COLUMNS = (
 )
 
 
-def rows_of(exports: list[dict]) -> list[tuple[str, ...]]:
+def rows_of_exports(exports: list[dict]) -> list[tuple[str, ...]]:
     """A row for each export.json, the largest first; the cells as people read them."""
     return [
         (
@@ -139,7 +139,7 @@ def rows_of(exports: list[dict]) -> list[tuple[str, ...]]:
 
 
 def markdown_table(exports: list[dict]) -> str:
-    return tabulate(rows_of(exports), headers=COLUMNS, tablefmt="github", disable_numparse=True) + "\n"
+    return tabulate(rows_of_exports(exports), headers=COLUMNS, tablefmt="github", disable_numparse=True) + "\n"
 
 
 def size(count: int) -> str:
