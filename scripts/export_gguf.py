@@ -12,16 +12,13 @@ context, and that no BOS is added to what the template writes. What the converte
 what cannot be put right ends the stage. Beside the file is a Modelfile for Ollama. An adapter has the base beside it, in BF16.
 """
 
-import importlib.metadata
 import os
-import platform
 import shutil
 from pathlib import Path
 
-from moult import __version__
-from moult.data.token_file import every_nth
 from moult.errors import MoultError, some
 from moult.exporting.adapter import same_adapter
+from moult.exporting.calibration import calibration_rows
 from moult.exporting.gguf import (
     LlamaCpp,
     check_imatrix_programs,
@@ -36,13 +33,17 @@ from moult.exporting.header import Expected, Header, check_header, ends_generati
 from moult.exporting.ollama import template_check, write_modelfile
 from moult.exporting.pretokenizer import name_of
 from moult.exporting.quantize import FTYPES
+from moult.exporting.upload import gguf_file
 from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
+from moult.model.device import versions
 from moult.model.manifest import open_model
 from moult.model.safetensors import weight_files
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
 from moult.workflow.exports import FORMATS, GGUF
+
+PACKAGES = ("cyllama", "torch", "transformers")
 
 # Where config.json has the longest sequence, in the order in which the converter looks.
 CONTEXT = ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length")
@@ -113,7 +114,7 @@ def export(settings: dict, args, log) -> None:
         "fallback": fallback,
         "calibration": calibration,
         "ollama": ollama,
-        "versions": versions(llama),
+        "versions": {**versions(PACKAGES), "llama.cpp": llama.version},
     }
     write_json(args.made, made)
     log.info("%s: %s bytes", Path(args.model) / main_file, f"{size:,}")
@@ -147,15 +148,14 @@ def export_model(
 ) -> tuple[str, Header, dict | None]:
     """(name of the file, its header, what it was calibrated on)."""
     shown = FORMATS[args.format].shown
-    name = f"{args.run}-{shown}.gguf"
+    name = gguf_file(args.run, args.format)
     if shown not in FTYPES:
         return name, convert_model(llama, source, folder / name, shown.lower(), expected, log), None
     whole = work / "BF16.gguf"
     convert_model(llama, source, whole, "bf16", expected, log)
     matrix, calibration = None, None
     if needs_matrix(settings, args.format):
-        matrix = work / "imatrix.gguf"
-        calibration = calibrate(settings, llama, args, source, whole, matrix)
+        matrix, calibration = calibrate(settings, llama, args, source, whole)
         log.info("importance matrix of %d training rows (%s tokens)", calibration["rows"], f"{calibration['tokens']:,}")
     run_quantizer(llama, whole, folder / name, shown, args.threads, matrix)
     return name, check_header(folder / name, expected), calibration
@@ -165,7 +165,7 @@ def export_adapter(
     llama: LlamaCpp, args, base: Path, expected: Expected, folder: Path, log
 ) -> tuple[str, Header, Header]:
     """(name of the file, its header, the header of the base's): the adapter, and the base that it is for."""
-    name = f"{args.run}-adapter.gguf"
+    name = gguf_file(args.run, args.format)
     header = convert_model(llama, base, folder / "base-BF16.gguf", "bf16", expected, log)
     options = ["--base", str(base), "--outfile", str(folder / name), "--outtype", "f32"]
     run_converter(llama, ["convert_lora_to_gguf.py", args.adapter, *options], "", "converting the adapter")
@@ -188,15 +188,14 @@ def convert_model(llama: LlamaCpp, source: Path, target: Path, outtype: str, exp
     return header
 
 
-def calibrate(settings: dict, llama: LlamaCpp, args, source: Path, model: Path, matrix: Path) -> dict:
-    """Write the importance matrix of the model on training rows, spread over the file. Returns {"rows", "tokens"}."""
+def calibrate(settings: dict, llama: LlamaCpp, args, source: Path, model: Path) -> tuple[Path, dict]:
+    """The importance matrix of the model on training rows, and {"rows", "tokens"} of these."""
     tokenizer = load_tokenizer(str(source), settings.get("trust_remote_code", False))
-    rows = [row["input_ids"] for row in every_nth(Path(args.train[0]), settings["calibration_rows"])]
-    text = matrix.with_name("calibration.txt")
+    rows = calibration_rows(Path(args.train[0]), settings["calibration_rows"])
+    text = model.with_name("calibration.txt")
     text.write_text("\n".join(tokenizer.decode(row) for row in rows), encoding="utf-8")
     tokens = sum(map(len, rows))
-    importance_matrix(llama, model, text, matrix, tokens, args.threads)
-    return {"rows": len(rows), "tokens": tokens}
+    return importance_matrix(llama, model, text, tokens, args.threads), {"rows": len(rows), "tokens": tokens}
 
 
 # --- beside them ------------------------------------------------------------------------------------------------------
@@ -225,11 +224,6 @@ def write_for_ollama(
             expected.name,
         )
     return found
-
-
-def versions(llama: LlamaCpp) -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("cyllama", "torch", "transformers")}
-    return {"moult": __version__, "python": platform.python_version(), "llama.cpp": llama.version, **packages}
 
 
 if __name__ == "__main__":

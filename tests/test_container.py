@@ -252,6 +252,27 @@ def test_the_two_recipes_make_the_same(definition, dockerfile):
     assert {"version", "source", "revision", "licenses", "title"} <= {label.rpartition(".")[2] for label in labels}
 
 
+@pytest.mark.parametrize("name", ["benchmark", "export"])
+def test_an_image_without_a_dockerfile_has_its_own_environment_on_the_same_base(name):
+    text = recipe(f"{name}.def")
+    assert files_of_definition(f"{name}.def") == {
+        "containers/install.sh",
+        f"envs/{name}-constraints.txt",
+        f"envs/{name}.txt",
+    }
+    assert all((ROOT / path).is_file() for path in files_of_definition(f"{name}.def"))
+    base = re.compile(r"^    BASE_IMAGE=\S+$", re.MULTILINE)
+    assert base.search(text)[0] == base.search(recipe("train.def"))[0]
+    default = resolve({"model": {"name": "m"}, "datasets": {"d": {"source": "a/b"}}}, SCHEMA)["runs"]["d"]
+    section = default["export"] if name == "export" else default["eval"]["lm_eval"]
+    made = subprocess.run(["make", "-n", "-B", f"{name}-image"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"mv {section['container']}.part {section['container']}" in made
+    # What the self-test asks for is pinned.
+    asked = re.findall(r'"([\w-]+)"', re.search(r"for name in \((.*)\)", text)[1]) if name == "export" else ["lm_eval"]
+    pinned = (ROOT / f"envs/{name}-constraints.txt").read_text()
+    assert [package for package in asked if not re.search(rf"^{package}==", pinned, re.MULTILINE)] == []
+
+
 def test_the_self_test_has_the_modules_that_it_imports():
     """The image holds no more of the workflow than that."""
     modules = closure("tools/print_runtime.py", lambda path: (ROOT / "scripts" / path).read_text())

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,10 @@ from tokenizers_for_tests import CHATML, DEMO, make_tokenizer
 
 from moult.errors import MoultError
 from moult.exporting.adapter import alpha_of, check_plain
+from moult.exporting.calibration import calibration_rows
 from moult.exporting.gguf import check_imatrix_programs, find_llama_cpp, gguf_name
 from moult.exporting.header import Expected, check_header, ends_generation, problems, read_header
-from moult.exporting.ollama import bag_distance, template_check, write_modelfile
+from moult.exporting.ollama import least_distance, template_check, write_modelfile
 from moult.exporting.pretokenizer import NAMES, name_of
 from moult.files import read_json
 
@@ -260,24 +260,30 @@ def levenshtein(a: str, b: str) -> int:
 TEXTS = st.text(alphabet="ab{%", max_size=12)
 
 
-@given(TEXTS, TEXTS)
-def test_the_bag_distance_is_a_lower_bound(a, b):
-    assert bag_distance(Counter(a), Counter(b)) <= levenshtein(a, b)
-    assert bag_distance(Counter(a), Counter(a)) == 0
+@given(TEXTS.filter(bool), TEXTS, st.integers(1, 5))
+def test_the_bound_is_a_lower_bound(a, b, size):
+    pieces = ["".join(sorted(a[begin : begin + size])) for begin in range(0, len(a), size)]
+    distance = levenshtein(a, b)
+    assert least_distance(pieces, b, 100) <= distance
+    assert least_distance(pieces, a, 100) == 0
+    assert least_distance(pieces, b, 2) <= min(distance, 2)
+    if size == 1:  # then the text is known
+        assert least_distance(pieces, b, 100) == distance
 
 
-def test_what_is_shipped_of_ollamas_templates_are_counts():
+def test_no_text_of_ollamas_templates_is_shipped():
     known = read_json(ROOT / "scripts" / "moult" / "exporting" / "ollama_templates.json")
     assert known["commit"] in known["source"] and len(known["templates"]) == 37
     for one in known["templates"]:
-        assert set(one) == {"name", "length", "characters"}
-        assert sum(one["characters"].values()) == one["length"]
-        assert all(len(character) == 1 for character in one["characters"])
+        assert set(one) == {"name", "pieces"}
+        assert all(len(piece) == 64 for piece in one["pieces"][:-1])
+        assert all(list(piece) == sorted(piece) for piece in one["pieces"])
 
 
 def test_the_template_of_moult_stays_in_ollama():
-    found = template_check(CHATML)
-    assert found["kept"] and found["distance_at_least"] >= 100
+    own = (DEMO / "chat_template.jinja").read_text(encoding="utf-8")
+    for template in (CHATML, own):
+        assert template_check(template)["kept"] and template_check(template)["distance_at_least"] == 100
     assert template_check("")["kept"]  # without one, Ollama asks nothing
 
 
@@ -286,6 +292,8 @@ def test_the_template_of_moult_stays_in_ollama():
     [
         ("meta-llama-Llama-3.1-8B-Instruct", None),  # Ollama replaces it
         ("google-gemma-2-2b-it", None),  # this too
+        ("zephyr", True),
+        ("llama-2-chat", True),
         ("Qwen-Qwen3-0.6B", True),
         ("mistralai-Mistral-Nemo-Instruct-2407", True),
     ],
@@ -337,7 +345,9 @@ def exported(export_python, tmp_path):  # noqa: F811
     """`exported(format, model)`: runs the stage on a model that stands for the base and for the merged one. Returns what it
     wrote beside made.json, and made.json."""
 
-    def run(format: str, model: Path, adapter: Path | None = None, settings: dict | None = None, stops=(2,)):
+    def run(
+        format: str, model: Path, adapter: Path | None = None, settings: dict | None = None, stops=(2,), train=None
+    ):
         (tmp_path / "chat_template.jinja").write_text(CHATML)
         stop = {"generation_stop_ids": list(stops), "token_ids": [2]}
         (tmp_path / "report.json").write_text(json.dumps({"stop": stop, "pad_token_id": 3, "max_length": 256}))
@@ -356,10 +366,11 @@ def exported(export_python, tmp_path):  # noqa: F811
         }
         command = [export_python, str(ROOT / "scripts" / "export_gguf.py"), "--run", "mine", "--format", format]
         command += ["--settings", json.dumps(settings or {}), "--threads", "2"]
+        paths |= {"train": train} if train else {}
         command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
-            assert not out.exists() or not list(out.iterdir())  # nothing half-written
+            assert not (out / "model").exists() and not list(out.glob("*.tmp-*"))  # nothing half-written
             raise MoultError(done.stderr)
         return out / "model", read_json(out / "made.json"), done.stderr
 
@@ -488,6 +499,47 @@ def test_without_llama_imatrix_the_matrix_is_refused_before_any_work(exported, t
     with pytest.raises(MoultError, match=r"export\.imatrix needs llama-imatrix and llama-quantize"):
         exported("gguf-q4_k_m", DEMO, settings=settings)
     assert exported("gguf-q8_0", DEMO, settings=settings)[1]["calibration"] is None  # q8_0 weighs nothing
+
+
+@pytest.mark.slow
+def test_the_importance_matrix_is_of_training_rows(exported, export_python, tmp_path):  # noqa: F811
+    """With programs that stand for llama.cpp's: they note what they are given."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+    code = "from moult.exporting.gguf import find_llama_cpp; print(find_llama_cpp(None).folder)"
+    source = subprocess.run(
+        [export_python, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts", check=True
+    )
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    for part in Path(source.stdout.strip()).iterdir():
+        (folder / part.name).symlink_to(part)
+    programs = {
+        "llama-imatrix": f'echo "$@" > {tmp_path}/imatrix; cp calibration.txt {tmp_path}; echo matrix > imatrix.gguf\n',
+        "llama-quantize": f'echo "$@" > {tmp_path}/quantize; cat "$2" > {tmp_path}/matrix; cp "$3" "$4"\n',
+    }
+    (folder / "bin").mkdir()
+    for name, lines in programs.items():
+        (folder / "bin" / name).write_text("#!/bin/sh\n" + lines)
+        (folder / "bin" / name).chmod(0o755)
+    ids = [[1, 20 + row, 2] * 20 for row in range(12)]
+    train = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"id": [str(row) for row in range(12)], "input_ids": ids}), train)
+    settings = {"imatrix": True, "calibration_rows": 4, "llama_cpp": str(folder)}
+    with pytest.raises(MoultError, match="the training rows have 60 tokens together"):
+        exported("gguf-q4_k_m", DEMO, settings={**settings, "calibration_rows": 1}, train=train)
+    _, made, said = exported("gguf-q4_k_m", DEMO, settings=settings, train=train)
+    assert made["calibration"] == {"rows": 4, "tokens": 240}
+    assert "importance matrix of 4 training rows (240 tokens)" in said
+    assert (tmp_path / "matrix").read_text() == "matrix\n"
+    given = (tmp_path / "imatrix").read_text().split()
+    assert given[2:6] == ["-f", "calibration.txt", "-o", "imatrix.gguf"] and "--parse-special" in given
+    assert (tmp_path / "quantize").read_text().split()[:2] == ["--imatrix", "imatrix.gguf"]  # no path of this machine
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    wanted = [tokenizer.decode(row, skip_special_tokens=False) for row in calibration_rows(train, 4)]
+    assert (tmp_path / "calibration.txt").read_text() == "\n".join(wanted)
 
 
 TEXT = (

@@ -135,8 +135,8 @@ def test_without_the_image_one_message_and_no_job(tmp_path):
     assert said == [
         "--use-singularity: the image does not exist: containers/moult-train-0.1.0.sif",
         "  -> `make image` builds the image of the training stages, `make serve-image` that of the server, "
-        "`make benchmark-image` that of the benchmarks; `container`, "
-        "`serve.container` and `eval.lm_eval.container` in the config name other images",
+        "`make benchmark-image` that of the benchmarks, `make export-image` that of the exports; `container`, "
+        "`serve.container`, `eval.lm_eval.container` and `export.container` in the config name other images",
     ]
     assert not (folder / "results").exists()
     assert "finetune" in contained(folder, "-n", TARGET)

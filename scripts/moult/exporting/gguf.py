@@ -31,7 +31,7 @@ class LlamaCpp(NamedTuple):
     def program(self, name: str) -> str | None:
         """The path of a program that is built, or None."""
         places = (self.folder / place / name for place in ("build/bin", "bin", "."))
-        return next((str(path) for path in places if path.is_file()), None)
+        return next((str(path.resolve()) for path in places if path.is_file()), None)
 
 
 def find_llama_cpp(own: str | None) -> LlamaCpp:
@@ -89,8 +89,9 @@ def gguf_name(run: str, tokenizer: dict) -> str:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_program(command: list[str], what: str) -> list[str]:
-    """Run a program of llama.cpp: its lines go to the log, how far it is to the progress bar. Returns its last lines.
+def run_program(command: list[str], what: str, folder: Path | None = None) -> list[str]:
+    """Run a program of llama.cpp, in `folder`: its lines go to the log, how far it is to the progress bar. Returns its last
+    lines.
 
     Raises MoultError, with these lines, where it fails.
     """
@@ -99,7 +100,7 @@ def run_program(command: list[str], what: str) -> list[str]:
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with (
         progress(100, f"percent of {what}") as bar,
-        subprocess.Popen(command, text=True, errors="replace", **pipes) as process,
+        subprocess.Popen(command, cwd=folder, text=True, errors="replace", **pipes) as process,
     ):
         try:
             for line in process.stdout or ():
@@ -147,25 +148,40 @@ def run_converter(llama: LlamaCpp, arguments: list[str], tokenizer: str | MoultE
 def run_quantizer(llama: LlamaCpp, source: Path, target: Path, shown: str, threads: int, matrix: Path | None) -> None:
     """Write `target` in a format of FTYPES: by the user's llama-quantize if it is there, or else by cyllama."""
     what = f"quantizing to {shown}"
+    files = [str(source.resolve()), str(target.resolve())]
     if program := llama.program("llama-quantize"):
-        weights = ["--imatrix", str(matrix)] if matrix else []
-        run_program([program, *weights, str(source), str(target), shown, str(threads)], what)
+        # It writes the name of the matrix into the file as it is given: no path of this machine.
+        weights = ["--imatrix", matrix.name] if matrix else []
+        run_program([program, *weights, *files, shown, str(threads)], what, source.parent)
     else:
-        command = [sys.executable, QUANTIZE, str(source), str(target), str(FTYPES[shown]), str(threads)]
-        run_program(command, what)
+        run_program([sys.executable, QUANTIZE, *files, str(FTYPES[shown]), str(threads)], what)
     # cyllama 0.2.18 returns without an error where the file cannot be written.
     if not target.exists():
         raise MoultError(f"{what} has written no file", NEWER)
 
 
-def importance_matrix(llama: LlamaCpp, model: Path, text: Path, target: Path, tokens: int, threads: int) -> None:
-    """Write the importance matrix of a model on a text of some `tokens`, with the user's llama-imatrix."""
-    program = llama.program("llama-imatrix")
-    context = min(512, tokens // 2)  # it wants two pieces at least
-    options = ["-m", str(model), "-f", str(text), "-o", str(target), "-c", str(context), "-t", str(threads)]
-    run_program([str(program), *options, "--parse-special", "--no-ppl"], "the importance matrix")
-    if not target.exists():
+def importance_matrix(llama: LlamaCpp, model: Path, text: Path, tokens: int, threads: int) -> Path:
+    """Write the importance matrix of a model on a text of some `tokens`, with the user's llama-imatrix, beside the text.
+
+    Raises MoultError for too short a text.
+    """
+    if tokens < 2 * FEWEST:
+        raise MoultError(
+            f"export.imatrix: the training rows have {tokens:,} tokens together; it takes {2 * FEWEST:,} or more",
+            "raise export.calibration_rows, or set export.imatrix: false",
+        )
+    matrix = text.with_name("imatrix.gguf")
+    context = min(512, tokens // 4)  # it wants two pieces at least, and may count fewer tokens than the rows had
+    options = ["-m", str(model.resolve()), "-f", text.name, "-o", matrix.name, "-c", str(context), "-t", str(threads)]
+    program = str(llama.program("llama-imatrix"))
+    run_program([program, *options, "--parse-special", "--no-ppl"], "the importance matrix", text.parent)
+    if not matrix.exists():
         raise MoultError("llama-imatrix has written no file", NEWER)
+    return matrix
+
+
+# Tokens in a piece of an importance matrix.
+FEWEST = 64
 
 
 def check_imatrix_programs(llama: LlamaCpp) -> None:

@@ -191,7 +191,7 @@ def problems(header: Header, expected: Expected) -> list[Problem]:
     if fields.get("general.name") != expected.name:
         say("name", f"the file is called {fields.get('general.name')!r}", {"general.name": expected.name})
     eos = fields.get(EOS)
-    if eos not in expected.stops:
+    if expected.stops and eos not in expected.stops:
         say("eos", f"EOS is token {eos}, at which the run does not stop", {EOS: expected.stops[0]})
     padding = fields.get(PADDING)
     if expected.padding is not None and padding != expected.padding:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moult.files import read_json, write_text
 
-# Of each template that Ollama knows: its name, its length, and how often it has each character. The texts are Ollama's.
+# Of each template that Ollama knows: its name, and which characters are in its first 64, in the next 64 and so on, sorted. Its
+# text, which is Ollama's, is not here.
 KNOWN = Path(__file__).with_name("ollama_templates.json")
 
 # Ollama's default, in tokens. A larger context takes more memory.
@@ -42,13 +43,32 @@ def quoted(text: str) -> str:
     return f'"""{text}"""' if '"' in text else f'"{text}"'
 
 
-def bag_distance(a: Counter, b: Counter) -> int:
-    """A lower bound of the Levenshtein distance of two texts, by how often each character is in them.
+def least_distance(pieces: list[str], text: str, limit: int) -> int:
+    """A lower bound of the Levenshtein distance between `text` and another, of which only the characters of each piece are known;
+    `limit` stands for that and more.
 
-    An edit takes a character, brings one, or does both (Bartolini, Ciaccia, Patella: String Matching with Metric Trees Using
-    an Approximate Distance, SPIRE 2002).
+    However one text is edited into the other, each piece becomes some piece of it, and the best way to cut it is found here. What
+    that costs is at least the difference of the characters: an edit takes one, brings one, or both (Bartolini, Ciaccia, Patella:
+    String Matching with Metric Trees Using an Approximate Distance, SPIRE 2002).
     """
-    return max((a - b).total(), (b - a).total())
+    reached = {0: 0}  # {place in the text: least cost of the pieces so far}, below the limit
+    for piece in pieces:
+        found: dict[int, int] = {}
+        for begin, before in reached.items():
+            left, missing, more = Counter(piece), len(piece), 0
+            for end in range(begin, len(text) + 1):
+                cost = before + max(missing, more)
+                if cost < found.get(end, limit):
+                    found[end] = cost
+                if before + more >= limit or end == len(text):
+                    break
+                if left[text[end]] > 0:
+                    left[text[end]] -= 1
+                    missing -= 1
+                else:
+                    more += 1
+        reached = found
+    return reached.get(len(text), limit)
 
 
 def template_check(template: str) -> dict:
@@ -57,7 +77,8 @@ def template_check(template: str) -> dict:
     Returns {"kept": True, or None if that is not sure, "nearest": name, "distance_at_least": edits, "commit": of Ollama}.
     """
     known = read_json(KNOWN)
-    own = Counter(template)
-    distance, nearest = min((bag_distance(own, Counter(one["characters"])), one["name"]) for one in known["templates"])
-    kept = True if not template or distance >= known["replaces_below"] else None
-    return {"kept": kept, "nearest": nearest, "distance_at_least": distance, "commit": known["commit"]}
+    limit = known["replaces_below"]
+    distance, nearest = min((least_distance(one["pieces"], template, limit), one["name"]) for one in known["templates"])
+    kept = True if not template or distance >= limit else None
+    near = {} if kept else {"nearest": nearest, "distance_at_least": distance}
+    return {"kept": kept, "nearest": None, "distance_at_least": limit, **near, "commit": known["commit"]}

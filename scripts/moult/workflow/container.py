@@ -43,7 +43,8 @@ def check_image(container: str) -> None:
         raise MoultError(
             f"--use-singularity: the image does not exist: {container}",
             "`make image` builds the image of the training stages, `make serve-image` that of the server, `make benchmark-image` "
-            "that of the benchmarks; `container`, `serve.container` and `eval.lm_eval.container` in the config name other images",
+            "that of the benchmarks, `make export-image` that of the exports; `container`, `serve.container`, "
+            "`eval.lm_eval.container` and `export.container` in the config name other images",
         )
 
 
