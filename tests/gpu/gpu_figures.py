@@ -28,6 +28,7 @@ def table(result: dict) -> str:
                     shown(used and predicted and used / predicted, ".2f"),
                 ]
             )
+            notes += [f"- {name}, {key}: {brief(value)}" for key, value in found.items() if key.startswith("compared")]
         elif found["status"] != "done":
             notes.append(f"- {name}: {found['status']}{': ' + found['why'].splitlines()[0] if 'why' in found else ''}")
         else:
