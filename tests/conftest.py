@@ -20,10 +20,12 @@ from showcase import make_pages
 from workflow import PAGES, ROOT, SECRETS, checkout, snakemake
 
 GIVEN = set(os.environ)
-# Fixtures that take long to make. A test that needs several goes with the first.
-DEAR = ("sif", "demo", "whole", "undisturbed")
+# Fixtures that take long to make, and that every process would make anew (those of `once` are shared). A test that needs several
+# goes with the first.
+DEAR = ("sif", "whole", "undisturbed")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(items):
     for item in items:
         found = [name for name in DEAR if name in item.fixturenames]
@@ -147,26 +149,30 @@ def run_demo(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo(watched_demo):
-    """A checkout in which the demo has run."""
+    """A checkout in which the demo has run. Nothing may run in it, since other processes copy it meanwhile: see `again`."""
     return watched_demo[0]
 
 
 @pytest.fixture(scope="session")
-def pages(demo, tmp_path_factory) -> Path:
-    """A copy of it, with all pages."""
-    folder = tmp_path_factory.mktemp("pages") / "demo"
-    shutil.copytree(demo, folder, copy_function=shutil.copy2)
-    snakemake(folder, *PAGES)
-    return folder
+def pages(demo, once) -> Path:
+    """A copy of it, with all pages. Nothing may run in it either."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(demo, folder / "demo", copy_function=shutil.copy2)
+        snakemake(folder / "demo", *PAGES)
+
+    return once("pages", make) / "demo"
 
 
 @pytest.fixture(scope="session")
-def showcase(pages, tmp_path_factory) -> Path:
-    """A copy of that, with more runs and a page of every kind. It takes minutes."""
-    folder = tmp_path_factory.mktemp("showcase") / "demo"
-    shutil.copytree(pages, folder, copy_function=shutil.copy2)
-    make_pages(folder)
-    return folder
+def showcase(pages, once) -> Path:
+    """A copy of that, with more runs and a page of every kind. It takes minutes. Nothing may run in it either."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(pages, folder / "demo", copy_function=shutil.copy2)
+        make_pages(folder / "demo")
+
+    return once("showcase", make) / "demo"
 
 
 @pytest.fixture

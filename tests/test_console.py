@@ -82,8 +82,8 @@ def test_commands_are_printed_on_request(again):
 
 
 @pytest.mark.slow
-def test_it_says_when_there_is_nothing_to_do(demo):
-    assert len(snakemake(demo, TARGET).splitlines()) < 6
+def test_it_says_when_there_is_nothing_to_do(again):
+    assert len(snakemake(again, TARGET).splitlines()) < 6
 
 
 @pytest.mark.slow

@@ -135,8 +135,8 @@ def test_what_an_edit_reruns(edit, again):
 
 
 @pytest.mark.slow
-def test_nothing_runs_twice(demo):
-    assert "Nothing to be done" in snakemake(demo, TARGET)
+def test_nothing_runs_twice(again):
+    assert "Nothing to be done" in snakemake(again, TARGET)
 
 
 @pytest.mark.slow

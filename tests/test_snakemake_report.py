@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def test_the_report_has_the_pages(pages, suffix, tmp_path, monkeypatch):
     monkeypatch.setenv("AUDIT", str(tmp_path / "audit.jsonl"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "audit"), prepend=os.pathsep)
     path = tmp_path / f"all.{suffix}"
-    output = snakemake(pages, *PAGES, "--report", str(path))
+    folder = shutil.copytree(pages, tmp_path / "pages", copy_function=shutil.copy2)
+    output = snakemake(folder, *PAGES, "--report", str(path))
     assert "Report created" in output and "Missing metadata" not in output
     events = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [what for event, what, _ in events if event == "socket.connect" and not isinstance(what, str)] == []
@@ -43,7 +45,8 @@ def test_every_caption_is_used():
 @needs_chromium
 def test_the_report_is_read_without_a_network(showcase, tmp_path):
     path = tmp_path / "all.html"
-    snakemake(showcase, "--configfile", "showcase.yaml", "--report", str(path), "--", *ALL_PAGES)
+    folder = shutil.copytree(showcase, tmp_path / "showcase", copy_function=shutil.copy2)
+    snakemake(folder, "--configfile", "showcase.yaml", "--report", str(path), "--", *ALL_PAGES)
     categories = {
         "All runs": "Summary of 3 runs",
         "Comparisons": "demo and rank-2",

@@ -144,7 +144,7 @@ def test_an_ended_snakemake_leaves_no_trainer_and_the_same_command_goes_on(how, 
 
 
 @pytest.mark.slow
-def test_a_lock_of_a_snakemake_that_is_alive_stays(demo, tmp_path):
+def test_a_lock_of_a_snakemake_that_is_alive_stays(tmp_path):
     """Another one in the folder keeps its lock: ours is shared, and taken off only when it can be had alone."""
     import fcntl
 
@@ -164,21 +164,21 @@ def test_a_lock_of_a_snakemake_that_is_alive_stays(demo, tmp_path):
 # --- looking at it ----------------------------------------------------------------------------------------------------
 
 
-def test_a_printed_command_runs_by_hand(demo):
-    output = snakemake(demo, "-n", "-p", "--forcerun", "score", "--", TARGET)
+def test_a_printed_command_runs_by_hand(again):
+    output = snakemake(again, "-n", "-p", "--forcerun", "score", "--", TARGET)
     command = output[output.index("python scripts/score.py") :].split("\n\n")[0]
     command = re.split(r"\n(?=\S)", command)[0]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    before = (demo / TARGET).read_bytes()
-    done = subprocess.run(["bash", "-c", command], cwd=demo, capture_output=True, text=True, env=environment)
+    before = (again / TARGET).read_bytes()
+    done = subprocess.run(["bash", "-c", command], cwd=again, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert (demo / TARGET).read_bytes() == before
+    assert (again / TARGET).read_bytes() == before
 
 
-def test_graphs_are_clean_on_standard_output(demo):
+def test_graphs_are_clean_on_standard_output(again):
     for flag in ("--dag", "--rulegraph"):
         command = [sys.executable, "-m", "snakemake", TARGET, flag]
-        done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=again, capture_output=True, text=True, check=True)
         assert done.stdout.startswith("digraph") and done.stdout.rstrip().endswith("}")
 
 
