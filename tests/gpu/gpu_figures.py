@@ -49,7 +49,9 @@ def shown(number: float | None, form: str) -> str:
 def brief(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} {brief(part)}" for key, part in value.items()) + "}"
-    return f"{value:,.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def write_into(page: Path, text: str) -> None:
