@@ -1,6 +1,6 @@
 """Input functions and params of the exports."""
 
-from moult.workflow.environments import EXPORTS, check_python
+from moult.workflow.environments import EXPORTS, check_python, python_of_exports
 from moult.workflow.exports import COMPRESSED, FORMATS, GGUF, UPLOADS, listed_for
 
 
@@ -32,11 +32,9 @@ def of_upload(wildcards):
 
 
 def export_python(wildcards):
-    """Param: the Python that has llama.cpp and llmcompressor: the one of the config, or else that of `make export-env`, or else
-    the one that runs Snakemake."""
-    own = config["runs"][wildcards.run]["export"]["python"]
-    made = ".venv-export/bin/python"
-    return "python" if in_containers else own or (made if Path(made).exists() else "python")
+    """Param: the Python that has llama.cpp and llmcompressor."""
+    export = config["runs"][wildcards.run]["export"]
+    return "python" if in_containers else python_of_exports(export) or "python"
 
 
 def export_image(wildcards):

@@ -86,7 +86,7 @@ def plan(settings: dict, args, log) -> None:
     for name, target in targets.parameters.items():
         target["tensor"] = stored.get(name)
     trainable = sum(parameter.numel() for parameter in targets.model.parameters() if parameter.requires_grad)
-    run = Run(model, targets, settings, report, exact)
+    run = Run(model, targets, settings, report, exact, longest_rows(args.tokens, settings["train"]))
     memory = memory_of(run, gpu_memory(settings["train"]))
     check_fits(run, memory, log)
     everything = {**targets.layers, **targets.parameters}
@@ -324,6 +324,14 @@ def gpu_memory(train: dict) -> int | None:
     if "SLURM_JOB_ID" in os.environ or not torch.cuda.is_available():
         return None
     return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
+def longest_rows(tokens: str, train: dict) -> list[int]:
+    """The lengths of the longest sequences, as many as a batch has."""
+    import numpy as np
+
+    lengths = np.concatenate([[0], *lengths_of(Path(tokens) / "train.parquet")])
+    return np.sort(lengths)[::-1][: batch_sizes(train, "cuda")[0]].tolist()
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def score_export(settings: dict, args, log) -> None:
         "fallback": made["fallback"],
         "calibration": made["calibration"],
         "ollama": made["ollama"],
-        "versions": {**made["versions"], **checked["versions"]},
+        "versions": made["versions"],
+        "checked_with": checked["versions"],
     }
     schema = read_json(MEASURING / "export.schema.json")
     schema["$defs"]["verdict"] = read_json(MEASURING / "metrics.schema.json")["properties"]["verdict"]

@@ -3,6 +3,7 @@
     python scripts/smoke_test.py --run demo                                      # starts a server, tests it, stops it
     python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:8080     # tests one that runs
     python scripts/smoke_test.py --run demo --configfile mine.yaml
+    python scripts/smoke_test.py --run gsm8k gsm8k-r64 --base-url http://127.0.0.1:8080      # one that has both adapters
     python scripts/smoke_test.py --run demo --base-url http://127.0.0.1:11434 --format gguf-q4_k_m     # an export, in Ollama
 
 The rule smoke_test gives all paths and settings; by hand they come from the config. The server is this process's own: it
@@ -19,6 +20,8 @@ stop_reasons         `stop` where evaluate saw a stop token, `length` where it d
 likelihood           the prompts are as likely to the served weights as to the measured ones, where the server can tell
 streaming            the same answer in pieces, to the end
 concurrency          eight at once get the same answers
+adapters             with several runs: each adapter answers its own questions as itself while the others answer theirs. All other
+                     checks are of the first run
 wrong_model, too_long, api_key    each is refused with a 4xx
 
 A template that prints today's date (`strftime_now`) prints it when it is served, and printed another one when the model was
@@ -31,6 +34,7 @@ The result is a JSON with `passed` of each check: true, false, or null where the
 code is 1, and the JSON is not --result but <its name>.failed.json beside it, which Snakemake leaves alone.
 """
 
+import argparse
 import math
 import os
 import secrets
@@ -43,6 +47,7 @@ from moult.model.chat import FROZEN_DATE, Chat, prints_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
+from moult.serving.adapters import check_adapters
 from moult.serving.checks import ServerTest, tolerance_of_export
 from moult.serving.client import Client, Failed
 from moult.serving.launch import Run, Server, address, engine_command, free_port, text_of, what_to_serve
@@ -58,7 +63,12 @@ TOLERANCE = {"float32": (0.01, 0.001), "float16": (0.1, 0.005), "bfloat16": (0.5
 
 def main() -> None:
     parser = stage_parser(__doc__, "smoke_test", optional=True)
-    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        required=True,
+        help="name of the run; with --base-url also of others that the server has adapters of",
+    )
     parser.add_argument("--base-url", help="a server that runs already, with or without /v1")
     parser.add_argument(
         "--format", choices=FORMATS, help="with --base-url: what it serves is this export, whose answers may be others"
@@ -77,12 +87,17 @@ def main() -> None:
     parser.add_argument("--result", help="JSON to write")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the server")
     args = parser.parse_args()
+    args.run, *others = args.run
+    if others and (args.settings or not args.base_url):
+        parser.error("several runs need --base-url, a server that has the adapters of all (scripts/tools/serve.py)")
 
     with stage("smoke_test", args.log_file, args.settings) as log:
         args.key = None
+        runs = [args, *(argparse.Namespace(**{**vars(args), "run": run, "result": None}) for run in others)]
         if not args.settings:
-            fill_in(args)
-        smoke_test(args, log)
+            for one in runs:
+                fill_in(one)
+        smoke_test(runs, log)
 
 
 def fill_in(args) -> None:
@@ -100,32 +115,47 @@ def fill_in(args) -> None:
     args.result = args.result or places.smoke_test
 
 
-def smoke_test(args, log) -> None:
-    settings = args.settings
-    base = str(open_model(args.base)[0]) if Path(args.base).is_file() else args.base
-    served = what_to_serve(settings, [Run(args.run, base, args.adapter, args.merged, args.plan)])
-    name = next(iter(served.adapters), served.name)
-    template = text_of(args.adapter, "chat_template.jinja")
-    # As evaluate rendered. Without a date in the template its tokens are the server's too, and nothing has to be rendered.
-    own = (base, template, settings["model"]["chat_template_kwargs"], settings["model"]["trust_remote_code"])
-    chat = Chat(*own) if prints_date(template) else None
-    questions = read_questions(args.answers, args.rows, settings["eval"]["prompts"], template is not None, chat)
-    lead, drift = tolerance(settings, read_json(args.merge_check)["dtype"], bool(served.adapters))
+def smoke_test(runs: list, log) -> None:
+    """Test a server of the first of the runs. The others are run beside it, as adapters."""
+    args = runs[0]
+    for one in runs:
+        one.base = str(open_model(one.base)[0]) if Path(one.base).is_file() else one.base
+    served = what_to_serve(args.settings, [Run(one.run, one.base, one.adapter, one.merged, one.plan) for one in runs])
+    names = [*served.adapters] or [served.name]
     if args.base_url:
         url = args.base_url if "://" in args.base_url else f"http://{args.base_url}"
-        if args.format:
-            lead, drift = tolerance_of_export(args.format)
-        client = Client(url.rstrip("/").removesuffix("/v1"), args.key, name)
-        test = ServerTest(client, questions, lead, drift, chat)
-        test.run(client.wait, log)
+        url = url.rstrip("/").removesuffix("/v1")
+        tests = {
+            one.run: server_test(one, Client(url, args.key, name), bool(served.adapters))
+            for one, name in zip(runs, names, strict=True)
+        }
+        test = tests[args.run]
+        test.run(test.client.wait, log)
+        if len(tests) > 1:
+            test.check("adapters", lambda: check_adapters(tests), log)
     else:
         url, key = address("127.0.0.1", port := free_port()), secrets.token_urlsafe(24)
-        log.info("starting %s with %s", settings["serve"]["engine"], served.model)
-        test = ServerTest(Client(url, key, name), questions, lead, drift, chat)
+        log.info("starting %s with %s", args.settings["serve"]["engine"], served.model)
+        test = server_test(args, Client(url, key, names[0]), bool(served.adapters))
         test.check("files", lambda: check_files(args, bool(served.adapters)), log)
-        with Server(engine_command(settings, served, "127.0.0.1", port), url, log, key, args.threads) as test.server:
-            test.run(lambda: test.server.wait_ready(settings["serve"]["start_timeout"]), log)
+        command = engine_command(args.settings, served, "127.0.0.1", port)
+        with Server(command, url, log, key, args.threads) as test.server:
+            test.run(lambda: test.server.wait_ready(args.settings["serve"]["start_timeout"]), log)
     keep(args, served, test, log)
+
+
+def server_test(args, client: Client, adapted: bool) -> ServerTest:
+    """What a run is asked, and how near the answers have to be."""
+    settings = args.settings
+    template = text_of(args.adapter, "chat_template.jinja")
+    # As evaluate rendered. Without a date in the template its tokens are the server's too, and nothing has to be rendered.
+    own = (args.base, template, settings["model"]["chat_template_kwargs"], settings["model"]["trust_remote_code"])
+    chat = Chat(*own) if prints_date(template) else None
+    questions = read_questions(args.answers, args.rows, settings["eval"]["prompts"], template is not None, chat)
+    lead, drift = tolerance(settings, read_json(args.merge_check)["dtype"], adapted)
+    if args.base_url and args.format:
+        lead, drift = tolerance_of_export(args.format)
+    return ServerTest(client, questions, lead, drift, chat)
 
 
 def keep(args, served, test: ServerTest, log) -> None:

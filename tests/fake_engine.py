@@ -2,7 +2,8 @@
 """Poses as the Python that has vLLM (serve.python): a server that knows the measured answers, and fails as it is told.
 
 In the environment: FAKE_ANSWERS, answers.jsonl; FAKE, how it fails ("" does not); FAKE_PIDS, a file for its process ids;
-FAKE_KIND, whose API it has: vLLM's if it is empty, or that of `llama.cpp` or `ollama`.
+FAKE_KIND, whose API it has: vLLM's if it is empty, or that of `llama.cpp` or `ollama`; FAKE_ADAPTERS, {name in the API:
+answers.jsonl} of adapters.
 """
 
 import json
@@ -19,8 +20,14 @@ ARGUMENTS = dict(zip(sys.argv, sys.argv[1:], strict=False))
 FAKE = os.environ.get("FAKE", "")
 KIND = os.environ.get("FAKE_KIND", "")
 KEY = os.environ.get("VLLM_API_KEY")
-ANSWERS = [json.loads(line) for line in Path(os.environ["FAKE_ANSWERS"]).read_text().splitlines()]
+FILES = json.loads(os.environ.get("FAKE_ADAPTERS", "{}")) or {
+    ARGUMENTS["--served-model-name"]: os.environ["FAKE_ANSWERS"]
+}
+ANSWERS = {name: [json.loads(line) for line in Path(file).read_text().splitlines()] for name, file in FILES.items()}
 LENGTH = 128
+
+# The models of the requests that are being answered.
+ON_THE_WAY: list[str] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -34,13 +41,13 @@ class Handler(BaseHTTPRequestHandler):
             if KIND == "ollama":
                 return self.send({}, 404)
             return self.send({}, 503 if FAKE in ("never ready", "deaf") else 200)
-        name = "other" if FAKE == "other name" else ARGUMENTS["--served-model-name"]
+        names = ["other"] if FAKE == "other name" else list(ANSWERS)
         entries = {
             "": {"max_model_len": LENGTH},
             "llama.cpp": {"owned_by": "llamacpp", "meta": {"n_ctx": LENGTH, "n_ctx_train": 10 * LENGTH}},
-            "ollama": {"id": f"{name}:latest", "owned_by": "library"},
+            "ollama": {"id": f"{names[0]}:latest", "owned_by": "library"},
         }
-        self.send({"data": [{"id": name, **entries[KIND]}]})
+        self.send({"data": [{"id": name, **entries[KIND]} for name in names]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -51,12 +58,12 @@ class Handler(BaseHTTPRequestHandler):
             body |= {"prompt": json.loads(body["content"])} if "content" in body else {}
         if KIND == "ollama" and (self.path == "/tokenize" or isinstance(body.get("prompt"), list)):
             return self.send({"error": "?"}, 404 if self.path == "/tokenize" else 400)
-        if body["model"] != ARGUMENTS["--served-model-name"]:
+        if body["model"] not in ANSWERS:
             return self.send({"error": "no such model"}, 200 if FAKE == "any model" else 404)
         said = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         if isinstance(said, str) and len(said.split()) >= LENGTH:
             return self.send({"error": "too long"}, 500 if FAKE == "chokes" else 400)
-        row = next((row for row in ANSWERS if self.is_about(row, body)), None)
+        row = next((row for row in ANSWERS[body["model"]] if self.is_about(row, body)), None)
         if self.path == "/apply-template":
             return self.send({"prompt": json.dumps(row["prompt_ids"])})
         if self.path == "/tokenize":
@@ -73,7 +80,21 @@ class Handler(BaseHTTPRequestHandler):
             nll = row["prompt_nll"] * (1.5 if FAKE == "other weights" else 1) / (len(row["prompt_ids"]) - 1)
             logprobs = [None] + [-nll] * (len(row["prompt_ids"]) - 1)
             return self.send({"choices": [{"logprobs": {"token_logprobs": logprobs}}]})
+        if len(ANSWERS) > 1:
+            row = self.beside_others(row, body)
         return self.chat(row, body)
+
+    def beside_others(self, row: dict, body: dict) -> dict:
+        """The answer while others are on their way: where adapters are mixed up, that of another one."""
+        ON_THE_WAY.append(body["model"])
+        time.sleep(0.05)
+        others = [name for name in ON_THE_WAY if name != body["model"]]
+        ON_THE_WAY.remove(body["model"])
+        if FAKE == "mixes adapters up" and others:
+            return next(other for other in ANSWERS[others[0]] if self.is_about(other, body))
+        if FAKE == "mixes requests up" and others:
+            return ANSWERS[others[0]][-1]
+        return row
 
     def is_about(self, row: dict, body: dict) -> bool:
         if "messages" in body:

@@ -1,6 +1,7 @@
 """The cards of exports, and their upload: what was measured, by the names that llama.cpp, Ollama and vLLM look for."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 import yaml
 from exporting import PYTHON, files_of, judge, make_export, without_likelihood
 from fake_hub import TOKEN, FakeHub, environment
-from workflow import ROOT, checkout, snakemake
+from workflow import ROOT, checkout, edit_config, planned, snakemake
 
 from export_card import card
 from moult.errors import MoultError
 from moult.exporting.upload import upload_of
 from moult.files import read_json, write_json
 from moult.measuring.exported import checks_of, rows_of_exports, size
+from moult.workflow.environments import python_of_exports
 from moult.workflow.exports import listed_for
 
 SETTINGS = {"languages": ["en"], "chat_template_kwargs": {}}
@@ -250,3 +252,31 @@ def test_make_passes_what_to_upload():
     command = ["make", "-n", "publish", "RUN=demo", "REPO=name/demo", "WHAT=gguf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--what gguf" in done.stdout
+
+
+# --- the environment --------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_that_make_creates_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert python_of_exports({"python": None}) is None
+    Path(".venv-export/bin").mkdir(parents=True)
+    Path(".venv-export/bin/python").touch()
+    assert python_of_exports({"python": None}) == ".venv-export/bin/python"
+    assert python_of_exports({"python": "/opt/exports/bin/python"}) == "/opt/exports/bin/python"
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_more_makes_nothing_else_run_again(demo, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(demo, folder, copy_function=shutil.copy2)
+    target = "results/demo/exports/gguf-q8_0/export.json"
+    assert planned(folder, target) == {"export_gguf", "evaluate_export", "score_export"}
+    edit_config(folder, lambda config: config.update(exports=["gguf-q8_0", "fp8"]))
+    assert planned(folder, "results/demo/metrics.json") == set()
+    assert planned(folder, target) == {"export_gguf", "evaluate_export", "score_export"}
+    # As any other target: what it is made of is made first, if that is stale.
+    edit_config(folder, lambda config: config["runs"]["demo"]["train"].update(learning_rate=1e-3))
+    assert {"finetune", "merge", "score", "export_gguf"} <= planned(folder, target)

@@ -14,7 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import plan
 from moult.errors import MoultError
 from moult.training import simulation
-from moult.training.memory import GB, Run, attention_of, check_fits, memory_of, moments_of, weights_of, what_fits
+from moult.training.memory import (
+    GB,
+    Run,
+    attention_of,
+    check_fits,
+    memory_of,
+    moments_of,
+    steps_of,
+    weights_of,
+    what_fits,
+)
 from moult.training.simulation import Step, depths_of, simulate
 from moult.training.targets import inject
 
@@ -187,6 +197,26 @@ def test_parts_and_total():
     assert found["optimizer"] == trained * 12 and found["gathered"] == 0
     peak = found["weights"] + found["optimizer"] + found["activations"]
     assert found["total"] == round(peak * 1.08) + 1_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("train", "exact", "tokens"),
+    [
+        ({"padding_free": "auto"}, {"varlen": None, "unmasked": None}, 1000 + 900 + 500 + 401),
+        ({"padding_free": "auto", "per_device_train_batch_size": 2}, {"varlen": None, "unmasked": None}, 1900),
+        ({"padding_free": "auto", "per_device_train_batch_size": "auto"}, {"varlen": None, "unmasked": None}, 1000),
+        ({"padding_free": True}, {"varlen": "softcap", "unmasked": None}, 1000 + 900 + 500 + 401),
+        ({"padding_free": "auto"}, {"varlen": "softcap", "unmasked": None}, 4 * 1000),
+        ({"padding_free": False}, {"varlen": None, "unmasked": None}, 4 * 1000),
+        ({"padding_free": "auto", "packing": True}, {"varlen": None, "unmasked": None}, 4 * 1000),
+    ],
+)
+def test_rows_without_padding_have_only_their_own_tokens(train, exact, tokens):
+    run = dataclasses.replace(run_of(empty("llama"), 1000, exact=exact, **train), lengths=[1000, 900, 500, 401, 9, 9])
+    step = steps_of(run)[0]
+    assert tokens <= step.rows * step.length < tokens + 4
+    short = steps_of(run.shorter(512))[0]
+    assert short.length <= 512
 
 
 @pytest.mark.slow

@@ -237,12 +237,13 @@ def test_the_failure_that_the_readme_shows(tmp_path):
 # --- the other pages --------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_metrics_is_the_schema():
-    schema = json.loads((ROOT / "scripts" / "moult" / "measuring" / "metrics.schema.json").read_text())
+@pytest.mark.parametrize("name", ["metrics", "export"])
+def test_the_table_of_metrics_is_the_schema(name):
+    schema = json.loads((ROOT / "scripts" / "moult" / "measuring" / f"{name}.schema.json").read_text())
     expected = [
         [f"`{name}`", field["description"]] for name, field in schema["properties"].items() if "description" in field
     ]
-    assert table("scripts/moult/measuring/README.md", "metrics") == expected
+    assert table("scripts/moult/measuring/README.md", name) == expected
 
 
 def test_every_format_is_shown():

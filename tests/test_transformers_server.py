@@ -1,8 +1,11 @@
 """The small server on transformers: what it answers, and what it refuses."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +46,28 @@ def small_server():
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(timeout=9) == 0 and time.monotonic() - began < 3
+
+
+def test_a_signal_that_another_thread_gets_ends_it():
+    """As with a GPU, where SIGTERM did not end the main thread's wait."""
+    script = """
+import os, signal, threading, time
+from moult.serving.engine import MainThread
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+print("ready", flush=True)
+MainThread().work()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == b"ready\n"
+            time.sleep(0.2)  # until it waits
+            process.terminate()
+            assert process.wait(timeout=9) == 0
+        finally:
+            process.kill()
 
 
 def post(url: str, path: str, body, key: str | None = "the-key", **options):

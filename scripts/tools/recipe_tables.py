@@ -52,9 +52,9 @@ LENGTH = 4096
 # Both families keep rows apart with varlen attention, and need no mask for rows padded on the right (config/MODELS.md).
 EXACT: dict[str, str | None] = {"varlen": None, "unmasked": None}
 
-# Speed is estimated: the share of a card's peak that LoRA of 8 B reached on an H100 in NVIDIA's own table
-# (NeMo Automodel, docs/performance-summary.mdx: 402 of 989 TFLOP/s), for all cards. A GeForce is named for 24 GB.
-SHARE = 0.4
+# Speed is estimated: the share of a card's peak that LoRA of 8 B reached on an H100 (BENCHMARKS.md: 297 to 326 of 989 TFLOP/s; in
+# NVIDIA's own table, NeMo Automodel, docs/performance-summary.mdx, 402), for all cards. A GeForce is named for 24 GB.
+SHARE = 0.3
 CARD = {24: "RTX 4090", 48: "L40S", 80: "H100"}  # as moult.training.throughput names them
 CPU = 0.1e12  # float32 on four cores of a laptop
 

@@ -30,6 +30,7 @@ from moult.serving.launch import (
     settings_of_export,
     what_to_serve,
 )
+from moult.workflow.environments import python_of_exports
 from moult.workflow.exports import FORMATS
 from moult.workflow.runtime import read_config, the_run
 from moult.workflow.stages import places_of, serve_settings
@@ -66,7 +67,8 @@ def of_export(config: dict, runs: list[str], format: str, settings: dict) -> tup
     run, *others = runs
     if others:
         raise MoultError("exports are served one at a time", "name one run")
-    settings = settings_of_export({**settings, "export": config["runs"][run]["export"]}, format)
+    export = config["runs"][run]["export"]
+    settings = settings_of_export({**settings, "export": {**export, "python": python_of_exports(export)}}, format)
     folder = places_of(config, run).export.format(format=format)
     return settings, export_to_serve(folder, format, run, settings["serve"]["served_model_name"] or run)
 

@@ -13,57 +13,35 @@ case starts after --minutes. After each, /tmp/gpu/result.json and result.md are 
 import argparse
 import json
 import os
-import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "tools"))
 
 from gpu_figures import table, write_into
 from recipe_tables import SHAPES
+from trainings import LARGE_BATCH, SMALL_BATCH, TINY, TRAININGS, Training, made_up_rows
+from watch import Watch, timed_lines
 
+from moult.errors import HOPELESS
 from moult.files import canonical, read_json, read_jsonl, write_json, write_jsonl
+from moult.model.manifest import describe
 from moult.workflow.config import load_schema, resolve
 from moult.workflow.stages import stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 
-TINY = {**SHAPES["Qwen/Qwen3-0.6B"], "vocab_size": 768, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-SMALL_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-LARGE_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-PADDED = {"padding_free": False, "train_sampling_strategy": "random"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training to measure. model: `small` or `large`."""
-
-    name: str
-    model: str
-    train: dict = field(default_factory=dict)
-    quantization: str | None = None
-
-
-TRAININGS = [
-    Training("padding-free", "small"),
-    Training("padded", "small", PADDED),
-    Training("packed", "small", {"packing": True}),
-    Training("packed, checkpointed", "small", {"packing": True, "gradient_checkpointing": True}),
-    Training("8 B", "large"),
-    Training("8 B, checkpointed", "large", {"gradient_checkpointing": True}),
-    Training("8 B, QLoRA", "large", {"gradient_checkpointing": True}, "nf4"),
-    Training("QLoRA", "small", {}, "nf4"),
-]
+Case = tuple[str, Callable[[], dict]]
 
 
 class Skipped(Exception):
@@ -81,13 +59,13 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=40, help="training steps of the small model; the large one has a half"
     )
-    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it nothing is served")
+    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it, transformers serves")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few rows, also without a GPU")
     parser.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
     bench = Bench(args)
-    for name, case in bench.cases():
-        bench.do(name, case)
+    for chains in bench.groups():
+        bench.do_beside(chains)
     print(table(bench.result))
     if args.write:
         write_into(ROOT / "BENCHMARKS.md", table(bench.result))
@@ -101,39 +79,63 @@ class Bench:
         self.args, self.out, self.tiny = args, args.out.resolve(), args.tiny
         self.out.mkdir(parents=True, exist_ok=True)
         self.result_file = self.out / "result.json"
-        self.started = time.monotonic()
+        self.started, self.lock = time.monotonic(), threading.Lock()
         self.result: dict = {"schema_version": 1, "machine": self.probe("machine"), "tiny": args.tiny, "cases": {}}
 
-    def cases(self) -> list[tuple[str, Callable[[], dict]]]:
-        """In the order of what a reader wants to know first. --tiny leaves out the large model, which would be the same."""
+    def cases(self) -> list[Case]:
+        return [case for chains in self.groups() for chain in chains for case in chain]
 
-        def trainings(model: str):
-            return [(case.name, lambda case=case: self.train(case)) for case in TRAININGS if case.model == model]
-
-        cases = [
-            ("model, small", lambda: self.make_model("small")),
-            ("data", self.make_data),
-            *trainings("small")[:2],
-            ("TRL's own script", lambda: self.trl("small", "padded")),
-            *trainings("small")[2:4],
-            ("resume", self.resume),
+    def groups(self) -> list[list[list[Case]]]:
+        """In the order of what a reader wants to know first. The chains of a group run beside each other: what measures speed or
+        memory has a group of its own. --tiny leaves out the large model, which would be the same."""
+        train = {
+            case.name: (case.name, lambda case=case: self.train(case))
+            for case in TRAININGS
+            if not (self.tiny and case.model == "large")
+        }
+        validations = [
+            (
+                f"validation, {model}, {length // 1024}k",
+                lambda model=model, length=length: self.validation(model, length),
+            )
+            for model in (["small"] if self.tiny else ["large", "small"])
+            for length in (8192, 32768)
+        ]
+        large: list[Case] = [
+            ("model, large", lambda: self.make_model("large")),
+            ("plans, large", lambda: self.make_plans("large")),
+        ]
+        finished: list[Case] = [
             ("merge", lambda: self.merge("padding-free")),
             ("evaluate and merge check", lambda: self.evaluate("padding-free")),
             ("serve", lambda: self.serve("padding-free")),
-            ("model, large", lambda: self.make_model("large")),
-            *trainings("large"),
-            *(
-                (
-                    f"validation, {model}, {length // 1024}k",
-                    lambda model=model, length=length: self.validation(model, length),
-                )
-                for model in ("large", "small")
-                for length in (8192, 32768)
-            ),
-            ("TRL's own script, 8 B", lambda: self.trl("large", "8 B, checkpointed")),
-            *trainings("small")[4:],
         ]
-        return [case for case in cases if not (self.tiny and ("large" in case[0] or "8 B" in case[0]))]
+        small: list[Case] = [
+            ("model, small", lambda: self.make_model("small")),
+            ("data", self.make_data),
+            ("plans, small", lambda: self.make_plans("small")),
+            ("attention", self.attention),
+            *(train.pop(name) for name in ("padding-free", "padded")),
+            ("TRL's own script", lambda: self.trl("small", "padded")),
+            train.pop("packed"),
+        ]
+        more: list[Case] = [("out of memory", self.out_of_memory)]
+        if not self.tiny:
+            more += [train.pop(case.name) for case in TRAININGS if case.model == "large"]
+            more.append(("TRL's own script, 8 B", lambda: self.trl("large", "8 B, packed, checkpointed")))
+        return [
+            *([[case]] for case in small),
+            [[("resume", self.resume)], finished, [] if self.tiny else large],
+            *([[case]] for case in [*more, *validations, *train.values()]),
+        ]
+
+    def do_beside(self, chains: list[list[Case]]) -> None:
+        def in_turn(chain: list[Case]) -> None:
+            for name, case in chain:
+                self.do(name, case)
+
+        with ThreadPoolExecutor(len(chains)) as pool:
+            list(pool.map(in_turn, chains))
 
     def do(self, name: str, case: Callable[[], dict]) -> None:
         """Run a case and keep what it found, whatever happens."""
@@ -152,16 +154,16 @@ class Bench:
             found["wall_seconds"] = time.monotonic() - started
         if found["status"] != "done":
             print(f"           {found['status']}: {found.get('why', '')[-300:]}", flush=True)
-        self.result["cases"][name] = found
-        write_json(self.result_file, self.result)
-        (self.out / "result.md").write_text(table(self.result) + "\n", encoding="utf-8")
+        with self.lock:
+            self.result["cases"][name] = found
+            write_json(self.result_file, self.result)
+            (self.out / "result.md").write_text(table(self.result) + "\n", encoding="utf-8")
 
     # --- commands ---
 
     def run(self, *command, name: str = "command") -> str:
         """What the command prints. Raises Failed if it fails, or takes longer than is left and ten minutes."""
-        left = max(60.0, self.args.minutes * 60 - (time.monotonic() - self.started)) + 600
-        log = self.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+        left, log = self.left(), self.log_of(name)
         words = [sys.executable, *map(str, command)]
         with log.open("w") as file:
             try:
@@ -178,10 +180,19 @@ class Bench:
         return json.loads(said.strip().splitlines()[-1])
 
     def stage(self, script: str, *options, case: str) -> None:
-        self.run(SCRIPTS / f"{script}.py", *options, "--log-file", self.log_of(case, script), name=f"{case} {script}")
+        self.run(
+            SCRIPTS / f"{script}.py", *options, "--log-file", self.stage_log(case, script), name=f"{case} {script}"
+        )
 
-    def log_of(self, case: str, script: str) -> Path:
+    def stage_log(self, case: str, script: str) -> Path:
         return self.out / "logs" / f"{self.folder(case).name}-{script}.log"
+
+    def log_of(self, name: str) -> Path:
+        return self.out / f"{self.folder(name).name}.log"
+
+    def left(self) -> float:
+        """Seconds that a command may take."""
+        return max(60.0, self.args.minutes * 60 - (time.monotonic() - self.started)) + 600
 
     def need(self, *names: str) -> None:
         """Raises Skipped if a case that this one builds on has not come out."""
@@ -192,14 +203,20 @@ class Bench:
     # --- what the cases share ---
 
     def base(self, model: str) -> Path:
+        """Its folder; the manifest beside it is what a stage reads, which would else hash 16 GB each time."""
         return self.out / f"{model}-base"
+
+    def manifest(self, model: str) -> Path:
+        return self.out / f"{model}-base.json"
 
     def make_model(self, model: str) -> dict:
         shape = TINY if self.tiny else SHAPES["Qwen/Qwen3-8B" if model == "large" else "Qwen/Qwen3-0.6B"]
         memory = self.result["machine"].get("memory", 0)
         if model == "large" and memory < 15e9:
             raise Skipped("the card is too small for 8 B, even in 4 bits")
-        return self.probe("model", "--shape", json.dumps(shape), "--out", self.base(model))
+        found = self.probe("model", "--shape", json.dumps(shape), "--out", self.base(model))
+        write_json(self.manifest(model), describe(self.base(model), f"{model}-base", trust_remote_code=False))
+        return found
 
     def make_data(self) -> dict:
         self.need("model, small")
@@ -217,7 +234,7 @@ class Bench:
         options = ("--settings", self.settings("prepare", "small"), *files, "--metadata", prepared / "metadata.json")
         self.stage("prepare", *options, case="data")
         tokens = ("--out", self.out / "tokens", "--threads", 4)
-        options = ("--settings", self.settings("encode", "small"), "--model", self.base("small"), *files, *tokens)
+        options = ("--settings", self.settings("encode", "small"), "--model", self.manifest("small"), *files, *tokens)
         self.stage("encode", *options, case="data")
         (self.out / "for-trl").mkdir(exist_ok=True)
         write_jsonl(
@@ -229,7 +246,7 @@ class Bench:
 
     def train_settings(self, model: str, changes: dict) -> dict:
         steps = 6 if self.tiny else self.args.steps // (2 if model == "large" else 1)
-        own = {"max_steps": steps, "eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 1 if self.tiny else 4}
+        own = {"max_steps": steps, "eval_steps": 0.5, "save_steps": 0.25, "logging_steps": 1 if self.tiny else 2}
         batch = LARGE_BATCH if model == "large" else SMALL_BATCH
         if self.tiny:
             batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
@@ -243,27 +260,35 @@ class Bench:
             "datasets": {"rows": dataset},
             "train": self.train_settings(model, train or {}),
             "eval": {"answer_rows": 16, "max_new_tokens": 32},
-            "serve": {"engine": "transformers" if self.tiny else "vllm", "python": self.args.vllm_python},
+            "serve": {"engine": "vllm" if self.args.vllm_python else "transformers", "python": self.args.vllm_python},
         }
         return canonical(stage_settings(resolve(config, load_schema(str(ROOT / "config"))), stage, "rows"))
 
-    def plan(self, case: Training, folder: Path) -> dict:
-        """plan.json; Skipped where the plan refuses the run because it cannot fit."""
+    def make_plans(self, model: str) -> dict:
+        """plan.json of each training; of those that the plan refuses because they cannot fit, what it says."""
+        self.need(f"model, {model}", "data")
+        cases = [case for case in TRAININGS if case.model == model]
+        with ThreadPoolExecutor(4) as pool:
+            said = dict(zip([case.name for case in cases], pool.map(self.plan, cases), strict=True))
+        return {"refused": {name: why for name, why in said.items() if why}}
+
+    def plan(self, case: Training) -> str | None:
+        folder = self.folder(case.name)
         folder.mkdir(exist_ok=True)
-        options = ("--model", self.base(case.model), "--tokens", self.out / "tokens", "--out", folder / "plan.json")
+        options = ("--model", self.manifest(case.model), "--tokens", self.out / "tokens", "--out", folder / "plan.json")
         settings = self.settings("plan", case.model, case.train, case.quantization)
         try:
             self.stage("plan", "--settings", settings, *options, case=case.name)
         except Failed as why:
-            if "this run needs about" in str(why):
-                raise Skipped("does not fit: " + re.search(r"this run needs[^:]*", str(why))[0]) from None
+            if unfit := re.search(r"this run needs about[^:]*", str(why)):
+                return unfit[0]
             raise
-        return read_json(folder / "plan.json")
+        return None
 
     def finetune_options(self, case: Training, folder: Path) -> list:
         return [
             *("--settings", self.settings("finetune", case.model, case.train, case.quantization)),
-            *("--model", self.base(case.model), "--tokens", self.out / "tokens", "--plan", folder / "plan.json"),
+            *("--model", self.manifest(case.model), "--tokens", self.out / "tokens", "--plan", folder / "plan.json"),
             *("--state", folder / "state", "--adapter", folder / "adapter", "--summary", folder / "adapter.json"),
             *("--training-log", folder / "training_log.jsonl", "--threads", min(8, os.cpu_count() or 1)),
         ]
@@ -274,19 +299,23 @@ class Bench:
     # --- the cases ---
 
     def train(self, case: Training) -> dict:
-        self.need(f"model, {case.model}", "data")
+        self.need(f"plans, {case.model}")
+        if unfit := self.result["cases"][f"plans, {case.model}"]["refused"].get(case.name):
+            raise Skipped(f"does not fit: {unfit}")
         folder = self.folder(case.name)
-        memory = self.plan(case, folder)["memory"]
+        memory = read_json(folder / "plan.json")["memory"]
         with Watch() as watch:
             self.stage("finetune", *self.finetune_options(case, folder), case=case.name)
         history = list(read_jsonl(folder / "training_log.jsonl"))
         lines = [entry for entry in history if "tokens_per_second" in entry][1:]
-        said = self.log_of(case.name, "finetune").read_text(errors="replace")
+        said = self.stage_log(case.name, "finetune").read_text(errors="replace")
         checkpointed = "turning gradient checkpointing on" in said
         if case.train.get("gradient_checkpointing"):
             checkpointed = True
         key = "total_with_gradient_checkpointing" if checkpointed else "total"
+        like = {"padded": "padding-free"}.get(case.name)  # the same rows in the same order
         return {
+            **({f"compared with {like}": self.compared(like, case.name)} if like else {}),
             **{
                 name: middle([line[name] for line in lines if name in line])
                 for name in ("tokens_per_second", "mfu", "tflops")
@@ -301,20 +330,23 @@ class Bench:
         }
 
     def trl(self, model: str, like: str) -> dict:
-        """`trl sft` with TRL's defaults, besides what makes it the same work: LoRA, batch, steps, dtype."""
+        """`trl sft` with TRL's defaults, besides what makes it the same work: LoRA, batch, steps, dtype.
+
+        Without checkpointing it takes 1.6 times the memory that Moult does: the same rows for a step, in two parts.
+        """
         self.need(f"model, {model}", "data")
         case = next(case for case in TRAININGS if case.name == like)
         train = self.train_settings(model, case.train)
         out = self.folder(f"trl {model}")
         checkpointed = case.train.get("gradient_checkpointing", False)
-        half = self.result["machine"]["device"] == "cuda"
+        half, parts = self.result["machine"]["device"] == "cuda", 1 if checkpointed else 2
         options = {
             "model_name_or_path": self.base(model),
             "dataset_name": self.out / "for-trl",
             "output_dir": out,
             "max_steps": train["max_steps"],
-            "per_device_train_batch_size": train["per_device_train_batch_size"],
-            "gradient_accumulation_steps": train["gradient_accumulation_steps"],
+            "per_device_train_batch_size": train["per_device_train_batch_size"] // parts,
+            "gradient_accumulation_steps": train["gradient_accumulation_steps"] * parts,
             "learning_rate": 2e-4,
             "lora_r": 16,
             "lora_alpha": 32,
@@ -328,23 +360,26 @@ class Bench:
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         with Watch() as watch:
-            said = self.run("-m", "trl.scripts.sft", *words, "--use_peft", name=f"trl {model}")
-        seconds = float(re.search(r"'train_runtime': '?([\d.]+)", said)[1])
-        state = read_json(out / f"checkpoint-{train['max_steps']}" / "trainer_state.json")
-        tokens = max(entry.get("num_tokens", 0) for entry in state["log_history"])
-        return {
-            "tokens_per_second": tokens / seconds,
-            "peak_used": watch.peak,
-            "seconds": seconds,
-            "checkpointed": checkpointed,
-        }
+            command = [sys.executable, "-u", "-m", "trl.scripts.sft", *map(str, words), "--use_peft"]
+            code, lines = timed_lines(command, self.log_of(f"trl {model}"), self.out, self.left())
+        if code:
+            raise Failed(f"exit code {code}: {self.log_of(f'trl {model}').read_text(errors='replace').strip()[-2000:]}")
+        # As Moult measures: between two lines of the log, and the middle of these, without the first.
+        logged = [
+            (second, float(re.search(r"'num_tokens': '?([\d.e+]+)", line)[1]))
+            for second, line in lines
+            if "{'loss'" in line
+        ]
+        speeds = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(logged)]
+        return {"tokens_per_second": middle(speeds), "peak_used": watch.peak, "checkpointed": checkpointed}
 
     def resume(self) -> dict:
         """Stop the packed run in the middle, go on, and compare with the undisturbed one."""
         self.need("packed")
         case = next(case for case in TRAININGS if case.name == "packed")
         folder = self.folder("resumed")
-        self.plan(case, folder)
+        folder.mkdir(exist_ok=True)
+        shutil.copy(self.folder("packed") / "plan.json", folder)
         options = self.finetune_options(case, folder)
         command = [sys.executable, str(SCRIPTS / "finetune.py"), *map(str, options)]
         with (self.out / "resume.log").open("w") as log:
@@ -355,19 +390,48 @@ class Bench:
             process.send_signal(signal.SIGTERM)
             stopped = process.wait(600)
         self.stage("finetune", *options, case="resumed")
-        files = [place / "adapter" / "adapter_model.safetensors" for place in (self.folder("packed"), folder)]
-        same = files[0].read_bytes() == files[1].read_bytes()
-        losses = [
-            [entry["loss"] for entry in read_jsonl(place / "training_log.jsonl") if "loss" in entry]
-            for place in (self.folder("packed"), folder)
-        ]
-        apart = max(abs(one - other) for one, other in zip(*losses, strict=True))
-        return {"exit_code": stopped, "same_bytes": same, "largest_difference_of_losses": apart}
+        return {"exit_code": stopped, **self.compared("packed", "resumed")}
+
+    def compared(self, one: str, other: str) -> dict:
+        """Two trainings of the same rows in the same order: whether they were, and how far their losses are apart."""
+        folders = [self.folder(name) for name in (one, other)]
+        first, second = (
+            [entry for entry in read_jsonl(folder / "training_log.jsonl") if "loss" in entry] for folder in folders
+        )
+        pairs = list(zip(first, second, strict=True))
+        files = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in folders]
+        return {
+            "same_rows": all(mine["num_tokens"] == yours["num_tokens"] for mine, yours in pairs),
+            "same_bytes": files[0] == files[1],
+            "largest_difference_of_losses": max(abs(mine["loss"] - yours["loss"]) for mine, yours in pairs),
+        }
+
+    def attention(self) -> dict:
+        """The attention of rows without padding, against plain torch in float64."""
+        if self.result["machine"]["device"] != "cuda":
+            raise Skipped("the kernel is for CUDA")
+        return self.probe("attention")
+
+    def out_of_memory(self) -> dict:
+        """A batch that cannot fit: how finetune ends, and what it says."""
+        if self.result["machine"]["device"] != "cuda":
+            raise Skipped("a CPU would take the memory of the whole machine")
+        self.need("packed")
+        huge = {"packing": True, "per_device_train_batch_size": 4096, "gradient_checkpointing": False}
+        case, folder = Training("huge", "small", huge), self.folder("huge")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(self.folder("packed") / "plan.json", folder)
+        options = self.finetune_options(case, folder)
+        command = [sys.executable, SCRIPTS / "finetune.py", *options]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=self.left())
+        if done.returncode != HOPELESS:
+            raise Failed(f"exit code {done.returncode}: {done.stderr[-2000:]}")
+        return {"exit_code": done.returncode, "said": " ".join(done.stderr.split())[-700:]}
 
     def merge(self, name: str) -> dict:
         self.need(name)
         folder, started = self.folder(name), time.monotonic()
-        read = ("--model", self.base("small"), "--plan", folder / "plan.json", "--tokens", self.out / "tokens")
+        read = ("--model", self.manifest("small"), "--plan", folder / "plan.json", "--tokens", self.out / "tokens")
         write = ("--adapter", folder / "adapter", "--merged", folder / "merged", "--summary", folder / "merge.json")
         self.stage("merge", "--settings", self.settings("merge", "small"), *read, *write, "--threads", 4, case="merge")
         return {"seconds": time.monotonic() - started, "how": read_json(folder / "merge.json")["how"]}
@@ -377,18 +441,17 @@ class Bench:
         folder, started = self.folder(name), time.monotonic()
         (folder / "tuned").mkdir(exist_ok=True)
         check = folder / "tuned" / "merge_check.json"
-        with Watch() as watch:
-            self.stage(
-                "evaluate_model",
-                *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
-                *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
-                *("--answers", folder / "tuned" / "answers.jsonl", "--general", folder / "tuned" / "general.jsonl"),
-                *("--kept", folder / "tuned" / "kept", "--base", self.base("small")),
-                *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
-                case="evaluate",
-            )
+        self.stage(
+            "evaluate_model",
+            *("--settings", self.settings("evaluate_tuned", "small"), "--model", folder / "merged"),
+            *("--tokens", self.out / "tokens", "--likelihood", folder / "tuned" / "likelihood.jsonl"),
+            *("--answers", folder / "tuned" / "answers.jsonl", "--general", folder / "tuned" / "general.jsonl"),
+            *("--kept", folder / "tuned" / "kept", "--base", self.manifest("small")),
+            *("--adapter", folder / "adapter", "--merge-check", check, "--threads", 4),
+            case="evaluate",
+        )
         found = {key: value for key, value in read_json(check).items() if isinstance(value, int | float | str)}
-        return {"seconds": time.monotonic() - started, "peak_used": watch.peak, "merge_check": found}
+        return {"seconds": time.monotonic() - started, "merge_check": found}
 
     def validation(self, model: str, length: int) -> dict:
         self.need(f"model, {model}")
@@ -397,12 +460,10 @@ class Bench:
 
     def serve(self, name: str) -> dict:
         self.need("evaluate and merge check")
-        if not self.tiny and not self.args.vllm_python:
-            raise Skipped("give --vllm-python")
         folder, started = self.folder(name), time.monotonic()
         self.stage(
             "smoke_test",
-            *("--run", "rows", "--settings", self.settings("smoke_test", "small"), "--base", self.base("small")),
+            *("--run", "rows", "--settings", self.settings("smoke_test", "small"), "--base", self.manifest("small")),
             *("--answers", folder / "tuned" / "answers.jsonl", "--merge-check", folder / "tuned" / "merge_check.json"),
             *(
                 "--rows",
@@ -424,46 +485,6 @@ class Bench:
             "checks": checks,
             "speed": result["speed"],
         }
-
-
-class Watch:
-    """Bytes of the GPU's memory that are used at the most, as nvidia-smi sees it; None without one."""
-
-    QUERY = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
-
-    def __init__(self):
-        self.peak: int | None = None
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True)
-
-    def look(self) -> None:
-        while not self.ended.wait(0.5):
-            try:
-                said = subprocess.run(self.QUERY, capture_output=True, text=True, check=True, timeout=10).stdout
-                self.peak = max(self.peak or 0, int(said.split()[0]) * 2**20)
-            except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-                return
-
-    def __enter__(self) -> "Watch":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.ended.set()
-        self.thread.join()
-
-
-def made_up_rows(count: int) -> list[dict]:
-    """Prompts and answers of the demo's words, as long as those of GSM8K: most are short, some are five times as long."""
-    chance = random.Random(0)
-    words = sorted(
-        {word for row in read_jsonl(ROOT / "config/demo/data/house_format.jsonl") for word in row["question"].split()}
-    )
-
-    def text(mean: float) -> str:
-        return " ".join(chance.choices(words, k=max(4, min(300, int(chance.lognormvariate(mean, 0.5))))))
-
-    return [{"prompt": text(3.2), "completion": text(3.6)} for _ in range(count)]
 
 
 def middle(numbers: list[float]) -> float | None:

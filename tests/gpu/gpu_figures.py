@@ -28,6 +28,7 @@ def table(result: dict) -> str:
                     shown(used and predicted and used / predicted, ".2f"),
                 ]
             )
+            notes += [f"- {name}, {key}: {brief(value)}" for key, value in found.items() if key.startswith("compared")]
         elif found["status"] != "done":
             notes.append(f"- {name}: {found['status']}{': ' + found['why'].splitlines()[0] if 'why' in found else ''}")
         else:
@@ -48,7 +49,9 @@ def shown(number: float | None, form: str) -> str:
 def brief(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} {brief(part)}" for key, part in value.items()) + "}"
-    return f"{value:,.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def write_into(page: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 python tests/gpu/probe.py model --shape '{"model_type": "qwen3", ...}' --out base
 python tests/gpu/probe.py validation --model base --length 8192 --rows 2
+python tests/gpu/probe.py attention
 python tests/gpu/probe.py machine
 
 Each prints one line of JSON.
@@ -33,9 +34,12 @@ def main() -> None:
     validation.add_argument("--model", type=Path, required=True, help="folder of a model")
     validation.add_argument("--length", type=int, required=True, help="tokens of a row")
     validation.add_argument("--rows", type=int, default=2, help="number of rows")
+    parts.add_parser("attention", help="compare the kernel for rows without padding with plain torch")
     parts.add_parser("machine", help="card, driver and versions")
     args = parser.parse_args()
-    do = {"model": make_model, "validation": measure_validation, "machine": machine}[args.part]
+    do = {"model": make_model, "validation": measure_validation, "attention": compare_attention, "machine": machine}[
+        args.part
+    ]
     print(json.dumps(do(args)))
 
 
@@ -77,6 +81,48 @@ def measure_validation(args) -> dict:
         raise SystemExit("not all tokens were measured")
     peak = torch.cuda.max_memory_allocated() - weights if device == "cuda" else None
     return {"seconds": seconds, "tokens_per_second": args.rows * args.length / seconds, "peak_besides_weights": peak}
+
+
+# Heads of queries, of keys, size of a head, window.
+HEADS = [(16, 8, 128, None), (32, 8, 128, 100), (8, 8, 64, None), (12, 2, 80, 7), (4, 1, 256, None), (6, 3, 100, 33)]
+LENGTHS = [37, 1024, 1, 300, 64]
+ROUNDING = 2e-2  # of bfloat16, relative; a wrong window or order gives 0.1 and more
+
+
+def compare_attention(args) -> dict:
+    """The largest relative errors of outputs and gradients of moult.model.varlen's kernel, and of torch's own attention of each
+    row alone in the same dtype, both against float64."""
+    import torch
+
+    from moult.model.varlen import flash, row_by_row
+
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
+    errors: dict[str, float] = {}
+
+    def pass_of(kernel, parts, dtype, upstream, window):
+        parts = [part.detach().to(dtype).requires_grad_() for part in parts]
+        more = {
+            "scale": parts[0].shape[-1] ** -0.5,
+            "window_size": (window - 1 if window else -1, 0),
+            "enable_gqa": True,
+        }
+        out = kernel(*parts, bounds, bounds, max(LENGTHS), max(LENGTHS), **more)
+        return [out.detach(), *torch.autograd.grad(out, parts, upstream.to(dtype))]
+
+    for heads, shared, size, window in HEADS:
+        shapes = [(sum(LENGTHS), count, size) for count in (heads, shared, shared, heads)]
+        *parts, upstream = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+        exact = pass_of(row_by_row, parts, torch.float64, upstream, window)
+        for name, kernel in (("kernel", flash), ("plain", row_by_row)):
+            found = pass_of(kernel, parts, torch.bfloat16, upstream, window)
+            for what, mine, right in zip(("outputs", "queries", "keys", "values"), found, exact, strict=True):
+                error = ((mine.double() - right).norm() / right.norm()).item()
+                key = f"{name}, {'outputs' if what == 'outputs' else 'gradients'}"
+                errors[key] = max(errors.get(key, 0.0), error)
+                if name == "kernel" and not error < ROUNDING:
+                    raise SystemExit(f"{what}, {(heads, shared, size, window)}: relative error {error:.2g}")
+    return errors
 
 
 def machine(args) -> dict:

@@ -27,6 +27,10 @@ class Answer:
     reason: str = "length"
 
 
+# Seconds. On a GPU a signal did not end the wait of the main thread (H100, Python 3.12.3): its handler would never run.
+LOOK = 1
+
+
 class MainThread:
     """Runs in the main thread what other threads ask for. Only there can a signal stop a template that loops."""
 
@@ -42,7 +46,10 @@ class MainThread:
     def work(self) -> None:
         """Do what is asked for, for ever."""
         while True:
-            result, function, arguments = self.waiting.get()
+            try:
+                result, function, arguments = self.waiting.get(timeout=LOOK)
+            except queue.Empty:  # the handler of a signal has its turn
+                continue
             try:
                 result.set_result(function(*arguments))
             except Exception as error:  # it belongs to the thread that has asked

@@ -62,6 +62,7 @@ class Run:
 
     model: the base on the meta device. targets: LoRA on it. report: of encode, with the lengths of the rows.
     exact: what plan has found of how rows may be put together (moult.training.packing.try_batches).
+    lengths: those of the rows, the longest first; as many as a batch has. Without them each is as long as the longest.
     """
 
     model: Any
@@ -69,6 +70,7 @@ class Run:
     settings: dict
     report: dict
     exact: dict[str, str | None] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
 
     def changed(self, train: dict | None = None, **settings) -> "Run":
         return dataclasses.replace(
@@ -95,6 +97,18 @@ class Run:
     @property
     def longest(self) -> int:
         return self.report["max_length"] if self.train["packing"] else self.report["train"]["length"]["longest_kept"]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row in the longest batch: as many as its longest has, or without padding as they have on average."""
+        rows = [min(length, self.longest) for length in self.lengths[: self.rows]]
+        return math.ceil(sum(rows) / len(rows)) if rows and self.padding_free else self.longest
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether rows lie behind each other as they are (moult.training.batches.choose_batches)."""
+        wanted = self.train.get("padding_free")
+        return not self.train["packing"] and (wanted is True or (wanted == "auto" and varlen_runs(self)))
 
     @property
     def checkpointing(self) -> bool:
@@ -134,7 +148,7 @@ def steps_of(run: Run) -> tuple[Step, Step]:
     """The longest batch of the training, and of the validation."""
     step = Step(
         rows=run.rows,
-        length=run.longest,
+        length=run.length,
         attention=attention_of(run),
         dtype=run.settings["dtype"],
         quantization=run.settings.get("quantization"),
@@ -198,12 +212,17 @@ def attention_of(run: Run) -> str:
     if wanted not in (None, "sdpa"):
         return "flash"
     behind = train["packing"] or train.get("padding_free")
-    kernel = run.settings["dtype"] != "float32"  # FlashAttention wants half precision
-    if wanted is None and behind and kernel and run.exact.get("varlen", "not tried") is None:
+    if behind and varlen_runs(run):
         return "flash"
     if behind is True:
         return "dense"
     return "flash" if run.rows == 1 or run.exact.get("unmasked", "not tried") is None else "dense"
+
+
+def varlen_runs(run: Run) -> bool:
+    """Whether the attention of moult.model.varlen can be used: FlashAttention wants half precision."""
+    free = run.settings["attn_implementation"] is None and run.settings["dtype"] != "float32"
+    return free and run.exact.get("varlen", "not tried") is None
 
 
 def validation_batch(run: Run) -> tuple[int, int]:

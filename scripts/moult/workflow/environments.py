@@ -2,6 +2,7 @@
 
 import functools
 import subprocess
+from pathlib import Path
 
 from moult.errors import MoultError
 
@@ -28,6 +29,11 @@ LM_EVAL = (
 EXPORTS = (
     "llmcompressor",
     "export.python",
-    "make its environment (make export-env) and set export.python: .venv-export/bin/python, or use --use-singularity, or empty "
-    "exports",
+    "make its environment (make export-env; export.python is for another place), or use --use-singularity, or empty exports",
 )
+
+
+def python_of_exports(export: dict) -> str | None:
+    """The Python of the exports outside a container: export.python, or that of `make export-env`. None if there is neither."""
+    made = Path(".venv-export/bin/python")
+    return export["python"] or (str(made) if made.exists() else None)
