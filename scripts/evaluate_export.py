@@ -67,12 +67,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-te
 
 class Measured(NamedTuple):
     """What was measured in this process: the JSON of the divergence (None: not measured), the lines of two outputs, and how many
-    tokens the model has positions for."""
+    tokens the model has positions for (None: the server tells)."""
 
     kl: dict | None
     likelihood: list[dict]
     general: list[dict]
-    window: int
+    window: int | None
 
 
 class Export(NamedTuple):
@@ -160,10 +160,10 @@ def check_files(folder: str, format: str, made: dict, merge: dict) -> str:
 def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measured:
     """The divergence from the merged model, and the likelihoods that evaluate has measured of that."""
     settings, rows = args.settings["eval"], rows_of(Path(args.tokens, "test.parquet"))
+    if args.format == "adapter-gguf":
+        return Measured(None, [], [], None)
     merged = load_model(args.merged, device, args.settings["model"]).eval()
     window = window_of(merged)
-    if args.format == "adapter-gguf":
-        return Measured(None, [], [], window)
     measured = chosen(rows, settings["max_rows"]) if settings["perplexity"] else []
     texts = general_sequences(chat, window) if settings["forgetting"] else []
     compared = [every_position(row) for row in chosen(rows, settings["merge_check_rows"])]
