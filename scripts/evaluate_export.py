@@ -7,7 +7,8 @@ The rule evaluate_export runs it, and `snakemake -p` prints the whole command. F
 the engine that the format is for:
 
 files                the folder is what export_gguf or export_compressed made, of this merged model
-divergence           KL(merged || export) on the rows of evaluate's merge check is below the format's limit (export.kl_limit)
+divergence           KL(merged || export) at all positions of the rows of evaluate's merge check is below the format's limit, or
+                     export.kl_limit
 ready ... alive      the checks of smoke_test. The answers of a format that loses much may be others than the merged model's;
                      its prompt tokens and, where it gives the same answer, its stop reasons may not
 
@@ -29,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from moult.data.sequence import IGNORE
 from moult.data.token_file import rows_of
 from moult.errors import MoultError
 from moult.files import read_json, read_jsonl, sha256_folder, write_json, write_jsonl
@@ -65,12 +67,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-te
 
 class Measured(NamedTuple):
     """What was measured in this process: the JSON of the divergence (None: not measured), the lines of two outputs, and how many
-    tokens the model has positions for."""
+    tokens the model has positions for (None: the server tells)."""
 
     kl: dict | None
     likelihood: list[dict]
     general: list[dict]
-    window: int
+    window: int | None
 
 
 class Export(NamedTuple):
@@ -158,13 +160,13 @@ def check_files(folder: str, format: str, made: dict, merge: dict) -> str:
 def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measured:
     """The divergence from the merged model, and the likelihoods that evaluate has measured of that."""
     settings, rows = args.settings["eval"], rows_of(Path(args.tokens, "test.parquet"))
+    if args.format == "adapter-gguf":
+        return Measured(None, [], [], None)
     merged = load_model(args.merged, device, args.settings["model"]).eval()
     window = window_of(merged)
-    if args.format == "adapter-gguf":
-        return Measured(None, [], [], window)
     measured = chosen(rows, settings["max_rows"]) if settings["perplexity"] else []
     texts = general_sequences(chat, window) if settings["forgetting"] else []
-    compared = chosen(rows, settings["merge_check_rows"])
+    compared = [every_position(row) for row in chosen(rows, settings["merge_check_rows"])]
     longest = max(len(row["input_ids"]) for row in [*measured, *texts, *compared])
     with enough_memory(
         f"comparing rows of up to {longest:,} tokens", "lower datasets.<name>.max_length, or use a GPU with more memory"
@@ -184,6 +186,12 @@ def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measu
     del export, merged
     free_memory()
     return found
+
+
+def every_position(row: dict) -> dict:
+    """The row with all of its tokens scored: of what a model is trained on it is so sure that other weights hardly show."""
+    ids = row["input_ids"]
+    return {"input_ids": ids, "labels": [IGNORE, *ids[1:]]}
 
 
 def open_export(args, served: Served, longest: int, pad_id: int, device: str) -> Export:
