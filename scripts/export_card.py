@@ -140,7 +140,7 @@ LM_STUDIO = """With LM Studio: search for `{place}` in the app, or
 lms get https://huggingface.co/{place}
 ```
 """
-BESIDE_THE_BASE = """The adapter alone, beside a GGUF of the base model (the size in the table is that of both):
+BESIDE_THE_BASE = """The adapter alone, beside a GGUF of the base model:
 
 ```bash
 hf download {place} {file} --local-dir .

@@ -280,3 +280,26 @@ def test_an_export_more_makes_nothing_else_run_again(demo, tmp_path):
     # As any other target: what it is made of is made first, if that is stale.
     edit_config(folder, lambda config: config["runs"]["demo"]["train"].update(learning_rate=1e-3))
     assert {"finetune", "merge", "score", "export_gguf"} <= planned(folder, target)
+
+
+@pytest.mark.slow
+def test_exports_of_the_demo_are_the_model_that_was_measured(demo, tmp_path):
+    """All of it: made, served by llama.cpp, compared, on the page and in the card."""
+    if not PYTHON.exists():
+        pytest.skip("the environment of the exports is not there: make export-env")
+    folder = tmp_path / "demo"
+    shutil.copytree(demo, folder, copy_function=shutil.copy2)
+    (folder / ".venv-export").symlink_to(PYTHON.parents[1])
+    edit_config(folder, lambda config: config.update(exports=["gguf-bf16", "gguf-q8_0"]))
+    snakemake(folder, "results/demo/cards/gguf.md", "results/demo/report.html")
+    told = (folder / "results/demo/cards/gguf.md").read_text()
+    page = (folder / "results/demo/report.html").read_text()
+    for shown, limit in (("BF16", 1e-4), ("Q8_0", 1e-3)):
+        export = read_json(folder / f"results/demo/exports/gguf-{shown.lower()}/export.json")
+        assert export["sentence"].startswith(
+            f"{shown}: still helped; no difference to the merged model can be shown (+0.0 points"
+        )
+        assert 0 < export["kl"]["mean_kl"] < limit
+        assert False not in export["checks"].values() and list(export["checks"].values()).count(True) >= 12
+        assert export["against_merged"]["sentence"] in told and export["against_merged"]["sentence"] in page
+        assert f"demo-{shown}.gguf" in export["files"]
