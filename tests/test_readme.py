@@ -201,9 +201,9 @@ def test_the_demo_prints_such_a_table(demo):
     command = [
         sys.executable,
         ROOT / "scripts" / "tools" / "show_metrics.py",
-        demo / "results" / "demo" / "metrics.json",
+        Path("results", "demo", "metrics.json"),
     ]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=True).stdout
 
     def labels(text: str) -> list[str]:
         return [re.split(r" {2,}| \d", line.strip())[0] for line in text.strip().splitlines() if line.strip()]
