@@ -60,11 +60,11 @@ def card(
 ) -> str:
     base, versions = metrics["provenance"]["base"], metrics["provenance"]["versions"]
     if what == "gguf":
-        title, told = "GGUF", metadata(metrics, base_card, settings, "quantized", "gguf", "gguf")
+        title, told = "GGUF", metadata(metrics, base_card, settings, "finetune", "gguf", "gguf")
         form, use = "in GGUF, for llama.cpp, Ollama and LM Studio", use_of_gguf(run, exports, settings)
     else:
         title, form = exports[0]["shown"], f"in {exports[0]['shown']} (compressed-tensors), for vLLM"
-        told = metadata(metrics, base_card, settings, "quantized", "transformers", "compressed-tensors", "vllm")
+        told = metadata(metrics, base_card, settings, "finetune", "transformers", "compressed-tensors", "vllm")
         use = f"With vLLM, behind an OpenAI-compatible API:\n\n```bash\n{vllm_command(PLACE, run, settings)}\n```\n"
     made = {name: version for export in exports for name, version in export["versions"].items() if name not in versions}
     return f"""{header(told)}

@@ -82,7 +82,7 @@ def test_the_card_says_how_to_run_gguf(made):
     text = card("gguf", "demo", exports, metrics, "", {"license": "mit"}, SETTINGS)
     _, header, body = text.split("---\n", 2)
     told = yaml.safe_load(header)
-    assert told["base_model"] == "Qwen/Qwen3-0.6B" and told["base_model_relation"] == "quantized"
+    assert told["base_model"] == "Qwen/Qwen3-0.6B" and told["base_model_relation"] == "finetune"
     assert told["library_name"] == "gguf" and "gguf" in told["tags"] and told["license"] == "mit"
     assert "model-index" not in told  # those figures are the merged model's
     for command in (
