@@ -45,6 +45,9 @@ from moult.workflow.exports import FORMATS, GGUF
 
 PACKAGES = ("cyllama", "torch", "transformers")
 
+# The base beside an adapter.
+BASE = "base-BF16.gguf"
+
 # Where config.json has the longest sequence, in the order in which the converter looks.
 CONTEXT = ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length")
 
@@ -93,7 +96,8 @@ def export(settings: dict, args, log) -> None:
         tell_stops(vocabulary, expected, log)
         ollama = write_for_ollama(folder, main_file, vocabulary, expected, report, args.format, log)
         files = sha256_folder(folder)
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        # The base beside an adapter is there to serve it, and is not uploaded.
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.name != BASE)
     shown = FORMATS[args.format].shown
     fallback = header.fallback(shown)
     if fallback:
@@ -167,7 +171,7 @@ def export_adapter(
 ) -> tuple[str, Header, Header]:
     """(name of the file, its header, the header of the base's): the adapter, and the base that it is for."""
     name = gguf_file(args.run, args.format)
-    header = convert_model(llama, base, folder / "base-BF16.gguf", "bf16", expected, log)
+    header = convert_model(llama, base, folder / BASE, "bf16", expected, log)
     options = ["--base", str(base), "--outfile", str(folder / name), "--outtype", "f32"]
     run_converter(llama, ["convert_lora_to_gguf.py", args.adapter, *options], "", "converting the adapter")
     return name, same_adapter(llama, folder / name, header, Path(args.adapter)), header
@@ -219,7 +223,7 @@ def write_for_ollama(
     folder: Path, main_file: str, header: Header, expected: Expected, report: dict, format: str, log
 ) -> dict:
     """Write the Modelfile. Returns what `template_check` says."""
-    model, adapter = ("base-BF16.gguf", main_file) if format == "adapter-gguf" else (main_file, None)
+    model, adapter = (BASE, main_file) if format == "adapter-gguf" else (main_file, None)
     stops = [header.fields["tokenizer.ggml.tokens"][id] for id in expected.stops]
     write_modelfile(folder, model, adapter, stops, expected.context, report["max_length"])
     found = template_check(expected.template)

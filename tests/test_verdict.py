@@ -6,9 +6,10 @@ The differences are drawn; what is made of them is Moult's own, from the interva
 import numpy as np
 import pytest
 
+from moult.measuring.comparison import compare_ratios
+from moult.measuring.intervals import compare_rates
 from moult.measuring.power import AGAINST, POWER, power, smallest_effect
 from moult.measuring.verdict import holm, measures_of, shares, verdict
-from score import compare_rates, compare_ratios
 
 SETTINGS = {"confidence": 0.95, "forgetting_limit": 0.1}
 PROMPTS, INSTRUCTIONS, TEXTS = 12, 36, 128
