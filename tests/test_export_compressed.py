@@ -127,6 +127,22 @@ def test_tensors_that_transformers_does_not_load_are_copied(tmp_path):
     assert export_compressed.add_unloaded(merged, export, LOG) == []
 
 
+@pytest.mark.parametrize("error", [AttributeError("'Linear' has no weight\nand more"), NotImplementedError()])
+def test_what_a_library_says_of_a_model_that_it_cannot_do_is_one_message(error):
+    with pytest.raises(MoultError) as caught, export_compressed.refusing("mamba2", "w4a16"):
+        raise error
+    said = str(error).split("\n")[0] or "NotImplementedError"
+    assert caught.value.what == f"w4a16 of a model of the type mamba2 cannot be made, or not be loaded: {said}"
+    assert caught.value.fix.startswith("export it as GGUF (gguf-q8_0)") and caught.value.__cause__ is error
+
+
+def test_a_message_of_our_own_stays_as_it_is():
+    own = MoultError("out of memory while quantizing", "use a GPU with more memory", 78)
+    with pytest.raises(MoultError) as caught, export_compressed.refusing("llama", "fp8"):
+        raise own
+    assert caught.value is own
+
+
 # --- the stage ---
 
 
