@@ -41,7 +41,7 @@ sys.path.insert(0, str(library.parents[2].resolve()))
 from moult.workflow.code import closure, code_hash
 from moult.workflow.functions import known
 
-for module in ("config", "console", "container", "failures", "slurm", "stages"):
+for module in ("config", "console", "container", "environments", "exports", "failures", "slurm", "stages"):
     closure(f"moult/workflow/{module}.py", read_own)
 for module in ("data/readers", "measuring/table"):  # which files a dataset's source means; the results for people
     closure(f"moult/{module}.py", read_own)

@@ -1,6 +1,6 @@
 """Input functions and params of the exports."""
 
-from moult.workflow.environments import EXPORTS, check_python, python_of_exports
+from moult.workflow.environments import EXPORTS, VLLM, check_python, python_of_exports
 from moult.workflow.exports import COMPRESSED, FORMATS, GGUF, UPLOADS, listed_for
 
 
@@ -37,20 +37,28 @@ def export_python(wildcards):
     return "python" if in_containers else python_of_exports(export) or "python"
 
 
-def export_image(wildcards):
-    """Container of the exports. Without containers, this checks the Python before a job runs."""
+def need_python(python, environment):
+    """Before a job runs, and without containers: end if the Python does not have what the exports need."""
     if workflow.executor_plugin is not None and not (workflow.dryrun or workflow.touch or in_containers):
         try:
-            check_python(export_python(wildcards), *EXPORTS)
+            check_python(python, *environment)
         except MoultError as error:
             raise SystemExit(str(error)) from None
+
+
+def export_image(wildcards):
+    """Container of the exports. Without containers, this checks the Python."""
+    need_python(export_python(wildcards), EXPORTS)
     return shown(config["runs"][wildcards.run]["export"]["container"])
 
 
 def export_engine_image(wildcards):
     """Container of what measures an export: that of its server."""
-    if wildcards.format in COMPRESSED and config["runs"][wildcards.run]["serve"]["engine"] == "vllm":
-        return server_image(wildcards)
+    serve = config["runs"][wildcards.run]["serve"]
+    if wildcards.format in COMPRESSED and serve["engine"] == "vllm":
+        need_python(serve["python"] or export_python(wildcards), VLLM)
+        if in_containers:
+            return server_image(wildcards)
     return export_image(wildcards)
 
 

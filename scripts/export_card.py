@@ -76,7 +76,7 @@ Base model: `{base["name"]}`{at(base)}.
 ## Is it the model that was measured?
 
 {markdown_table(exports)}
-Each file has answered, through a server of its own engine, the questions that the merged model had answered. Mean KL: how far its
+Each file has answered, through the server named, the questions that the merged model had answered. Mean KL: how far its
 predictions are from the merged model's, in nats per token. Verdict: against the base model. In brackets: the
 {100 * metrics["data"]["confidence"]:g} % interval of the difference. The speed is that of the machine that has checked it.
 

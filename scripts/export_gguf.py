@@ -122,7 +122,7 @@ def export(settings: dict, args, log) -> None:
         "versions": {**versions(PACKAGES), "llama.cpp": llama.version},
     }
     write_json(args.made, made)
-    log.info("%s: %s bytes", Path(args.model) / main_file, f"{size:,}")
+    log.info("%s: %s bytes", args.model, f"{size:,}")
 
 
 def needs_matrix(settings: dict, format: str) -> bool:

@@ -89,6 +89,7 @@ def score_export(settings: dict, args, log) -> None:
         "sentence": sentence_of(shown, words["export"], words["merged"], found["sentence"]),
         "checks": {name: check["passed"] for name, check in checked["checks"].items()},
         "speed": checked["speed"],
+        "engine": checked["engine"],
         "device": checked["device"],
         "tensors": made["tensors"],
         "fallback": made["fallback"],

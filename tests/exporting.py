@@ -68,6 +68,7 @@ def make_export(folder: Path, format: str = "gguf-q8_0", lost: float = 0.0, wron
     write_json(out / "made.json", made)
     kl = {"mean_kl": 3.9e-5, "max_kl": 1e-3, "top1_agreement": 1.0, "rows": 8, "positions": 50}
     check = {"kl": kl, "kl_limit": 0.005, "why_no_kl": None, "speed": {"tokens_per_second": 120.0}, "device": "cpu"}
+    check["engine"] = "llama.cpp"
     check |= {
         "checks": {"ready": {"passed": True, "why": ""}, "likelihood": {"passed": None, "why": ""}},
         "versions": {},

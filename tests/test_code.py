@@ -100,14 +100,31 @@ def test_nothing_heavy_gets_into_what_snakemake_parses(path):
         assert light, f"{path} imports {name}"
 
 
+def imported_by_rules() -> set[str]:
+    found = set()
+    for rules in (ROOT / "rules").glob("*.smk"):
+        found |= set(re.findall(r"^from (moult[\w.]+) import", rules.read_text(), re.MULTILINE))
+    return {f"{module.replace('.', '/')}.py" for module in found}
+
+
+def test_what_the_rules_import_is_brought_to_where_a_workflow_from_elsewhere_finds_it():
+    """rules/code.smk names the modules; a module or a workflow from GitHub has no others (Snakemake's source cache)."""
+    text = (ROOT / "rules" / "code.smk").read_text(encoding="utf-8")
+    (workflow, others) = re.findall(r"^for module in \((.+)\):", text, re.MULTILINE)
+    named = [f"moult/workflow/{name}.py" for name in re.findall(r'"(.+?)"', workflow)]
+    named += [f"moult/{name}.py" for name in re.findall(r'"(.+?)"', others)]
+    brought = set().union(
+        *(closure(path, read) for path in [*named, "moult/workflow/code.py", "moult/workflow/functions.py"])
+    )
+    assert imported_by_rules() - brought == set()
+
+
 def test_what_the_rules_import_imports_nothing_heavy():
     """The other modules that a rule file names may use libraries, inside functions that no rule calls."""
-    named = set()
-    for rules in (ROOT / "rules").glob("*.smk"):
-        named |= set(re.findall(r"^from (moult[\w.]+) import", rules.read_text(), re.MULTILINE))
-    assert {"moult.workflow.stages", "moult.data.readers"} <= named
+    named = imported_by_rules()
+    assert {"moult/workflow/stages.py", "moult/data/readers.py"} <= named
     for module in named:
-        for path in closure(f"{module.replace('.', '/')}.py", read):
+        for path in closure(module, read):
             for name in imports(path, inside_functions=False):
                 root = name.split(".")[0]
                 light = root in sys.stdlib_module_names or root in ("moult", "yaml", "jsonschema", "tabulate")

@@ -10,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import serve
 from exporting import export_python  # noqa: F401
 from safetensors.torch import load_file
 from tiny import change_tensors
@@ -80,6 +81,22 @@ def test_a_failed_result_is_kept_where_it_does_not_count_as_done(passed, tmp_pat
     assert result["checks"]["divergence"] == {"passed": passed, "why": "why"}
 
 
+def test_only_what_was_measured_is_served(tmp_path):
+    folder, metrics = tmp_path / "model", tmp_path / "export.json"
+    folder.mkdir()
+    (folder / "demo-Q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MoultError, match="is not made, or has not passed its checks"):
+        serve.check_measured(folder, metrics)
+    write_json(metrics, {"files": sha256_folder(folder)})
+    serve.check_measured(folder, metrics)
+    (folder / "demo-Q8_0.gguf").write_bytes(b"GGuF")
+    with pytest.raises(MoultError, match=r"demo-Q8_0\.gguf is not what was measured"):
+        serve.check_measured(folder, metrics)
+    shutil.rmtree(folder)
+    with pytest.raises(MoultError, match="is not what was measured"):
+        serve.check_measured(folder, metrics)
+
+
 # --- the whole stage, on the demo ---
 
 
@@ -87,6 +104,7 @@ def evaluate(folder: Path, format: str, python: str) -> tuple[int, dict, str]:
     """Exit code, the result with its checks as {check: passed}, and what was said."""
     settings = stage_settings(read_config([]), "evaluate_export", "demo")
     to = f"{RUN}/exports/{format}"
+    (verdict := folder / to / "export.json").write_text("of another check")
     command = [python, "scripts/evaluate_export.py", "--settings", json.dumps(settings), "--run", "demo"]
     for name, value in (
         *(("format", format), ("export", f"{to}/model"), ("made", f"{to}/made.json"), ("base", "config/demo/base")),
@@ -97,6 +115,7 @@ def evaluate(folder: Path, format: str, python: str) -> tuple[int, dict, str]:
     ):
         command += [f"--{name}", value]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert not verdict.exists()
     name = "check.json" if done.returncode == 0 else "check.failed.json"
     result = read_json(folder / to / name)
     result["checks"] = {name: check["passed"] for name, check in result["checks"].items()}

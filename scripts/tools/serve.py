@@ -12,10 +12,12 @@ first request to try. If the engine fails, its last lines are shown. Nothing of 
 """
 
 import os
+from pathlib import Path
 
 import _library  # noqa: F401
 
-from moult.errors import MoultError
+from moult.errors import MoultError, some
+from moult.files import read_json, sha256_folder
 from moult.run.cli import tool_parser
 from moult.run.stage import stage
 from moult.serving.launch import (
@@ -69,8 +71,25 @@ def of_export(config: dict, runs: list[str], format: str, settings: dict) -> tup
         raise MoultError("exports are served one at a time", "name one run")
     export = config["runs"][run]["export"]
     settings = settings_of_export({**settings, "export": {**export, "python": python_of_exports(export)}}, format)
-    folder = places_of(config, run).export.format(format=format)
+    places = places_of(config, run)
+    folder = places.export.format(format=format)
+    check_measured(Path(folder), Path(places.export_metrics.format(format=format)))
     return settings, export_to_serve(folder, format, run, settings["serve"]["served_model_name"] or run)
+
+
+def check_measured(folder: Path, metrics: Path) -> None:
+    """Raises MoultError unless the files of an export are those that have passed its checks."""
+    if not metrics.exists():
+        raise MoultError(
+            f"{metrics} is not there: this export is not made, or has not passed its checks",
+            f"run: snakemake --cores 1 {metrics}",
+        )
+    wanted, found = read_json(metrics)["files"], sha256_folder(folder) if folder.is_dir() else {}
+    if differ := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        raise MoultError(
+            f"{folder}: {some(differ)} is not what was measured",
+            f"delete {folder} and run: snakemake --cores 1 {metrics}",
+        )
 
 
 def serve(settings: dict, served: Served, threads: int, log) -> None:

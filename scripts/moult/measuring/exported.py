@@ -116,6 +116,7 @@ COLUMNS = (
     "mean KL",
     "verdict",
     "against the merged model",
+    "served by",
     "tokens/s",
     "checks",
 )
@@ -131,6 +132,7 @@ def rows_of_exports(exports: list[dict]) -> list[tuple[str, ...]]:
             f"{one['kl']['mean_kl']:.1e}" if one["kl"] else "not told",
             verdict_in_words(one["verdict"]["verdict"], one["merged_verdict"]),
             one["against_merged"]["sentence"],
+            one["engine"],
             f"{one['speed']['tokens_per_second']:,.0f}" if one["speed"] else "not measured",
             checks_of(one["checks"]),
         )

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from moult.errors import MoultError
+from moult.files import write_json
 from moult.measuring.checks import check
 from moult.model.chat import FROZEN_DATE, Chat
 from moult.serving.client import Client, Failed, Question, Reply, accepted, refused
@@ -127,6 +129,27 @@ class ServerTest:
             time.sleep(0.05)
         return ""
 
+    def keep(self, result: dict, path: str, holds: str, fix: str, log) -> None:
+        """Write a result with its checks. Raises MoultError if one has failed: then the file is <name>.failed.json.
+
+        holds: what is so if none has. fix: what to do if one has, with {kept} for that file.
+        """
+        failed = [name for name, check in self.checks.items() if check.passed is False]
+        result = {**result, "checks": {name: asdict(check) for name, check in self.checks.items()}}
+        kept = Path(path).with_suffix(".failed.json")
+        if failed:
+            # In its place it would count as done the next time. Snakemake removes what is there, and nothing beside it.
+            Path(path).unlink(missing_ok=True)
+            write_json(kept, result)
+            reasons = "".join(f"\n  - {name}: {self.checks[name].why}" for name in failed)
+            raise MoultError(
+                f"{len(failed)} of {len(self.checks)} checks failed:{reasons}", fix.replace("{kept}", str(kept))
+            )
+        write_json(path, result)
+        kept.unlink(missing_ok=True)
+        passed = [check.passed for check in self.checks.values()]
+        log.info("%s: %d checks hold, %d could not be told", holds, passed.count(True), passed.count(None))
+
     # --- served against measured ---
 
     def parting(self, question: Question, reply: Reply) -> Parting | None:
@@ -165,6 +188,8 @@ class ServerTest:
                 f"measured {question.answer!r:.80}, served {reply.text!r:.80}"
             )
         ties, others = len(partings), len(replies) - len(pairs)
+        if ties == len(pairs) and not math.isinf(self.lead):
+            raise CannotTell(f"none of {ties} the same: each parts at a near tie")
         return (
             f"{len(pairs) - ties} of {len(pairs)} the same"
             + (
@@ -278,8 +303,8 @@ class ServerTest:
             worse = [name for name in served if measured[name] and not served[name]]
             if worse and not self.may_differ(question, reply):
                 raise Failed(f"{question.id}: {', '.join(worse)} held at evaluate; served {reply.text!r:.80}")
-        if others and not asked:
-            raise CannotTell(OTHER_DATE)
+        if not asked:
+            raise CannotTell(OTHER_DATE if others else "no prompt has checks (eval.prompts: expect)")
         return f"{passed} of {asked} prompts pass"
 
     def check_stop_reasons(self) -> str:

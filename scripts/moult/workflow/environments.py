@@ -31,6 +31,12 @@ EXPORTS = (
     "export.python",
     "make its environment (make export-env; export.python is for another place), or use --use-singularity, or empty exports",
 )
+VLLM = (
+    "vllm",
+    "serve.python",
+    "set serve.python to a Python that has vLLM; or use --use-singularity; or serve.engine: transformers, for a trial on a CPU; "
+    "or leave fp8, w8a8 and w4a16 out of exports",
+)
 
 
 def python_of_exports(export: dict) -> str | None:
