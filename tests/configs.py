@@ -10,6 +10,7 @@ from moult.workflow.stages import STAGES
 
 # What the metrics of the demo need.
 MEASURED = set(STAGES) - {"fetch_model", "fetch_dataset", "smoke_test", "model_card", "report", "summary", "compare"}
+MEASURED -= {"export_gguf", "export_compressed", "evaluate_export", "score_export", "export_card"}
 MEASURED -= {"fetch_benchmark", "benchmark_base", "benchmark_tuned"}
 
 SCHEMA = load_schema(str(ROOT / "config"))
