@@ -215,7 +215,8 @@ def test_a_run_without_a_chat_template_is_asked_in_plain_text(measured):
 
 
 def test_a_near_tie_may_part_and_only_within_the_tolerance(measured):
-    """The measured best token led by 0.2 nats there: little for bfloat16, far too much for float32. That all part tells nothing."""
+    """The measured best token led by 0.2 nats there: little for bfloat16, far too much for float32.
+    That all part tells nothing."""
     code, checks, said = smoke_test(measured, "answers otherwise from 1")
     assert code == 0 and checks["answers"] is None and checks["concurrency"] is None
     assert "none of 3 the same: each parts at a near tie" in said
