@@ -69,6 +69,7 @@ def test_the_table_says_what_the_exports_say(made):
 def test_what_is_not_known_is_not_made_up(made):
     (adapter,) = exports_of(made, "adapter-gguf")
     row = rows_of_exports([{**adapter, "speed": None, "merged_verdict": "hurt"}])[0]
+    assert row[1] == size(adapter["bytes"])  # the base beside it is not in that (export_gguf)
     assert row[3:5] == ("not told", "now helped (the merged model: hurt)") and row[7] == "not measured"
     assert checks_of({"a": True, "b": True}) == "2 of 2" and size(2_340_000_000) == "2.34 GB"
 

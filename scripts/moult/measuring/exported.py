@@ -127,7 +127,7 @@ def rows_of_exports(exports: list[dict]) -> list[tuple[str, ...]]:
     return [
         (
             one["shown"],
-            size(one["bytes"]) + (" with the base" if one["format"] == "adapter-gguf" else ""),
+            size(one["bytes"]),
             f"{100 * one['bytes'] / one['merged_bytes']:.3g} %",
             f"{one['kl']['mean_kl']:.1e}" if one["kl"] else "not told",
             verdict_in_words(one["verdict"]["verdict"], one["merged_verdict"]),
