@@ -57,7 +57,7 @@ from moult.serving.launch import (
     settings_of_export,
 )
 from moult.serving.questions import read_questions
-from moult.workflow.exports import FORMATS, GGUF, kl_limit
+from moult.workflow.exports import ADAPTER, FORMATS, GGUF, kl_limit
 
 NO_KL = "llama.cpp applies an adapter in its server only, which tells no logits"
 
@@ -149,7 +149,7 @@ def check_files(folder: str, format: str, made: dict, merge: dict) -> str:
     differ = sorted(name for name in {*made["files"], *found} if made["files"].get(name) != found.get(name))
     if differ:
         raise Failed(f"{folder} is not what was made: {', '.join(differ)} differ")
-    wanted = merge["adapter" if format == "adapter-gguf" else "files"]
+    wanted = merge["adapter" if format == ADAPTER else "files"]
     if made["made_from"] != wanted:
         raise Failed(f"{folder} was made of another model than the one that is merged now")
     return f"{len(found)} as they were made, of this run's model"
@@ -161,7 +161,7 @@ def check_files(folder: str, format: str, made: dict, merge: dict) -> str:
 def measure(args, served: Served, chat: Chat, pad_id: int, device: str) -> Measured:
     """The divergence from the merged model, and the likelihoods that evaluate has measured of that."""
     settings, rows = args.settings["eval"], rows_of(Path(args.tokens, "test.parquet"))
-    if args.format == "adapter-gguf":
+    if args.format == ADAPTER:
         return Measured(None, [], [], None)
     merged = load_model(args.merged, device, args.settings["model"]).eval()
     window = window_of(merged)
@@ -285,7 +285,7 @@ def keep(args, test: ServerTest, kl: dict | None, device: str | None, log) -> No
         "engine": settings_of_export(args.settings, args.format)["serve"]["engine"],
         "kl": kl,
         "kl_limit": kl_limit(args.format, args.settings["export"]),
-        "why_no_kl": NO_KL if args.format == "adapter-gguf" else None,
+        "why_no_kl": NO_KL if args.format == ADAPTER else None,
         "questions": test.answers,
         "speed": test.speed,
         "device": device,

@@ -11,7 +11,7 @@ After score_export. `make publish WHAT=gguf` uploads the files of the exports, w
 
 from pathlib import Path
 
-from moult.exporting.upload import gguf_file, modelfile_name
+from moult.exporting.upload import modelfile_name
 from moult.files import read_json, write_text
 from moult.measuring.card import (
     at,
@@ -30,9 +30,7 @@ from moult.model.export import PLACE
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.workflow.exports import UPLOADS
-
-ADAPTER = "adapter-gguf"
+from moult.workflow.exports import ADAPTER, UPLOADS, gguf_file
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ from moult.exporting.header import Expected, Header, check_header, ends_generati
 from moult.exporting.ollama import template_check, write_modelfile
 from moult.exporting.pretokenizer import name_of
 from moult.exporting.quantize import FTYPES
-from moult.exporting.upload import gguf_file
 from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
 from moult.model.device import versions
 from moult.model.manifest import open_model
@@ -41,12 +40,9 @@ from moult.model.safetensors import weight_files
 from moult.model.tokenizer import load_tokenizer
 from moult.run.cli import stage_parser
 from moult.run.stage import stage
-from moult.workflow.exports import FORMATS, GGUF
+from moult.workflow.exports import ADAPTER, BASE_FILE, FORMATS, GGUF, gguf_file
 
 PACKAGES = ("cyllama", "torch", "transformers")
-
-# The base beside an adapter.
-BASE = "base-BF16.gguf"
 
 # Where config.json has the longest sequence, in the order in which the converter looks.
 CONTEXT = ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length")
@@ -76,7 +72,7 @@ def export(settings: dict, args, log) -> None:
     llama = find_llama_cpp(settings.get("llama_cpp"))
     if needs_matrix(settings, args.format):
         check_imatrix_programs(llama)
-    source = open_model(args.base)[0] if args.format == "adapter-gguf" else Path(args.merged)
+    source = open_model(args.base)[0] if args.format == ADAPTER else Path(args.merged)
     report, merge = read_json(args.report), read_json(args.merge)
     expected = expected_of(args, source, report)
     # The converter's file, what is quantized of it, and a copy where its header is put right.
@@ -85,7 +81,7 @@ def export(settings: dict, args, log) -> None:
     with atomic_folder(args.model) as folder:
         work = folder / "work"
         work.mkdir()
-        if args.format == "adapter-gguf":
+        if args.format == ADAPTER:
             main_file, header, base = export_adapter(llama, args, source, expected, folder, log)
         else:
             main_file, header, calibration = export_model(settings, llama, args, source, expected, folder, work, log)
@@ -97,7 +93,7 @@ def export(settings: dict, args, log) -> None:
         ollama = write_for_ollama(folder, main_file, vocabulary, expected, report, args.format, log)
         files = sha256_folder(folder)
         # The base beside an adapter is there to serve it, and is not uploaded.
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.name != BASE)
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.name != BASE_FILE)
     shown = FORMATS[args.format].shown
     fallback = header.fallback(shown)
     if fallback:
@@ -114,7 +110,7 @@ def export(settings: dict, args, log) -> None:
         "engine": FORMATS[args.format].engine,
         "files": files,
         "bytes": size,
-        "made_from": merge["adapter"] if args.format == "adapter-gguf" else merge["files"],
+        "made_from": merge["adapter"] if args.format == ADAPTER else merge["files"],
         "tensors": header.types(),
         "fallback": fallback,
         "calibration": calibration,
@@ -171,7 +167,7 @@ def export_adapter(
 ) -> tuple[str, Header, Header]:
     """(name of the file, its header, the header of the base's): the adapter, and the base that it is for."""
     name = gguf_file(args.run, args.format)
-    header = convert_model(llama, base, folder / BASE, "bf16", expected, log)
+    header = convert_model(llama, base, folder / BASE_FILE, "bf16", expected, log)
     options = ["--base", str(base), "--outfile", str(folder / name), "--outtype", "f32"]
     run_converter(llama, ["convert_lora_to_gguf.py", args.adapter, *options], "", "converting the adapter")
     return name, same_adapter(llama, folder / name, header, Path(args.adapter)), header
@@ -223,7 +219,7 @@ def write_for_ollama(
     folder: Path, main_file: str, header: Header, expected: Expected, report: dict, format: str, log
 ) -> dict:
     """Write the Modelfile. Returns what `template_check` says."""
-    model, adapter = (BASE, main_file) if format == "adapter-gguf" else (main_file, None)
+    model, adapter = (BASE_FILE, main_file) if format == ADAPTER else (main_file, None)
     stops = [header.fields["tokenizer.ggml.tokens"][id] for id in expected.stops]
     write_modelfile(folder, model, adapter, stops, expected.context, report["max_length"])
     found = template_check(expected.template)

@@ -3,15 +3,10 @@
 import re
 from pathlib import Path
 
-from moult.workflow.exports import COMPRESSED, FORMATS
+from moult.workflow.exports import COMPRESSED, gguf_file
 
 # Of a Modelfile: what it names a file with.
 _NAMES = re.compile(r"^(?:FROM|ADAPTER)[ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
-
-
-def gguf_file(run: str, format: str) -> str:
-    """`llama-server -hf <repo>:Q8_0` and `ollama run hf.co/<repo>:Q8_0` find a file by the quantization in its name."""
-    return f"{run}-{FORMATS[format].shown}.gguf"
 
 
 def modelfile_name(run: str, format: str) -> str:

@@ -18,7 +18,7 @@ from moult.errors import MoultError
 from moult.files import read_json
 from moult.model.manifest import public_name
 from moult.workflow.environments import EXPORTS
-from moult.workflow.exports import COMPRESSED, FORMATS, LLAMA_CPP
+from moult.workflow.exports import ADAPTER, BASE_FILE, COMPRESSED, LLAMA_CPP, gguf_file
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -111,10 +111,9 @@ def export_to_serve(folder: str, format: str, run: str, name: str) -> Served:
     target = f"results/{run}/exports/{format}/export.json"
     if format in COMPRESSED:
         return Served(name, need(folder, "config.json", run, target))
-    shown = FORMATS[format].shown
-    need(folder, f"{run}-{shown}.gguf", run, target)
-    made = f"{folder}/{run}-{shown}.gguf"
-    return Served(name, f"{folder}/base-BF16.gguf", {name: made}) if format == "adapter-gguf" else Served(name, made)
+    need(folder, gguf_file(run, format), run, target)
+    made = f"{folder}/{gguf_file(run, format)}"
+    return Served(name, f"{folder}/{BASE_FILE}", {name: made}) if format == ADAPTER else Served(name, made)
 
 
 def settings_of_export(settings: dict, format: str) -> dict:

@@ -39,6 +39,15 @@ COMPRESSED = [name for name in FORMATS if name not in GGUF]
 UPLOADS = {"gguf": GGUF, **{name: [name] for name in COMPRESSED}}
 
 
+# An adapter, and the file of the base that lies beside it, because llama.cpp serves both together.
+ADAPTER, BASE_FILE = "adapter-gguf", "base-BF16.gguf"
+
+
+def gguf_file(run: str, format: str) -> str:
+    """`llama-server -hf <repo>:Q8_0` and `ollama run hf.co/<repo>:Q8_0` find a file by the quantization in its name."""
+    return f"{run}-{FORMATS[format].shown}.gguf"
+
+
 def kl_limit(format: str, export: dict) -> float | None:
     """The limit of the run (export.kl_limit), or else of the format."""
     own = FORMATS[format].kl_limit
