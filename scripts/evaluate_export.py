@@ -32,7 +32,7 @@ from typing import NamedTuple
 from moult.data.sequence import IGNORE
 from moult.data.token_file import rows_of
 from moult.errors import MoultError
-from moult.files import read_json, read_jsonl, sha256_folder, write_jsonl
+from moult.files import changed_files, read_json, read_jsonl, write_jsonl
 from moult.measuring.answers import window_of
 from moult.measuring.divergence import divergence, kept_logits, one_logits
 from moult.measuring.gguf_logits import GgufModel
@@ -145,14 +145,12 @@ def evaluate_export(args, log) -> None:
 
 
 def check_files(folder: str, format: str, made: dict, merge: dict) -> str:
-    found = sha256_folder(folder)
-    differ = sorted(name for name in {*made["files"], *found} if made["files"].get(name) != found.get(name))
-    if differ:
+    if differ := changed_files(folder, made["files"]):
         raise Failed(f"{folder} is not what was made: {', '.join(differ)} differ")
     wanted = merge["adapter" if format == ADAPTER else "files"]
     if made["made_from"] != wanted:
         raise Failed(f"{folder} was made of another model than the one that is merged now")
-    return f"{len(found)} as they were made, of this run's model"
+    return f"{len(made['files'])} as they were made, of this run's model"
 
 
 # --- in this process --------------------------------------------------------------------------------------------------

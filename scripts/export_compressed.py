@@ -29,7 +29,7 @@ from pathlib import Path
 
 from moult.errors import MoultError, some
 from moult.exporting.calibration import calibration_rows
-from moult.files import atomic_folder, check_space, read_json, sha256_folder, write_json
+from moult.files import atomic_folder, changed_files, check_space, read_json, sha256_folder, write_json
 from moult.model.device import enough_memory, limit_threads, pick, read_model, versions
 from moult.model.safetensors import INDEX, read_tensors, weight_files
 from moult.model.tokenizer import load_tokenizer
@@ -135,9 +135,7 @@ def export(args, log) -> None:
 def merged_files(merged: Path, merge: str) -> dict[str, str]:
     """The hashes of the merged model's files. Raises MoultError if they are not what merge wrote."""
     files = read_json(merge)["files"]
-    found = sha256_folder(merged, but=("metadata.json", "README.md"))
-    differ = sorted(name for name in {*files, *found} if files.get(name) != found.get(name))
-    if differ:
+    if differ := changed_files(merged, files, but=("metadata.json", "README.md")):
         raise MoultError(f"{merged} is not what merge wrote: {some(differ)} differ", "run merge again")
     return files
 

@@ -40,7 +40,7 @@ import os
 import secrets
 from pathlib import Path
 
-from moult.files import read_json, sha256_folder
+from moult.files import changed_files, read_json
 from moult.model.chat import FROZEN_DATE, Chat, prints_date
 from moult.model.manifest import open_model
 from moult.run.cli import stage_parser
@@ -192,11 +192,9 @@ def tolerance(settings: dict, measured_in: str, adapted: bool) -> tuple[float, f
 def check_files(args, adapted: bool) -> str:
     folder = args.adapter if adapted else args.merged
     wanted = read_json(args.merge)["adapter" if adapted else "files"]
-    found = sha256_folder(folder, but=("metadata.json", "README.md"))
-    differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    if differ:
+    if differ := changed_files(folder, wanted, but=("metadata.json", "README.md")):
         raise Failed(f"{folder} is not what was made: {', '.join(differ)} differ")
-    return f"{len(found)} as they were written"
+    return f"{len(wanted)} as they were written"
 
 
 if __name__ == "__main__":

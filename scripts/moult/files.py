@@ -39,6 +39,12 @@ def sha256_folder(folder: str | Path, but: tuple[str, ...] = ()) -> dict[str, st
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
+def changed_files(folder: str | Path, wanted: dict[str, str], but: tuple[str, ...] = ()) -> list[str]:
+    """The files below `folder` that do not have the wanted hashes (`sha256_folder`): changed, missing, or more."""
+    found = sha256_folder(folder, but)
+    return sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+
+
 def glance(path: str | Path) -> str:
     """A hash of a file's size and of 16 blocks spread over it. It detects most changes without reading all of a large file.
     Returns "" for a missing file."""

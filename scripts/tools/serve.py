@@ -17,7 +17,7 @@ from pathlib import Path
 import _library  # noqa: F401
 
 from moult.errors import MoultError, some
-from moult.files import read_json, sha256_folder
+from moult.files import changed_files, read_json
 from moult.run.cli import tool_parser
 from moult.run.stage import stage
 from moult.serving.launch import (
@@ -84,8 +84,7 @@ def check_measured(folder: Path, metrics: Path) -> None:
             f"{metrics} is not there: this export is not made, or has not passed its checks",
             f"run: snakemake --cores 1 {metrics}",
         )
-    wanted, found = read_json(metrics)["files"], sha256_folder(folder) if folder.is_dir() else {}
-    if differ := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+    if differ := changed_files(folder, read_json(metrics)["files"]):
         raise MoultError(
             f"{folder}: {some(differ)} is not what was measured",
             f"delete {folder} and run: snakemake --cores 1 {metrics}",
