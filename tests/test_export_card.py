@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
 from exporting import PYTHON, files_of, judge, make_export, without_likelihood
 from fake_hub import TOKEN, FakeHub, environment
@@ -17,6 +18,7 @@ from moult.errors import MoultError
 from moult.exporting.upload import upload_of
 from moult.files import read_json, write_json
 from moult.measuring.exported import checks_of, rows_of_exports, size
+from moult.serving.launch import free_port
 from moult.workflow.environments import python_of_exports
 from moult.workflow.exports import listed_for
 
@@ -305,3 +307,29 @@ def test_exports_of_the_demo_are_the_model_that_was_measured(demo, tmp_path):
         assert False not in export["checks"].values() and list(export["checks"].values()).count(True) >= 12
         assert export["against_merged"]["sentence"] in told and export["against_merged"]["sentence"] in page
         assert f"demo-{shown}.gguf" in export["files"]
+    assert '{"answer"' in served_answer(folder, "gguf-q8_0")
+
+
+def served_answer(folder: Path, format: str) -> str:
+    """What `make serve FORMAT=` answers to a question of the demo."""
+    (folder / "port.yaml").write_text(f"serve: {{port: {(port := free_port())}}}")
+    command = [
+        sys.executable,
+        "scripts/tools/serve.py",
+        "--run",
+        "demo",
+        "--format",
+        format,
+        "--configfile",
+        "port.yaml",
+    ]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("try: " in line for line in lines)
+        body = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
+        reply = requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+        return reply.json()["choices"][0]["message"]["content"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
